@@ -1,0 +1,300 @@
+"""model + cuts -> DetachableNet: the base-model and its sub-models in one module that shares their weights."""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from detachnet.errors import CutError, nearest
+from detachnet.plan import BASE, Cuts, DetachPlan, Norm, make_plan
+from detachnet.stepdown import StepDownBuilder
+from detachnet.trace import PREFIX, TracedModel, attribute, trace
+from detachnet.views import NORMS, STEPDOWNS, JointError, ViewSource, build_view
+from detachnet.zoo import ModelSource, model_source
+
+logger = logging.getLogger("detachnet")
+Run = Callable[[nn.Module, Tensor], Any]
+_view_number = count()
+
+
+class DetachableNet(nn.Module):
+    """A base-model and its sub-models; made by `make_detachable`.
+
+    Attributes:
+        base: The base-model, an ordinary module under its original parameter names.
+        stepdowns: Sub-model → the layer it takes in the image through.
+        norms: Sub-model → its own copies of batch norms, under the base-model's names (`norm="private"`).
+        plan: What the family is; prints as a table.
+    """
+
+    base: nn.Module
+    stepdowns: nn.Module
+    norms: nn.Module
+
+    def __init__(
+        self, base: nn.Module, plan: DetachPlan, stepdowns: Mapping[str, nn.Module], traced: TracedModel
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.plan = plan
+        self.stepdowns = nn.Module()
+        self.norms = nn.Module()
+        self._active = BASE
+        self._attach(traced)
+        like = next(base.parameters(), torch.empty(0))
+        for name, module in stepdowns.items():
+            self.stepdowns.add_module(name, module.to(like.device, like.dtype).train(base.training))
+        for name in self.names[1:] if plan.norm == "private" else ():
+            for path in sorted(self._sources[False].private[name]):
+                _put(self.norms, f"{name}.{path}", _private_copy(base.get_submodule(path)))
+        self.training = base.training
+
+    def _attach(self, traced: TracedModel) -> None:
+        """Derive from a trace what is needed to build views; nothing of it is saved or copied."""
+        self._sources = _view_sources(traced, self.plan)
+        self._views: dict[tuple[tuple[str, ...], bool], Run] = {}
+        for name, value in traced.constants.items():
+            like = next(self.base.parameters(), value)
+            self.register_buffer(name, value.to(like.device), persistent=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`("base", "sub0", "sub1", …)`, in the order of the cuts through the network."""
+        return self.plan.names
+
+    @property
+    def source(self) -> ModelSource | None:
+        """The zoo's name and arguments of the base-model; None for a user's own."""
+        return model_source(self.base)
+
+    @property
+    def active(self) -> str:
+        """The model `net(x)` runs. Setting it copies nothing and needs no data."""
+        return self._active
+
+    @active.setter
+    def active(self, name: str) -> None:
+        self._check(name)
+        self._active = name
+
+    def forward(self, x: Tensor, which: str | Sequence[str] | None = None) -> Any:
+        """Run one model, or several in one pass.
+
+        Args:
+            x: Images, `(B, C, H, W)`.
+            which: A model's name; a sequence of names, or `"all"`: a dict from name to output. By default the
+                active model.
+
+        Returns:
+            What the base-model returns, `(B, num_classes)` for a classifier; for several models a dict of that.
+
+        Raises:
+            CutError: No model has that name.
+        """
+        if which is None:
+            return self._view((self._active,))(self, x)
+        if isinstance(which, str) and which != "all":
+            return self._view((which,))(self, x)
+        models = self.names if which == "all" else tuple(which)
+        out = self._view(models)(self, x)
+        return out if len(models) > 1 else {models[0]: out}
+
+    def _view(self, models: tuple[str, ...]) -> Run:
+        key = (models, self.training)
+        if key not in self._views:
+            self._views[key] = self._build(models)
+        return self._views[key]
+
+    def _build(self, models: tuple[str, ...]) -> Run:
+        """The function that runs `models`; separate passes where they cannot share one batch."""
+        for name in models:
+            self._check(name)
+        if list(models) != sorted(set(models), key=self.names.index):
+            raise CutError(f"name each model once and in order, {list(self.names)}, not {list(models)}")
+        try:
+            return _compile(build_view(self._sources[self.training], models), models, self.training)
+        except JointError as error:
+            if len(models) == 1:
+                raise
+            logger.warning("%s models run one after another, not in one pass: %s", self.plan.model, error)
+            singles = {name: self._view((name,)) for name in models}
+            return lambda net, x: {name: run(net, x) for name, run in singles.items()}
+
+    def _check(self, name: str) -> None:
+        if name not in self.names:
+            raise CutError(
+                f"no model is called {name!r}",
+                hint=f"the models are {', '.join(self.names)}; 'all' runs every one",
+                nearest=nearest(name, self.names),
+            )
+
+    def detach(self, name: str, share: bool = False) -> nn.Module:
+        """Take one model out of the family, as a plain module in evaluation mode.
+
+        The base-model comes back as the class it is; a sub-model as a `torch.fx.GraphModule` with its step-down
+        as `stepdown` and everything else under the base-model's names.
+
+        Args:
+            name: Which one.
+            share: Keep the family's own tensors instead of copying them.
+
+        Raises:
+            CutError: No model has that name.
+        """
+        self._check(name)
+        if name == BASE and not share:
+            return copy.deepcopy(self.base).eval()
+        graph = build_view(self._sources[False], (name,))
+        memo: dict[int, Any] = {}
+        root: dict[str, Any] = {}
+        for node in graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                value = attribute(self, str(node.target))
+                node.target = _detached_name(str(node.target), name)
+                root[node.target] = value if share else copy.deepcopy(value, memo)
+        detached = fx.GraphModule(root, graph, class_name=self.plan.model if name == BASE else name)
+        if not share:
+            return detached.eval()
+        detached.training = False
+        return detached
+
+    def train(self, mode: bool = True) -> DetachableNet:
+        """Set the mode; a private batch norm follows the layer of the base-model it was copied from."""
+        super().train(mode)
+        for path, module in self.norms.named_modules():
+            _, _, original = path.partition(".")
+            if original and not isinstance(module, _Folder):
+                like = dict(self.base.get_submodule(original).named_modules())
+                for inner, part in module.named_modules():
+                    part.training = like[inner].training
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_views"], state["_sources"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._attach(trace(self.base, self.plan.input_size))
+
+    def extra_repr(self) -> str:
+        """The names of the models and the active one."""
+        return f"names={list(self.names)}, active={self.active!r}, norm={self.plan.norm!r}"
+
+
+def make_detachable(
+    model: nn.Module,
+    cuts: Cuts,
+    input_size: tuple[int, ...] | None = None,
+    *,
+    norm: Norm = "private",
+    stepdown: str | StepDownBuilder = "conv",
+    example_input: Tensor | None = None,
+) -> DetachableNet:
+    """Turn a CNN into a family of networks that share its weights.
+
+    Sub-model k drops everything up to and including cut k and takes in the image through a step-down
+    convolution sized from the traced shapes. The model itself is copied and left as it is, the random state too.
+
+    Args:
+        model: Any CNN with one image input, on any device.
+        cuts: Names of modules or traced nodes, front to back (`find_cuts` lists them), or a dict from own names
+            of sub-models to them.
+        input_size: Shape of one image, `(C, H, W)`; by default what the model declares.
+        norm: `private` gives each sub-model its own batch norms; `shared` is the paper's.
+        stepdown: `conv`, or a function `(image shape, feature shape) -> module`.
+        example_input: A batch `(B, ...)` instead of `input_size`.
+
+    Raises:
+        TraceError: The model cannot be traced, or does not run at that size.
+        CutError: A cut is unknown, crossed by another path, repeated, out of order or at the output.
+        StepDownError: The feature map is larger than the image, or of a rank no step-down is known for.
+
+    Example:
+        >>> net = detachnet.make_detachable(model, cuts=["features.6", "features.20"], input_size=(3, 32, 32))
+        >>> net(images, which="sub1").shape
+        torch.Size([8, 10])
+
+    Source: Fuengfusin & Tamukoh, JRNAL 8(1), 2021; the rewriting of graphs and private norms are ours.
+    """
+    if norm not in ("private", "shared"):
+        raise CutError(f"norm is 'private' or 'shared', not {norm!r}")
+    if stepdown != "conv" and not callable(stepdown):
+        raise CutError(
+            f"stepdown is 'conv' or a function (image shape, feature shape) -> module, not {stepdown!r}"
+        )
+    traced = trace(model, input_size, example_input)
+    with torch.random.fork_rng(devices=[]):
+        plan, stepdowns = make_plan(traced, cuts, norm, None if stepdown == "conv" else stepdown)
+    return DetachableNet(copy.deepcopy(model), plan, stepdowns, traced)
+
+
+class _Folder(nn.Module):
+    """Only holds submodules, so that a private norm sits under its original dotted path."""
+
+
+def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Set `root.<path>`, making the folders on the way."""
+    *folders, last = path.split(".")
+    for folder in folders:
+        if folder not in root._modules:
+            root.add_module(folder, _Folder())
+        root = root.get_submodule(folder)
+    root.add_module(last, module)
+
+
+def _private_copy(module: nn.Module) -> nn.Module:
+    """A copy of a layer with batch norms of its own; whatever else it holds stays shared."""
+    own = {id(t) for m in module.modules() if isinstance(m, _BatchNorm) for t in [*m.parameters(), *m.buffers()]}
+    shared = [t for t in [*module.parameters(), *module.buffers()] if id(t) not in own]
+    return copy.deepcopy(module, {id(t): t for t in shared})
+
+
+def _view_sources(traced: TracedModel, plan: DetachPlan) -> dict[bool, ViewSource]:
+    """What the views of each mode are made from; a cut means the node of the same name in both graphs."""
+    sources = {}
+    for training, graph in ((False, traced.eval), (True, traced.train)):
+        cuts = {model.name: graph.names[str(model.cut)] for model in plan.models[1:]}
+        sources[training] = ViewSource(graph, training, cuts, {})
+    private = {name: _norm_paths(sources[False], name) for name in plan.names[1:] if plan.norm == "private"}
+    for source in sources.values():
+        source.private = private
+    return sources
+
+
+def _norm_paths(source: ViewSource, name: str) -> frozenset[str]:
+    """Paths of the layers with batch norms in a sub-model's tail."""
+    tail = source.traced.live[source.traced.live.index(source.cuts[name]) + 1 :]
+    calls = [str(node.target) for node in tail if node.op == "call_module"]
+    return frozenset(
+        path.removeprefix(PREFIX)
+        for path in calls
+        if any(isinstance(m, _BatchNorm) for m in source.traced.module.get_submodule(path).modules())
+    )
+
+
+def _compile(graph: fx.Graph, models: tuple[str, ...], training: bool) -> Run:
+    """A graph as a function of (net, images), with its source where tracebacks look for it."""
+    code = graph.python_code("self")
+    mode = "train" if training else "eval"
+    filename = f"<detachnet {'+'.join(models)} {mode} {next(_view_number)}>"
+    scope = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), scope)
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
+    return scope["forward"]  # type: ignore[no-any-return]
+
+
+def _detached_name(target: str, name: str) -> str:
+    """A target of a family's graph as it is called in a detached model."""
+    if target == f"{STEPDOWNS}.{name}":
+        return "stepdown"
+    return target.removeprefix(f"{NORMS}.{name}.").removeprefix(PREFIX)

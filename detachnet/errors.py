@@ -1,0 +1,92 @@
+"""Everything detachnet refuses, as one tree.
+
+    DetachNetError
+    ├── ModelError        a model name or its arguments
+    ├── TraceError        a model that torch.fx cannot turn into a graph
+    ├── CutError          a cut that is unknown, crossed, repeated or out of order
+    ├── StepDownError     a feature map that no step-down can produce
+    ├── RecipeError       a recipe file or an override
+    ├── DataError         a data set that is missing or damaged
+    ├── CheckpointError   a checkpoint file or a run folder
+    └── ExportError       a model that cannot be exported faithfully
+
+The first line of a message is complete in itself; up to four lines with fixed labels follow it: `what`
+(the underlying message), `where` (node, submodule, file), `try` (what to do) and `nearest` (known names).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class DetachNetError(Exception):
+    """The base of every refusal.
+
+    Args:
+        summary: One line, complete in itself.
+        what: The underlying message, word for word.
+        where: The node, submodule, file or table that is meant.
+        hint: What to do about it.
+        nearest: Known names close to the one given.
+        node: The dotted name of the graph node that is meant, if there is one.
+
+    Attributes:
+        summary: The first line.
+        node: As given.
+        candidates: `nearest` as a tuple.
+    """
+
+    def __init__(
+        self,
+        summary: str,
+        *,
+        what: str = "",
+        where: str = "",
+        hint: str = "",
+        nearest: Sequence[str] = (),
+        node: str | None = None,
+    ) -> None:
+        self.summary = summary
+        self.node = node
+        self.candidates = tuple(nearest)
+        details = {"what": what, "where": where, "try": hint, "nearest": ", ".join(map(repr, nearest))}
+        lines = [f"  {label:<8} {text}" for label, text in details.items() if text]
+        super().__init__("\n".join([summary, *lines]))
+
+
+class ModelError(DetachNetError, ValueError):
+    """A model name that the zoo does not have, or arguments the model does not take."""
+
+
+class TraceError(DetachNetError):
+    """A model that torch.fx cannot turn into a graph."""
+
+
+class CutError(DetachNetError, ValueError):
+    """A cut that is unknown, crossed by another path, repeated, out of order, or at the output."""
+
+
+class StepDownError(DetachNetError, ValueError):
+    """A feature map that no step-down can produce from the image."""
+
+
+class RecipeError(DetachNetError, ValueError):
+    """A recipe with an unknown key, a wrong type or a value out of range."""
+
+
+class DataError(DetachNetError):
+    """A data set that is missing, incomplete or damaged."""
+
+
+class CheckpointError(DetachNetError):
+    """A checkpoint that is missing, damaged, or does not fit what it is used for."""
+
+
+class ExportError(DetachNetError):
+    """A model that cannot be exported faithfully."""
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """The `n` known names that look most like `name`, best first; empty when none comes close."""
+    return difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)

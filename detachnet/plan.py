@@ -1,0 +1,195 @@
+"""DetachPlan: what a family will be, before anything is built. Frozen, printable, saveable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import fx, nn
+
+from detachnet.cuts import CutAnalysis
+from detachnet.errors import CutError
+from detachnet.stepdown import StepDown, StepDownBuilder, build_custom, build_stepdown, plan_stepdown
+from detachnet.trace import TracedModel
+
+BASE = "base"
+Norm = Literal["private", "shared"]
+Cuts = Sequence[str] | Mapping[str, str]
+
+
+class ModelPlan(BaseModel):
+    """One model of a family.
+
+    Attributes:
+        name: `base`, `sub0`, `sub1`, …, or the user's own name.
+        cut: Everything up to and including this node is dropped; None for the base-model.
+        stepdown: The layer the image enters through instead; None for the base-model.
+        macs: Multiply-accumulates for one image.
+        num_params: Number of parameters when detached.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    cut: str | None
+    stepdown: StepDown | None
+    macs: int
+    num_params: int
+
+
+class DetachPlan(BaseModel):
+    """A family: the base-model and its sub-models, in the order of their cuts through the network.
+
+    Attributes:
+        model: Class of the base-model.
+        input_size: Shape of one image, `(C, H, W)`.
+        norm: `private` (each sub-model has its own batch norms) or `shared` (the paper's).
+        models: The base-model first.
+        num_params: Number of parameters of the whole family, what is shared counted once.
+        hints: What is legal but worth a second thought.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    input_size: tuple[int, ...]
+    norm: Norm
+    models: tuple[ModelPlan, ...]
+    num_params: int = 0
+    hints: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`("base", "sub0", …)`."""
+        return tuple(model.name for model in self.models)
+
+    def __getitem__(self, name: str) -> ModelPlan:  # type: ignore[override]
+        return next(model for model in self.models if model.name == name)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """One row of text per model: name, cut, feature, step-down, MACs, share of the base's MACs, parameters."""
+        base = self.models[0]
+        rows = []
+        for model in self.models:
+            entry = model.stepdown
+            rows.append(
+                (
+                    model.name,
+                    model.cut or "",
+                    "×".join(map(str, entry.feature)) if entry else "",
+                    str(entry) if entry else "",
+                    f"{model.macs / 1e6:,.1f} M",
+                    f"{100 * model.macs / max(1, base.macs):.0f} %",
+                    f"{model.num_params / 1e6:,.2f} M",
+                )
+            )
+        return rows
+
+    def __str__(self) -> str:
+        header = ("model", "cut", "feature", "step-down", "MACs", "of base", "parameters")
+        size = "×".join(map(str, self.input_size))
+        title = f"{self.model} on {size} images, {self.norm} batch norms"
+        return "\n".join([title, *align([header, *self.rows()]), *(f"hint: {hint}" for hint in self.hints)])
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text as lines with aligned columns; columns of numbers stand on the right."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(cell[:1].isdigit() for cell in column[1:] if cell) and any(column[1:]) for column in columns]
+    numeric = [n and "×" not in "".join(c) for n, c in zip(numeric, columns, strict=True)]
+    return [
+        "  ".join(
+            c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def make_plan(
+    traced: TracedModel, cuts: Cuts, norm: Norm, builder: StepDownBuilder | None = None
+) -> tuple[DetachPlan, dict[str, nn.Module]]:
+    """Check the cuts and work out what each sub-model will be.
+
+    Args:
+        traced: The model.
+        cuts: Names of nodes, front to back; or own names of sub-models to names of nodes.
+        norm: `private` or `shared`.
+        builder: A user's own step-down.
+
+    Returns:
+        The plan, and each sub-model's step-down, newly initialized.
+
+    Raises:
+        CutError: A cut is unknown, crossed, repeated, out of order or at the output.
+        StepDownError: A feature map that no step-down can produce.
+    """
+    analysis = CutAnalysis(traced.eval)
+    named = _named(cuts)
+    nodes = {name: analysis.find(cut) for name, cut in named.items()}
+    _check_order(analysis, named, nodes)
+    image = traced.eval.image.shape[1:]
+    total_macs, total_params = sum(traced.eval.macs.values()), _num_params(traced.eval.root)
+    models = [ModelPlan(name=BASE, cut=None, stepdown=None, macs=total_macs, num_params=total_params)]
+    modules: dict[str, nn.Module] = {}
+    hints = []
+    for name, node in nodes.items():
+        if builder is not None:
+            stepdown, modules[name] = build_custom(builder, image, analysis.shape(node))
+        else:
+            stepdown = plan_stepdown(image, analysis.shape(node))
+            modules[name] = build_stepdown(stepdown)
+        macs = stepdown.macs + analysis.tail_macs(node)
+        num_params = stepdown.num_params + analysis.tail_params(node)
+        models.append(
+            ModelPlan(name=name, cut=named[name], stepdown=stepdown, macs=macs, num_params=num_params)
+        )
+        if analysis.splits_norm(node):
+            hints.append(f"{name} is cut between {named[name]!r} and its batch norm")
+    plan = DetachPlan(
+        model=traced.class_name,
+        input_size=image,
+        norm=norm,
+        models=tuple(models),
+        hints=tuple(hints),
+    )
+    return plan, modules
+
+
+def _named(cuts: Cuts) -> dict[str, str]:
+    """Sub-model name -> cut; `sub0`, `sub1`, … unless the user chose names."""
+    if isinstance(cuts, str):
+        raise CutError(f"cuts is a list of names, not a string: write cuts=[{cuts!r}]")
+    named = dict(cuts) if isinstance(cuts, Mapping) else {f"sub{i}": cut for i, cut in enumerate(cuts)}
+    for name, cut in named.items():
+        if not isinstance(cut, str):
+            raise CutError(f"a cut is the name of a node, not {cut!r}")
+        if name in (BASE, "all") or not name.isidentifier() or hasattr(nn.Module, name):
+            raise CutError(
+                f"a sub-model cannot be called {name!r}",
+                hint="use a plain identifier such as 'small', other than 'base' and 'all'",
+            )
+    return named
+
+
+def _check_order(analysis: CutAnalysis, named: dict[str, str], nodes: dict[str, fx.Node]) -> None:
+    """Cuts go front to back, each once."""
+    for (name, node), (next_name, next_node) in zip(
+        list(nodes.items())[:-1], list(nodes.items())[1:], strict=True
+    ):
+        here, there = named[name], named[next_name]
+        if node is next_node:
+            raise CutError(f"the cuts {here!r} and {there!r} are the same place", node=there)
+        if analysis.position[node] > analysis.position[next_node]:
+            right = sorted(named.values(), key=lambda cut: analysis.position[analysis.find(cut)])
+            raise CutError(
+                f"cuts go front to back, but {here!r} comes after {there!r}",
+                hint=f"cuts={right}",
+                node=here,
+            )
+
+
+def _num_params(module: nn.Module) -> int:
+    """Number of parameters, each counted once."""
+    return sum(p.numel() for p in module.parameters())

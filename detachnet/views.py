@@ -1,0 +1,254 @@
+"""The graphs of a family: one function rewrites a traced graph for any set of its models.
+
+A view of one model is the graph as traced (base) or its tail behind a step-down (sub-model). A view of several
+is the joint graph: where a cut is passed, the value becomes `cat([value, stepdown(image)])` along the batch, so
+the tail runs once for all models; what sees the whole batch at once runs model by model. That is the same
+mathematics as separate passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from operator import getitem, mul
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from detachnet.errors import CutError, DetachNetError
+from detachnet.plan import BASE
+from detachnet.trace import PREFIX, PROBE_BATCH, TracedGraph, has_tensor, writes_in_place
+
+STEPDOWNS = "stepdowns"
+NORMS = "norms"
+_BATCH_FUNCTIONS = {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm}
+
+
+class JointError(DetachNetError):
+    """A graph whose models cannot share one batch; separate passes still work."""
+
+
+@dataclass
+class ViewSource:
+    """What the views of a family are made from.
+
+    Attributes:
+        traced: The graph in one mode.
+        training: Which mode that is.
+        cuts: Sub-model → the node it is cut at, front to back.
+        private: Sub-model → paths of the layers it has a copy of its own of.
+    """
+
+    traced: TracedGraph
+    training: bool
+    cuts: Mapping[str, fx.Node]
+    private: Mapping[str, frozenset[str]]
+
+    @cached_property
+    def second_probe(self) -> dict[fx.Node, Any]:
+        """Values at another batch size, to tell which numbers follow the batch."""
+        return self.traced.propagate(PROBE_BATCH + 1).values
+
+
+def build_view(source: ViewSource, models: Sequence[str]) -> fx.Graph:
+    """The graph that runs `models` (in the family's order) on one image batch.
+
+    Its targets refer to a `DetachableNet`. With one model it returns what that model returns; with several, a
+    dict from name to that. An output a sub-model cannot have (an auxiliary head in front of its cut) is None.
+
+    Raises:
+        JointError: The models cannot share one batch.
+    """
+    return _ViewBuilder(source, models).build()
+
+
+def sees_whole_batch(module: nn.Module, training: bool) -> bool:
+    """Whether a layer's output for one image depends on the other images of the batch.
+
+    Known: batch norms, and instance norms with running statistics. A layer of unknown kind that owns
+    floating-point buffers may update them, so in training it is taken to.
+    """
+    for part in module.modules():
+        if isinstance(part, _NormBase):
+            tracks = part.running_mean is not None
+            if (training and tracks) or (isinstance(part, _BatchNorm) and (training or not tracks)):
+                return True
+    known = type(module).__module__.startswith("torch.nn.")
+    return training and not known and any(b.is_floating_point() for b in module.buffers())
+
+
+class _ViewBuilder:
+    """Walks the traced graph once, front to back, and keeps for each node what stands for it in the view."""
+
+    def __init__(self, source: ViewSource, models: Sequence[str]) -> None:
+        self.source = source
+        self.traced = source.traced
+        self.models = tuple(models)
+        self.graph = fx.Graph()
+        self.image = self.graph.placeholder("x")
+        self.stack: list[str] = [BASE] if models[0] == BASE else []
+        """The models whose batches are stacked at this point of the walk."""
+        self.made: dict[fx.Node, tuple[fx.Node, int]] = {}
+        """Traced value that depends on the pixels -> its counterpart, and how many batches it holds."""
+        self.remade: dict[tuple[fx.Node, int], Any] = {}
+        """Any other traced value, and for how many batches -> its counterpart."""
+        self.entries = {node: name for name, node in source.cuts.items() if name in self.models}
+
+    def build(self) -> fx.Graph:
+        """Walk the graph and return the view."""
+        for node in self.traced.live:
+            if node.op == "placeholder":
+                self.made[node] = (self.image, 1)
+            elif node.op == "output":
+                self.graph.output(self._output(node.args[0]))
+            elif node in self.traced.readers and (count := self._count(node)):
+                coupled = count > 1 and self._is_coupled(node, count)
+                self.made[node] = (self._per_model(node, count) if coupled else self._copy(node, count), count)
+            if node in self.entries:
+                self._enter(node, self.entries[node])
+        self._drop_unused()
+        self.graph.lint()
+        return self.graph
+
+    def _enter(self, node: fx.Node, name: str) -> None:
+        """A cut: from here on the batch of `name` is stacked below the others."""
+        fed = self.graph.call_module(f"{STEPDOWNS}.{name}", (self.image,))
+        if self.stack:
+            fed = self.graph.call_function(torch.cat, ([self.made[node][0], fed],))
+        self.stack.append(name)
+        self.made[node] = (fed, len(self.stack))
+
+    def _inputs(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs that depend on the pixels; without a base-model the image itself feeds no layer."""
+        return [n for n in node.all_input_nodes if n in self.traced.data]
+
+    def _count(self, node: fx.Node) -> int:
+        """How many models' batches a node works on; 0 where it belongs to a dropped front."""
+        inputs = self._inputs(node)
+        if not inputs:
+            raise JointError(f"{self.traced.describe(node)} changes a value in place that does not follow the image")
+        known = {
+            self.made[n][1] if n in self.made and (self.models[0] == BASE or n.op != "placeholder") else 0
+            for n in inputs
+        }
+        if len(known) > 1:
+            raise CutError(
+                f"in {'training' if self.source.training else 'evaluation'} mode the models cannot be separated: "
+                f"{self.traced.describe(node)} joins values from both sides of a cut",
+                node=self.traced.name_of.get(node),
+            )
+        return known.pop()
+
+    def _is_coupled(self, node: fx.Node, count: int) -> bool:
+        """Whether a node must run model by model."""
+        if node.op == "call_module":
+            path = str(node.target).removeprefix(PREFIX)
+            if any(path in self.source.private.get(name, ()) for name in self.stack[:count]):
+                return True
+            return sees_whole_batch(self.traced.module.get_submodule(str(node.target)), self.source.training)
+        return node.op == "call_function" and node.target in _BATCH_FUNCTIONS
+
+    def _copy(self, node: fx.Node, count: int) -> fx.Node:
+        """The same operation on the view's values."""
+        new = self.graph.node_copy(node, lambda n: self._value(n, count))
+        if node.op == "call_module":
+            new.target = self._target(node, self.stack[0])
+        return new
+
+    def _per_model(self, node: fx.Node, count: int) -> fx.Node:
+        """Split the batch, run each model's part through its own layer, stack the results."""
+        pieces = {n: self.graph.call_function(torch.chunk, (self.made[n][0], count)) for n in self._inputs(node)}
+        outs = []
+        for i, name in enumerate(self.stack[:count]):
+            parts = {n: self.graph.call_function(getitem, (piece, i)) for n, piece in pieces.items()}
+
+            def part(n: fx.Node, parts: dict[fx.Node, fx.Node] = parts) -> Any:
+                return parts[n] if n in parts else self._value(n, 1)
+
+            new = self.graph.node_copy(node, part)
+            if node.op == "call_module":
+                new.target = self._target(node, name)
+            outs.append(new)
+        return self.graph.call_function(torch.cat, (outs,))
+
+    def _target(self, node: fx.Node, name: str) -> str:
+        """The layer `name` runs a node with: its own copy if it has one."""
+        path = str(node.target).removeprefix(PREFIX)
+        return f"{NORMS}.{name}.{path}" if path in self.source.private.get(name, ()) else str(node.target)
+
+    def _value(self, node: fx.Node, count: int) -> Any:
+        """What stands for a traced value where `count` batches are stacked."""
+        if node in self.traced.data:
+            return self.made[node][0]
+        if (node, count) not in self.remade:
+            if node.op == "get_attr" or has_tensor(self.traced.values[node]) or self._can_ask(node, count):
+                new: Any = self.graph.node_copy(node, lambda n: self._value(n, count))
+            else:
+                new = self._shape_value(node, count)
+            self.remade[node, count] = new
+        return self.remade[node, count]
+
+    def _can_ask(self, node: fx.Node, count: int) -> bool:
+        """Whether the tensors whose shape a value comes from are at hand with the right batch."""
+        return all(
+            (n in self.made and self.made[n][1] == count) if n in self.traced.data else self._can_ask(n, count)
+            for n in node.all_input_nodes
+        )
+
+    def _shape_value(self, node: fx.Node, count: int) -> Any:
+        """A value known from shapes alone: a constant, or a multiple of the batch size."""
+        first, second = self.traced.values[node], self.source.second_probe[node]
+        if isinstance(first, torch.device):
+            return self.graph.call_function(getattr, (self.image, "device"))
+        return self._follow_batch(node, first, second, count)
+
+    def _follow_batch(self, node: fx.Node, first: Any, second: Any, count: int) -> Any:
+        if isinstance(first, tuple | list):
+            pairs = zip(first, second, strict=True)
+            return tuple(self._follow_batch(node, a, b, count) for a, b in pairs)
+        if first == second:
+            return first
+        if not isinstance(first, int) or first != (second - first) * PROBE_BATCH:
+            raise JointError(f"{self.traced.describe(node)} follows the batch size in no simple way")
+        shape = self.graph.call_function(getattr, (self.image, "shape"))
+        batch = self.graph.call_function(getitem, (shape, 0))
+        return self.graph.call_function(mul, (batch, (second - first) * count))
+
+    def _output(self, traced_output: Any) -> Any:
+        """The view's output: each tensor split into one part per model."""
+        if len(self.models) == 1:
+            return self._map_output(traced_output, lambda leaf: self.made[leaf][0] if leaf in self.made else None)
+        pieces: dict[fx.Node, fx.Node] = {}
+
+        def part(leaf: fx.Node, i: int) -> Any:
+            if leaf not in self.made or i >= self.made[leaf][1]:
+                return None
+            if leaf not in pieces:
+                pieces[leaf] = self.graph.call_function(torch.chunk, self.made[leaf])
+            return self.graph.call_function(getitem, (pieces[leaf], i))
+
+        outputs = {
+            name: self._map_output(traced_output, lambda leaf, i=i: part(leaf, i))
+            for i, name in enumerate(self.models)
+        }
+        # A call, because the code generator writes a literal dict of named tuples wrongly.
+        return self.graph.call_function(dict, (), outputs)
+
+    def _map_output(self, output: Any, of: Callable[[fx.Node], Any]) -> Any:
+        def leaf_value(leaf: Any) -> Any:
+            if not isinstance(leaf, fx.Node):
+                return leaf
+            return of(leaf) if leaf in self.traced.data else self._value(leaf, 1)
+
+        return map_aggregate(output, leaf_value)
+
+    def _drop_unused(self) -> None:
+        """Remove what nothing reads, from the back."""
+        for node in reversed(self.graph.nodes):
+            if not node.users and node.op not in ("output", "placeholder") and not writes_in_place(node):
+                self.graph.erase_node(node)

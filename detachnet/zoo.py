@@ -1,0 +1,126 @@
+"""Models by name: `torchvision:NAME`, `timm:NAME`, and the few detachnet brings along."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torchvision
+from torch import nn
+from torchvision.models.vgg import cfgs as vgg_cfgs
+from torchvision.models.vgg import make_layers
+
+from detachnet.errors import ModelError, nearest
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model came from: enough to build it again without running anybody's code."""
+
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def vgg16_cifar(num_classes: int = 10, width: float = 1.0) -> nn.Module:
+    """VGG-16 for 32×32 images, as the paper trains it.
+
+    Batch norm after every weight layer but the last; the first two fully connected layers are removed and
+    the last one is 512 → `num_classes`. The layers are torchvision's, so `features.6` and `features.23` are
+    the first and the third pooling layer, the paper's two cuts.
+
+    Args:
+        num_classes: Size of the output, `(B, num_classes)`.
+        width: Multiplies every number of channels.
+
+    Source: Fuengfusin & Tamukoh, JRNAL 8(1), 2021, section 3.
+    """
+    cfg: list[str | int] = [v if isinstance(v, str) else max(1, round(v * width)) for v in vgg_cfgs["D"]]
+    model = torchvision.models.VGG(make_layers(cfg, batch_norm=True), num_classes=num_classes)
+    head = nn.Linear(int(cfg[-2]), num_classes)
+    nn.init.normal_(head.weight, 0, 0.01)
+    nn.init.zeros_(head.bias)
+    model.avgpool = nn.Identity()
+    model.classifier = nn.Sequential(head)
+    return model
+
+
+_OWN: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {"vgg16_cifar": (vgg16_cifar, (3, 32, 32))}
+
+
+def list_models(library: str | None = None) -> list[str]:
+    """Every name `create_model` knows, with its prefix; of one `library` if given."""
+    names = {
+        "detachnet": list(_OWN),
+        "torchvision": torchvision.models.list_models(),
+        "timm": timm.list_models(),
+    }
+    return [f"{lib}:{name}" for lib in names if library in (None, lib) for name in names[lib]]
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
+    """Build a model of the zoo.
+
+    A family made from such a model is saved with the name and the arguments, so its file loads without any
+    code of the user's.
+
+    Args:
+        name: `torchvision:NAME`, `timm:NAME` or `detachnet:NAME`.
+        **kwargs: Passed to the library's own constructor: `num_classes=10`, `weights="DEFAULT"` (torchvision),
+            `pretrained=True` (timm).
+
+    Raises:
+        ModelError: An unknown name, or arguments the model does not take.
+
+    Example:
+        >>> model = detachnet.create_model("torchvision:vgg16_bn", num_classes=10)
+    """
+    library, _, short = name.partition(":")
+    if name not in (known := list_models()):
+        same_library = [k for k in known if k.startswith(f"{library}:")] or known
+        raise ModelError(
+            f"unknown model {name!r}",
+            hint="a name is 'torchvision:NAME', 'timm:NAME' or 'detachnet:NAME'",
+            nearest=nearest(name, same_library) or nearest(name, known),
+        )
+    build: Callable[..., nn.Module] = {
+        "detachnet": lambda **kw: _OWN[short][0](**kw),
+        "torchvision": lambda **kw: torchvision.models.get_model(short, **kw),
+        "timm": lambda **kw: timm.create_model(short, **kw),
+    }[library]
+    try:
+        model = build(**kwargs)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{name} cannot be built with {kwargs}", what=str(error)) from error
+    # Weights are in the checkpoint; loading a family must not fetch them a second time.
+    kept = {k: v for k, v in kwargs.items() if k not in ("weights", "pretrained")}
+    model.detachnet_source = ModelSource(name, kept)  # type: ignore[assignment]
+    return model
+
+
+def model_source(model: nn.Module) -> ModelSource | None:
+    """The name and arguments `create_model` built `model` from; None for a user's own."""
+    source = getattr(model, "detachnet_source", None)
+    return source if isinstance(source, ModelSource) else None
+
+
+def default_input_size(model: nn.Module) -> tuple[int, ...] | None:
+    """The image size `(C, H, W)` the model declares, or None if it declares none.
+
+    Source: detachnet's own table, timm's `pretrained_cfg`, torchvision's usual 224 (299 for Inception v3).
+    """
+    source = model_source(model)
+    if source and source.name.startswith("detachnet:"):
+        return _OWN[source.name.partition(":")[2]][1]
+    declared = getattr(model, "pretrained_cfg", None)
+    if isinstance(declared, dict) and declared.get("input_size"):
+        return tuple(declared["input_size"])
+    module = inspect.getmodule(type(model))
+    if module is not None and module.__name__.startswith("torchvision.models."):
+        if module.__name__.startswith("torchvision.models.video"):
+            return (3, 16, 112, 112)
+        side = 299 if isinstance(model, torchvision.models.Inception3) else 224
+        return (3, side, side)
+    return None
