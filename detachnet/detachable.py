@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from detachnet.data import DataInfo
 from detachnet.errors import CutError, nearest
 from detachnet.plan import BASE, Cuts, DetachPlan, Norm, make_plan
 from detachnet.stepdown import StepDownBuilder
@@ -33,6 +34,8 @@ class DetachableNet(nn.Module):
         stepdowns: Sub-model → the layer it takes in the image through.
         norms: Sub-model → its own copies of batch norms, under the base-model's names (`norm="private"`).
         plan: What the family is; prints as a table.
+        data: What it was trained on, if the trainer or a checkpoint said so.
+        trained: The models that were trained, likewise.
     """
 
     base: nn.Module
@@ -47,6 +50,8 @@ class DetachableNet(nn.Module):
         self.plan = plan
         self.stepdowns = nn.Module()
         self.norms = nn.Module()
+        self.data: DataInfo | None = None
+        self.trained: tuple[str, ...] = ()
         self._active = BASE
         self._attach(traced)
         like = next(base.parameters(), torch.empty(0))
@@ -59,6 +64,7 @@ class DetachableNet(nn.Module):
 
     def _attach(self, traced: TracedModel) -> None:
         """Derive from a trace what is needed to build views; nothing of it is saved or copied."""
+        self._example = traced.eval.image.example()
         self._sources = _view_sources(traced, self.plan)
         self._views: dict[tuple[tuple[str, ...], bool], Run] = {}
         for name, value in traced.constants.items():
@@ -136,6 +142,23 @@ class DetachableNet(nn.Module):
                 nearest=nearest(name, self.names),
             )
 
+    def parameters_of(self, models: Sequence[str]) -> dict[str, nn.Parameter]:
+        """The parameters that some models read in training, by their names in the family.
+
+        Raises:
+            CutError: No model has one of the names.
+        """
+        for name in models:
+            self._check(name)
+        graphs = [build_view(self._sources[True], (name,)) for name in models]
+        nodes = [node for graph in graphs for node in graph.nodes]
+        read = {
+            parameter
+            for target in {str(n.target) for n in nodes if n.op in ("call_module", "get_attr")}
+            for parameter in _parameters(attribute(self, target))
+        }
+        return {name: parameter for name, parameter in self.named_parameters() if parameter in read}
+
     def detach(self, name: str, share: bool = False) -> nn.Module:
         """Take one model out of the family, as a plain module in evaluation mode.
 
@@ -184,7 +207,7 @@ class DetachableNet(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._attach(trace(self.base, self.plan.input_size))
+        self._attach(trace(self.base, example_input=self._example))
 
     def extra_repr(self) -> str:
         """The names of the models and the active one."""
@@ -291,6 +314,13 @@ def _compile(graph: fx.Graph, models: tuple[str, ...], training: bool) -> Run:
     exec(compile(code.src, filename, "exec"), scope)
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
     return scope["forward"]  # type: ignore[no-any-return]
+
+
+def _parameters(value: Any) -> list[nn.Parameter]:
+    """The parameters in what a graph's target names."""
+    if isinstance(value, nn.Module):
+        return list(value.parameters())
+    return [value] if isinstance(value, nn.Parameter) else []
 
 
 def _detached_name(target: str, name: str) -> str:

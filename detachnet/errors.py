@@ -7,8 +7,7 @@
     ├── StepDownError     a feature map that no step-down can produce
     ├── RecipeError       a recipe file or an override
     ├── DataError         a data set that is missing or damaged
-    ├── CheckpointError   a checkpoint file or a run folder
-    └── ExportError       a model that cannot be exported faithfully
+    └── CheckpointError   a checkpoint file or a run folder
 
 The first line of a message is complete in itself; up to four lines with fixed labels follow it: `what`
 (the underlying message), `where` (node, submodule, file), `try` (what to do) and `nearest` (known names).
@@ -81,10 +80,6 @@ class DataError(DetachNetError):
 
 class CheckpointError(DetachNetError):
     """A checkpoint that is missing, damaged, or does not fit what it is used for."""
-
-
-class ExportError(DetachNetError):
-    """A model that cannot be exported faithfully."""
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:

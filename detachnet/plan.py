@@ -46,7 +46,6 @@ class DetachPlan(BaseModel):
         input_size: Shape of one image, `(C, H, W)`.
         norm: `private` (each sub-model has its own batch norms) or `shared` (the paper's).
         models: The base-model first.
-        num_params: Number of parameters of the whole family, what is shared counted once.
         hints: What is legal but worth a second thought.
     """
 
@@ -56,7 +55,6 @@ class DetachPlan(BaseModel):
     input_size: tuple[int, ...]
     norm: Norm
     models: tuple[ModelPlan, ...]
-    num_params: int = 0
     hints: tuple[str, ...] = ()
 
     @property
@@ -67,8 +65,19 @@ class DetachPlan(BaseModel):
     def __getitem__(self, name: str) -> ModelPlan:  # type: ignore[override]
         return next(model for model in self.models if model.name == name)
 
+    @property
+    def title(self) -> str:
+        """The heading of the table."""
+        size = "×".join(map(str, self.input_size))
+        return f"{self.model} on {size} images, {self.norm} batch norms"
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """The columns of `rows`."""
+        return ("model", "cut", "feature", "step-down", "MACs", "of base", "parameters")
+
     def rows(self) -> list[tuple[str, ...]]:
-        """One row of text per model: name, cut, feature, step-down, MACs, share of the base's MACs, parameters."""
+        """One row of text per model."""
         base = self.models[0]
         rows = []
         for model in self.models:
@@ -87,10 +96,8 @@ class DetachPlan(BaseModel):
         return rows
 
     def __str__(self) -> str:
-        header = ("model", "cut", "feature", "step-down", "MACs", "of base", "parameters")
-        size = "×".join(map(str, self.input_size))
-        title = f"{self.model} on {size} images, {self.norm} batch norms"
-        return "\n".join([title, *align([header, *self.rows()]), *(f"hint: {hint}" for hint in self.hints)])
+        hints = [f"hint: {hint}" for hint in self.hints]
+        return "\n".join([self.title, *align([self.header, *self.rows()]), *hints])
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -41,6 +41,10 @@ class Spec:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    def example(self) -> torch.Tensor:
+        """A tensor of that shape and dtype without content, on the meta device."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
 
 def has_tensor(value: Any) -> bool:
     """Whether a propagated value is, or contains, a tensor."""

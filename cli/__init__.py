@@ -1,0 +1,1 @@
+"""The command line of detachnet; installed as `detachnet_cli`."""

@@ -1,0 +1,65 @@
+"""`detachnet evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import friendly, print_json, table
+
+
+@friendly
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A family's file, or the folder of a run.")],
+    data_root: Annotated[
+        Path | None, typer.Option(help="Where data sets are; then $DETACHNET_DATA, then ./data.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Another data set than the one it was trained on.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch a data set that is not found.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Measure the test accuracy of each trained model of a family."""
+    import torch
+
+    from detachnet.checkpoint import load
+    from detachnet.data import load_data
+    from detachnet.errors import CheckpointError
+    from detachnet.trainer import evaluate as score
+
+    path = checkpoint / "last.safetensors" if checkpoint.is_dir() else checkpoint
+    net = load(path)
+    name = data or (net.data.name if net.data else None)
+    if name is None:
+        raise CheckpointError(f"{path} does not say what it was trained on", hint="--data NAME")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    split = load_data(name, data_root, download)[1]
+    scores = score(net, split, device)
+    rows = [
+        {
+            "model": model,
+            "macs": net.plan[model].macs,
+            "num_params": net.plan[model].num_params,
+            "test_accuracy": score["accuracy"],
+            "test_loss": score["loss"],
+        }
+        for model, score in scores.items()
+    ]
+    if as_json:
+        print_json({"checkpoint": str(path), "data": name, "n": len(split), "models": rows})
+        return
+    table(
+        f"{path} on {name}, n = {len(split)}",
+        ("model", "MACs", "parameters", "test accuracy", "test loss"),
+        [
+            (
+                str(row["model"]),
+                f"{row['macs'] / 1e6:.1f} M",
+                f"{row['num_params'] / 1e6:.2f} M",
+                f"{100 * row['test_accuracy']:.2f} %",
+                f"{row['test_loss']:.4f}",
+            )
+            for row in rows
+        ],
+    )

@@ -1,0 +1,68 @@
+"""`detachnet train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import TrainingDisplay, friendly, note, table
+from .recipes import find_recipe
+
+
+@friendly
+def train(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override one key; repeatable.")
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Where data sets are; then $DETACHNET_DATA, then ./data.")
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch a data set that is not found.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/RECIPE if not given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder.")] = False,
+    max_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after that time, with a checkpoint to go on from.")
+    ] = None,
+) -> None:
+    """Train a recipe's family of models."""
+    path = find_recipe(recipe)
+    from detachnet.recipe import load_recipe
+
+    checked = load_recipe(path, overrides or [])
+    folder = out or Path("runs") / path.stem
+    from detachnet import trainer
+    from detachnet.report import COLUMNS, result_cells
+
+    class Display(TrainingDisplay, trainer.Listener):
+        """The terminal as a listener."""
+
+    display = Display()
+    try:
+        result = trainer.train(
+            checked,
+            folder,
+            resume=resume,
+            data_root=data_root,
+            download=download,
+            max_minutes=max_minutes,
+            listener=display,
+        )
+    finally:
+        display.close()
+    if result.table:
+        epochs = f"{result.epochs} of {checked.train.epochs} epochs"
+        table(f"{checked.data.name} test accuracy, {epochs}, seed {checked.train.seed}", COLUMNS, result_cells(result.table))
+        note("\nBest is over the test accuracies of all epochs, as in the paper; last is the last epoch's.")
+    if result.status == "finished":
+        note(f"Run: {result.folder.path}  Best family: {result.folder.best}")
+        return
+    options = "".join(f" --set '{override}'" for override in overrides or [])
+    options += f" --data-root {data_root}" if data_root else ""
+    options += f" --out {out}" if out else ""
+    note(f"\nStopped ({result.status}); saved in {result.folder.last}. Go on with:")
+    note(f"  detachnet train {recipe}{options} --resume")
+    if result.status == "interrupted":
+        raise typer.Exit(130)

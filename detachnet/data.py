@@ -1,0 +1,311 @@
+"""data spec -> batches: small data sets in memory as uint8, augmented a batch at a time.
+
+Every random choice is a function of (seed, epoch, step), so a run can go on from any step exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from detachnet.errors import DataError, nearest
+
+COLUMNS = 100
+"""Tiles per row of the embedded pictures."""
+
+_CIFAR10_BINARY = {
+    "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+    "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+    "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+    "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+    "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+    "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+}
+"""SHA-256 of the files of the official binary layout, 10 000 records of 1 + 3072 bytes each."""
+
+_CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a data set in memory.
+
+    Attributes:
+        images: `(N, C, H, W)`, uint8.
+        labels: `(N,)`, int64.
+        classes: Name of each class.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class DataInfo(BaseModel):
+    """What a family was trained on; kept in its checkpoint.
+
+    Attributes:
+        name: The data set.
+        classes: Name of each class.
+        mean: Mean of each channel over the training images, of values in [0, 1].
+        std: Standard deviation of each channel.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_data(name: str, root: str | Path | None = None, download: bool = False) -> tuple[Split, Split]:
+    """Load the training and the test split of a data set.
+
+    Args:
+        name: `cifar10`, or `cifar10-mini` (4000 + 1000 of its images, embedded in the package).
+        root: Where to look first; then `$DETACHNET_DATA`, then `./data`.
+        download: Fetch the data set into the first of these places if it is in none.
+
+    Raises:
+        DataError: It is in none of the places, or a file is missing, truncated or changed.
+    """
+    if name not in _LOADERS:
+        raise DataError(f"unknown data set {name!r}", nearest=nearest(name, _LOADERS) or list(_LOADERS))
+    return _LOADERS[name](_places(root), download)
+
+
+def data_names() -> list[str]:
+    """The data sets `load_data` knows."""
+    return list(_LOADERS)
+
+
+def describe_data(name: str, train: Split) -> DataInfo:
+    """Name, classes and channel-wise mean and standard deviation of a training split."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([train.images[:, c].flatten().bincount(minlength=256) for c in range(train.images.shape[1])])
+    shares = counts.double() / counts.sum(1, keepdim=True)
+    mean = shares @ values
+    std = (shares @ values**2 - mean**2).sqrt()
+    return DataInfo(name=name, classes=train.classes, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+
+class Batches:
+    """A split on a device, cut into batches of normalized float images.
+
+    Args:
+        split: The images.
+        info: Their channel-wise mean and standard deviation.
+        batch_size: Images per batch.
+        device: Where the images live and are augmented.
+        pad: Zero padding in pixels around an image before a random crop of its own size; 0 for no crop.
+        flip: Mirror each image left to right with probability one half.
+        shuffle: A new order each epoch, full batches only; else the order of the split, all of it.
+        seed: Decides order and augmentation together with epoch and step.
+        share: This process's place among all, `(index, count)`; each gets its part of every batch.
+
+    Raises:
+        DataError: Fewer images than one batch.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        info: DataInfo,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        *,
+        pad: int = 0,
+        flip: bool = False,
+        shuffle: bool = False,
+        seed: int = 0,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        if shuffle and len(split) < batch_size:
+            raise DataError(f"{len(split)} training images do not fill a batch of {batch_size}")
+        self.images = split.images.to(device)
+        self.labels = split.labels.to(device)
+        shape = (1, -1, 1, 1)
+        self.scale = (1 / (255 * torch.tensor(info.std, dtype=torch.float64))).float().view(shape).to(device)
+        mean = torch.tensor(info.mean, dtype=torch.float64) / torch.tensor(info.std, dtype=torch.float64)
+        self.shift = mean.float().view(shape).to(device)
+        self.batch_size = batch_size
+        self.pad, self.flip, self.shuffle, self.seed, self.share = pad, flip, shuffle, seed, share
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.labels), self.batch_size)
+        return full if self.shuffle or not rest else full + 1
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch from step `start` on: images `(B, C, H, W)` float32, labels `(B,)`."""
+        order = self._order(epoch)
+        index, count = self.share
+        for step in range(start, len(self)):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size][index::count]
+            yield self._prepare(self.images[batch], epoch, step), self.labels[batch]
+
+    def _order(self, epoch: int) -> Tensor:
+        device = self.images.device
+        if not self.shuffle:
+            return torch.arange(len(self.labels), device=device)
+        generator = torch.Generator(device).manual_seed(mix(self.seed, "order", epoch))
+        return torch.randperm(len(self.labels), generator=generator, device=device)
+
+    def _prepare(self, images: Tensor, epoch: int, step: int) -> Tensor:
+        if self.pad or self.flip:
+            seed = mix(self.seed, "augment", epoch, step, self.share[0])
+            images = augment(images, self.pad, self.flip, torch.Generator(images.device).manual_seed(seed))
+        return images.float() * self.scale - self.shift
+
+
+def augment(images: Tensor, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Random crop after zero padding, and random mirroring, drawn for each image; `(B, C, H, W)` to the same."""
+    batch, _, height, width = images.shape
+    device = images.device
+    top, left = torch.randint(0, 2 * pad + 1, (2, batch, 1), generator=generator, device=device)
+    rows = top + torch.arange(height, device=device)
+    columns = torch.arange(width, device=device).expand(batch, width)
+    if flip:
+        mirrored = torch.rand(batch, 1, generator=generator, device=device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    columns = left + columns
+    padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
+    each = torch.arange(batch, device=device)[:, None, None]
+    return padded[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def mix(*parts: object) -> int:
+    """A seed that depends on all parts; the same on every machine."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _places(root: str | Path | None) -> list[Path]:
+    """Where data is looked for, in order."""
+    given = [root, os.environ.get("DETACHNET_DATA"), "data"]
+    return [Path(place).expanduser() for place in given if place]
+
+
+def _cifar10(places: list[Path], download: bool) -> tuple[Split, Split]:
+    """CIFAR-10 from torchvision's Python layout or from the official binary layout."""
+    layouts = {"cifar-10-batches-py": _cifar10_python, "cifar-10-batches-bin": _cifar10_binary}
+    looked = []
+    for place in places:
+        for name, read in layouts.items():
+            folder = place if place.name == name else place / name
+            looked.append(str(folder))
+            if folder.is_dir():
+                return read(folder)
+    if download:
+        _download(lambda: torchvision.datasets.CIFAR10(str(places[0]), download=True), "cifar10", places[0])
+        return _cifar10_python(places[0] / "cifar-10-batches-py")
+    raise DataError(
+        "cifar10 is not on this machine",
+        what="looked for " + ", ".join(looked),
+        hint="--data-root DIR or DETACHNET_DATA=DIR says where it is; --download fetches it (170 MB)",
+    )
+
+
+def _download(fetch: Callable[[], object], name: str, place: Path) -> None:
+    """Run torchvision's download."""
+    try:
+        fetch()
+    except Exception as error:
+        raise DataError(
+            f"{name} could not be downloaded to {place}",
+            what=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        ) from error
+
+
+def _cifar10_python(folder: Path) -> tuple[Split, Split]:
+    """Through torchvision, which checks each file's MD5."""
+    try:
+        parts = [torchvision.datasets.CIFAR10(str(folder.parent), train=train) for train in (True, False)]
+    except Exception as error:
+        raise DataError(
+            f"the CIFAR-10 files in {folder} are incomplete or damaged",
+            what=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            hint="remove the folder and run again with --download",
+        ) from error
+    train, test = (
+        Split(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets), _CIFAR10_CLASSES)
+        for p in parts
+    )
+    return train, test
+
+
+def _cifar10_binary(folder: Path) -> tuple[Split, Split]:
+    """Records of one label byte and 3072 pixel bytes (R, G, B planes of 32×32), each file's SHA-256 checked."""
+    records = []
+    for name, checksum in _CIFAR10_BINARY.items():
+        data = _read_checked(folder / name, checksum)
+        records.append(torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(-1, 3073))
+    train, test = (
+        Split(part[:, 1:].reshape(-1, 3, 32, 32).contiguous(), part[:, 0].long(), _CIFAR10_CLASSES)
+        for part in (torch.cat(records[:5]), records[5])
+    )
+    return train, test
+
+
+def _read_checked(path: Path, checksum: str) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        DataError: It is missing, or not the file the checksum belongs to.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}", what=str(error)) from error
+    if hashlib.sha256(data).hexdigest() != checksum:
+        raise DataError(
+            f"{path} is damaged: its checksum is not that of the official file",
+            what=f"{len(data)} bytes, SHA-256 {hashlib.sha256(data).hexdigest()[:16]}…, expected {checksum[:16]}…",
+            hint="fetch the data set again",
+        )
+    return data
+
+
+def _cifar10_mini(_places: list[Path], _download: bool) -> tuple[Split, Split]:
+    """The embedded subset."""
+    folder = resources.files("detachnet.embedded")
+    try:
+        labels = json.loads(folder.joinpath("cifar10_mini.json").read_text())
+        splits = []
+        for name in ("train", "test"):
+            with folder.joinpath(f"cifar10_mini_{name}.webp").open("rb") as file:
+                grid = torch.from_numpy(np.array(Image.open(file)))
+            rows = grid.shape[0] // 32
+            tiles = grid.view(rows, 32, COLUMNS, 32, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
+            checksum = hashlib.sha256(tiles.contiguous().numpy().tobytes()).hexdigest()
+            if checksum != labels[f"{name}_sha256"]:
+                raise DataError(f"the embedded cifar10-mini is damaged: {name}", hint="install detachnet again")
+            target = torch.tensor([int(digit) for digit in labels[name]])
+            splits.append(Split(tiles.contiguous(), target, tuple(labels["classes"])))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise DataError(
+            "the embedded cifar10-mini cannot be read", what=str(error), hint="install detachnet again"
+        ) from error
+    return splits[0], splits[1]
+
+
+_LOADERS: dict[str, Callable[[list[Path], bool], tuple[Split, Split]]] = {
+    "cifar10": _cifar10,
+    "cifar10-mini": _cifar10_mini,
+}

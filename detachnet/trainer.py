@@ -1,0 +1,382 @@
+"""Recipe -> run folder: the training loop, exact to resume."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+
+from detachnet.checkpoint import TRAINER, Header, TrainingState, load_weights, replace_file, write
+from detachnet.data import Batches, Split, describe_data, load_data, mix
+from detachnet.detachable import DetachableNet, make_detachable
+from detachnet.errors import CheckpointError
+from detachnet.losses import MultiModelLoss, logits
+from detachnet.recipe import Recipe
+from detachnet.report import COLUMNS, markdown, result_cells, result_rows
+from detachnet.runs import RunFolder
+from detachnet.zoo import create_model
+
+SAVE_EVERY_S = 60.0
+"""Seconds between two checkpoints; one is written at the end in any case."""
+
+EVAL_BATCH = 500
+"""Images per batch of an evaluation."""
+
+_OPTIMIZERS = {"momentum": "momentum", "nesterov": "sgd", "adamw": "adamw"}
+"""Our names to timm's, whose `sgd` is Nesterov's."""
+
+
+class Listener:
+    """Is told how a training goes; every method may be overridden."""
+
+    def on_start(self, net: DetachableNet, done: int, total: int) -> None:
+        """Before the first of `total` steps, `done` of which an earlier run has made."""
+
+    def on_step(self, epoch: int, images: int, losses: Mapping[str, Tensor]) -> None:
+        """After a step on `images` images; reading a loss waits for the device."""
+
+    def on_epoch(self, row: Mapping[str, Any]) -> None:
+        """After an epoch, with its row of metrics."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a training ended.
+
+    Attributes:
+        status: `finished`, `time is up` (`max_minutes`) or `interrupted` (Ctrl-C).
+        folder: The run's.
+        table: The final table (`report.result_rows`); empty before the first epoch is complete.
+        epochs: Epochs completed.
+    """
+
+    status: Literal["finished", "time is up", "interrupted"]
+    folder: RunFolder
+    table: list[dict[str, Any]]
+    epochs: int
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    data_root: str | Path | None = None,
+    download: bool = False,
+    max_minutes: float | None = None,
+    listener: Listener | None = None,
+) -> RunResult:
+    """Train a recipe's family, or go on with it.
+
+    Args:
+        recipe: The experiment.
+        out: The run's folder; a new one, or with `resume` that of a run of the same recipe.
+        resume: Go on from the last checkpoint. On a CPU the metrics equal an uninterrupted run's exactly.
+        data_root: Where data sets are looked for first.
+        download: Fetch a data set that is not found.
+        max_minutes: Stop with a checkpoint after that time.
+        listener: Is told how it goes.
+
+    Raises:
+        DetachNetError: The data, the model, the cuts or the folder are not as they must be.
+    """
+    folder = RunFolder(out)
+    restored = folder.reopen(recipe) if resume else None
+    splits = load_data(recipe.data.name, data_root, download)
+    with torch.random.fork_rng():
+        trainer = _Trainer(recipe, folder, splits, listener or Listener())
+        if not resume:
+            folder.start(recipe)
+        if restored:
+            trainer.restore(*restored)
+        return trainer.run(max_minutes)
+
+
+@dataclass
+class _Progress:
+    """Where the training is."""
+
+    epoch: int = 0
+    step: int = 0
+    train_s: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+class _Trainer:
+    """Everything one run needs, built from its recipe."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, splits: tuple[Split, Split], listener: Listener) -> None:
+        self.recipe, self.folder, self.listener = recipe, folder, listener
+        self.at = _Progress()
+        precision = "bf16" if recipe.train.precision == "bf16" else "no"
+        self.accelerator = Accelerator(mixed_precision=precision)
+        self.device = self.accelerator.device
+        self.net = build_family(recipe)
+        self.net.data = describe_data(recipe.data.name, splits[0])
+        self.parameters = self.net.parameters_of(recipe.models)
+        for name, parameter in self.net.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name in self.parameters)
+        self.batches, self.test = self._batches(*splits)
+        self.optimizer = self._optimizer()
+        self.schedule = self._schedule()
+        self.model, self.prepared = self.accelerator.prepare(self.net, self.optimizer)
+        self.loss = MultiModelLoss(recipe.loss.weights, recipe.loss.label_smoothing)
+        self.sums = torch.zeros(len(recipe.models), dtype=torch.float64, device=self._sum_device)
+        self.saved_at = time.monotonic()
+
+    @property
+    def _sum_device(self) -> torch.device:
+        return torch.device("cpu") if self.device.type == "mps" else self.device  # no float64 there
+
+    def _batches(self, train_split: Split, test_split: Split) -> tuple[Batches, Batches]:
+        data, info = self.recipe.data, self.net.data
+        share = (self.accelerator.process_index, self.accelerator.num_processes)
+        if info is None:
+            raise ValueError("the data is described before batches are made")
+        batches = Batches(
+            train_split,
+            info,
+            self.recipe.train.batch_size,
+            self.device,
+            pad=data.pad,
+            flip=data.flip,
+            shuffle=True,
+            seed=self.recipe.train.seed,
+            share=share,
+        )
+        return batches, Batches(test_split, info, EVAL_BATCH, self.device, share=share)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        table = self.recipe.optimizer
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            [p for p in self.parameters.values() if p.requires_grad],
+            opt=_OPTIMIZERS[table.name],
+            lr=table.lr,
+            momentum=table.momentum,
+            weight_decay=self.recipe.weight_decay,
+        )
+        return optimizer
+
+    def _schedule(self) -> Scheduler:
+        table, steps = self.recipe.schedule, len(self.batches)
+        warmup = {"warmup_t": round(table.warmup_epochs * steps), "warmup_lr_init": 0.0, "t_in_epochs": False}
+        if table.name == "multistep":
+            # timm decays when the count of updates passes decay_t - 1.
+            milestones = [epoch * steps + 1 for epoch in table.milestones]
+            return MultiStepLRScheduler(self.optimizer, milestones, decay_rate=table.decay, **warmup)
+        total = self.recipe.train.epochs * steps
+        return CosineLRScheduler(self.optimizer, t_initial=total, **warmup)
+
+    def restore(self, header: Header, tensors: dict[str, Tensor]) -> None:
+        """Put everything back as the checkpoint has it."""
+        state = header.training
+        if state is None:
+            raise CheckpointError(f"{self.folder.last} does not say where its training is")
+        load_weights(self.net, header, tensors)
+        for name, tensor in tensors.items():
+            if name.startswith(TRAINER):
+                parameter, _, key = name.removeprefix(TRAINER).rpartition(".")
+                owner = self.parameters[parameter]
+                keep = key == "step"  # torch keeps step counts on the CPU
+                self.optimizer.state[owner][key] = tensor.clone() if keep else tensor.to(owner.device)
+        self.at = _Progress(state.epoch, state.step, state.train_s, list(state.rows))
+        self.sums.copy_(torch.tensor([state.sums[name] for name in self.recipe.models], dtype=torch.float64))
+
+    def run(self, max_minutes: float | None) -> RunResult:
+        """Train to the end, or until time is up or the user stops it."""
+        deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
+        steps = len(self.batches)
+        self.folder.write_metrics(self.at.rows)
+        self.listener.on_start(self.net, self.at.epoch * steps + self.at.step, self.recipe.train.epochs * steps)
+        with _interruptible() as interrupted:
+            while self.at.epoch < self.recipe.train.epochs:
+                complete = self._train_epoch(deadline, interrupted)
+                if complete:
+                    self._end_epoch()
+                if interrupted.is_set() or time.monotonic() > deadline:
+                    break
+                self._save_if_due()
+        self._save()
+        finished = self.at.epoch == self.recipe.train.epochs
+        return self._finish("finished" if finished else "interrupted" if interrupted.is_set() else "time is up")
+
+    def _train_epoch(self, deadline: float, interrupted: threading.Event) -> bool:
+        """The rest of the current epoch; False if it was stopped."""
+        self.model.train()
+        steps = len(self.batches)
+        began = time.monotonic()
+        for images, labels in self.batches.epoch(self.at.epoch, self.at.step):
+            losses = self._step(images, labels)
+            self.at.step += 1
+            self.at.train_s += time.monotonic() - began
+            began = time.monotonic()
+            self.listener.on_step(self.at.epoch, len(images) * self.accelerator.num_processes, losses)
+            if self.at.step < steps:
+                if interrupted.is_set() or time.monotonic() > deadline:
+                    return False
+                self._save_if_due()
+        return True
+
+    def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """One update; each model's loss."""
+        update = self.at.epoch * len(self.batches) + self.at.step
+        torch.manual_seed(mix(self.recipe.train.seed, "model", update, self.accelerator.process_index))
+        self.schedule.step_update(update)
+        losses = self.loss.per_model(self.model(images, which=self.recipe.models), labels)
+        self.accelerator.backward(self.loss.total(losses))
+        self.prepared.step()
+        self.prepared.zero_grad()
+        self.sums += torch.stack([loss.detach() for loss in losses.values()]).to(self._sum_device, torch.float64)
+        return losses
+
+    def _end_epoch(self) -> None:
+        """Evaluate, add a row of metrics, keep the best."""
+        sums = self.accelerator.reduce(self.sums, "mean") / len(self.batches)
+        scores = self._evaluate()
+        self.at.rows.append(
+            {
+                "epoch": self.at.epoch + 1,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "train_loss": dict(zip(self.recipe.models, sums.tolist(), strict=True)),
+                "test_loss": {name: score["loss"] for name, score in scores.items()},
+                "test_accuracy": {name: score["accuracy"] for name, score in scores.items()},
+            }
+        )
+        self.at.epoch, self.at.step = self.at.epoch + 1, 0
+        self.sums.zero_()
+        means = [sum(row["test_accuracy"].values()) for row in self.at.rows]
+        if self.accelerator.is_main_process:
+            if means[-1] > max(means[:-1], default=-1.0):
+                write(self.net, self.folder.best)
+            self.folder.write_metrics(self.at.rows)
+        self.listener.on_epoch(self.at.rows[-1])
+
+    def _evaluate(self) -> dict[str, dict[str, float]]:
+        totals = score_batches(self.model, self.test, self.recipe.models)
+        return _scores(self.accelerator.reduce(totals, "sum"), self.recipe.models)
+
+    def _save_if_due(self) -> None:
+        if time.monotonic() - self.saved_at > SAVE_EVERY_S:
+            self._save()
+
+    def _save(self) -> None:
+        """Write the checkpoint the training goes on from."""
+        self.saved_at = time.monotonic()
+        if not self.accelerator.is_main_process:
+            return
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        extra = {
+            f"{names[parameter]}.{key}": value
+            for parameter, state in self.optimizer.state.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+        training = TrainingState(
+            recipe=self.recipe.model_dump_json(),
+            epoch=self.at.epoch,
+            step=self.at.step,
+            sums=dict(zip(self.recipe.models, self.sums.tolist(), strict=True)),
+            rows=tuple(self.at.rows),
+            train_s=self.at.train_s,
+        )
+        write(self.net, self.folder.last, training, extra)
+        seen = (self.at.epoch * len(self.batches) + self.at.step) * self.recipe.train.batch_size
+        self.folder.write_info(self.device, self.at.train_s, seen)
+
+    def _finish(self, status: Literal["finished", "time is up", "interrupted"]) -> RunResult:
+        table = result_rows(self.net.plan, self.recipe.models, self.at.rows) if self.at.rows else []
+        if status == "finished" and self.accelerator.is_main_process:
+            replace_file(self.folder.results, (json.dumps(table, indent=1) + "\n").encode())
+            replace_file(self.folder.table, markdown(COLUMNS, result_cells(table)).encode())
+        return RunResult(status, self.folder, table, self.at.epoch)
+
+
+def build_family(recipe: Recipe) -> DetachableNet:
+    """The family a recipe trains, newly initialized from its seed; cuts of untrained sub-models are left out."""
+    names, cuts = recipe.family.names[1:], recipe.family.cuts
+    places = list(cuts.values()) if isinstance(cuts, dict) else list(cuts)
+    trained = {name: cut for name, cut in zip(names, places, strict=True) if name in recipe.models}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)
+        model = create_model(recipe.model.name, **recipe.model.kwargs)
+        net = make_detachable(model, trained, norm=recipe.family.norm)
+    net.trained = recipe.models
+    return net
+
+
+def evaluate(net: DetachableNet, split: Split, device: torch.device | str = "cpu") -> dict[str, dict[str, float]]:
+    """Test accuracy, in [0, 1], and mean cross entropy of each trained model of a family.
+
+    Args:
+        net: A family with `data`, as the trainer writes it.
+        split: The images, of the same classes.
+        device: Where to run.
+
+    Raises:
+        CheckpointError: The family does not know what it was trained on.
+    """
+    if net.data is None:
+        raise CheckpointError("the family does not know how its images are normalized: it has no data info")
+    models = net.trained or net.names
+    batches = Batches(split, net.data, EVAL_BATCH, device)
+    return _scores(score_batches(net.to(device), batches, models), models)
+
+
+def score_batches(model: nn.Module, batches: Batches, models: Sequence[str]) -> Tensor:
+    """Number of right answers, sum of losses and number of images, per model: `(len(models), 3)`, float64."""
+    was = model.training
+    model.eval()
+    rows = torch.zeros(len(models), 3, dtype=torch.float64, device=batches.images.device)
+    criterion = nn.CrossEntropyLoss(reduction="sum")
+    with torch.no_grad():
+        for images, labels in batches.epoch():
+            outputs = model(images, which=tuple(models))
+            for row, name in zip(rows, models, strict=True):
+                out = logits(outputs[name]).float()
+                right = (out.argmax(1) == labels).sum()
+                row += torch.stack([right, criterion(out, labels), torch.tensor(len(labels), device=row.device)])
+    model.train(was)
+    return rows
+
+
+def _scores(totals: Tensor, models: Sequence[str]) -> dict[str, dict[str, float]]:
+    return {
+        name: {"accuracy": right / count, "loss": loss / count}
+        for name, (right, loss, count) in zip(models, totals.tolist(), strict=True)
+    }
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM ask the loop to stop after the current step; a second Ctrl-C stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        asked.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
