@@ -61,7 +61,9 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], left
     """Print a table; the first `left` columns stand on the left, the others on the right."""
     from rich.table import Table
 
-    grid = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
+    grid = Table(
+        title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False
+    )
     for i, name in enumerate(header):
         grid.add_column(name, justify="left" if i < left else "right", no_wrap=i != left - 1 or i == 0)
     for row in rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,7 +36,7 @@ def evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     split = load_data(name, data_root, download)[1]
     scores = score(net, split, device)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "model": model,
             "macs": net.plan[model].macs,

@@ -17,7 +17,8 @@ def inspect(
     model: Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME or detachnet:NAME.")],
     cut: Annotated[list[str] | None, typer.Option(help="Show the plan for this cut; repeatable.")] = None,
     input_size: Annotated[
-        str | None, typer.Option(metavar="C,H,W", help="Shape of one image; what the model declares if not given.")
+        str | None,
+        typer.Option(metavar="C,H,W", help="Shape of one image; what the model declares if not given."),
     ] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="Size of the output.")] = None,
 ) -> None:
@@ -38,7 +39,13 @@ def inspect(
 
 def _row(point: CutPoint) -> tuple[str, ...]:
     shape = "×".join(map(str, point.shape))
-    return point.name, shape, str(point.stepdown), f"{point.macs / 1e6:,.1f} M", f"{point.num_params / 1e6:,.2f} M"
+    return (
+        point.name,
+        shape,
+        str(point.stepdown),
+        f"{point.macs / 1e6:,.1f} M",
+        f"{point.num_params / 1e6:,.2f} M",
+    )
 
 
 def _parse_size(text: str | None) -> tuple[int, ...] | None:
@@ -50,5 +57,7 @@ def _parse_size(text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         size = ()
     if not size or min(size) < 1:
-        raise typer.BadParameter("write the shape of one image as C,H,W, for example 3,32,32", param_hint="--input-size")
+        raise typer.BadParameter(
+            "write the shape of one image as C,H,W, for example 3,32,32", param_hint="--input-size"
+        )
     return size

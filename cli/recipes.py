@@ -14,7 +14,9 @@ from .console import friendly, note, table
 @friendly
 def recipes() -> None:
     """List the recipes that come with detachnet; `train NAME` runs one."""
-    rows = [(name, tomllib.loads(path.read_text(encoding="utf-8"))["description"]) for name, path in shipped().items()]
+    rows = [
+        (name, tomllib.loads(path.read_text(encoding="utf-8"))["description"]) for name, path in shipped().items()
+    ]
     table("Recipes", ("name", "what it does"), rows, left=2)
     note("\nTrain one: detachnet train NAME. See or copy one: the recipes/ folder of the repository.")
 

@@ -15,7 +15,8 @@ from .recipes import find_recipe
 def train(
     recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override one key; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override one key; repeatable."),
     ] = None,
     data_root: Annotated[
         Path | None, typer.Option(help="Where data sets are; then $DETACHNET_DATA, then ./data.")
@@ -54,7 +55,11 @@ def train(
         display.close()
     if result.table:
         epochs = f"{result.epochs} of {checked.train.epochs} epochs"
-        table(f"{checked.data.name} test accuracy, {epochs}, seed {checked.train.seed}", COLUMNS, result_cells(result.table))
+        table(
+            f"{checked.data.name} test accuracy, {epochs}, seed {checked.train.seed}",
+            COLUMNS,
+            result_cells(result.table),
+        )
         note("\nBest is over the test accuracies of all epochs, as in the paper; last is the last epoch's.")
     if result.status == "finished":
         note(f"Run: {result.folder.path}  Best family: {result.folder.best}")

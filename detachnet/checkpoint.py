@@ -182,7 +182,9 @@ def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
         raise CheckpointError(f"there is no file {path}") from error
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not a complete safetensors file", what=str(error), hint="it may be truncated; copy it again"
+            f"{path} is not a complete safetensors file",
+            what=str(error),
+            hint="it may be truncated; copy it again",
         ) from error
     if KEY not in metadata:
         raise CheckpointError(
@@ -231,7 +233,8 @@ def build(
         load_weights(net, header, tensors)
     except (DetachNetError, RuntimeError, KeyError) as error:
         raise CheckpointError(
-            f"{path} does not fit {type(base).__name__}: it was made from another model", what=_one_line(error)
+            f"{path} does not fit {type(base).__name__}: it was made from another model",
+            what=_one_line(error),
         ) from error
     net.data, net.trained = header.data, header.trained
     return net.eval()

@@ -99,7 +99,9 @@ def data_names() -> list[str]:
 def describe_data(name: str, train: Split) -> DataInfo:
     """Name, classes and channel-wise mean and standard deviation of a training split."""
     values = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack([train.images[:, c].flatten().bincount(minlength=256) for c in range(train.images.shape[1])])
+    counts = torch.stack(
+        [train.images[:, c].flatten().bincount(minlength=256) for c in range(train.images.shape[1])]
+    )
     shares = counts.double() / counts.sum(1, keepdim=True)
     mean = shares @ values
     std = (shares @ values**2 - mean**2).sqrt()
@@ -244,7 +246,11 @@ def _cifar10_python(folder: Path) -> tuple[Split, Split]:
             hint="remove the folder and run again with --download",
         ) from error
     train, test = (
-        Split(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets), _CIFAR10_CLASSES)
+        Split(
+            torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor(p.targets),
+            _CIFAR10_CLASSES,
+        )
         for p in parts
     )
     return train, test

@@ -251,13 +251,14 @@ def make_detachable(
     """
     if norm not in ("private", "shared"):
         raise CutError(f"norm is 'private' or 'shared', not {norm!r}")
-    if stepdown != "conv" and not callable(stepdown):
+    builder = None if isinstance(stepdown, str) else stepdown
+    if builder is None and stepdown != "conv":
         raise CutError(
             f"stepdown is 'conv' or a function (image shape, feature shape) -> module, not {stepdown!r}"
         )
     traced = trace(model, input_size, example_input)
     with torch.random.fork_rng(devices=[]):
-        plan, stepdowns = make_plan(traced, cuts, norm, None if stepdown == "conv" else stepdown)
+        plan, stepdowns = make_plan(traced, cuts, norm, builder)
     return DetachableNet(copy.deepcopy(model), plan, stepdowns, traced)
 
 

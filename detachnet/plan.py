@@ -62,7 +62,7 @@ class DetachPlan(BaseModel):
         """`("base", "sub0", …)`."""
         return tuple(model.name for model in self.models)
 
-    def __getitem__(self, name: str) -> ModelPlan:  # type: ignore[override]
+    def __getitem__(self, name: str) -> ModelPlan:
         return next(model for model in self.models if model.name == name)
 
     @property
@@ -79,7 +79,7 @@ class DetachPlan(BaseModel):
     def rows(self) -> list[tuple[str, ...]]:
         """One row of text per model."""
         base = self.models[0]
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for model in self.models:
             entry = model.stepdown
             rows.append(
@@ -107,9 +107,7 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     numeric = [all(cell[:1].isdigit() for cell in column[1:] if cell) and any(column[1:]) for column in columns]
     numeric = [n and "×" not in "".join(c) for n, c in zip(numeric, columns, strict=True)]
     return [
-        "  ".join(
-            c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)
-        ).rstrip()
+        "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)).rstrip()
         for row in rows
     ]
 
@@ -149,9 +147,7 @@ def make_plan(
             modules[name] = build_stepdown(stepdown)
         macs = stepdown.macs + analysis.tail_macs(node)
         num_params = stepdown.num_params + analysis.tail_params(node)
-        models.append(
-            ModelPlan(name=name, cut=named[name], stepdown=stepdown, macs=macs, num_params=num_params)
-        )
+        models.append(ModelPlan(name=name, cut=named[name], stepdown=stepdown, macs=macs, num_params=num_params))
         if analysis.splits_norm(node):
             hints.append(f"{name} is cut between {named[name]!r} and its batch norm")
     plan = DetachPlan(

@@ -158,8 +158,8 @@ class Recipe(_Table):
     def weight_decay(self) -> float:
         """The weight decay that applies to the models that are trained."""
         alone = self.optimizer.weight_decay_alone
-        only = self.models[0] if len(self.models) == 1 else None
-        return alone[only] if only in alone else self.optimizer.weight_decay
+        only = self.models[0] if len(self.models) == 1 else ""
+        return alone.get(only, self.optimizer.weight_decay)
 
     def to_toml(self) -> str:
         """The recipe with every default written out."""
@@ -194,7 +194,7 @@ def parse_recipe(tables: Mapping[str, Any], where: str = "") -> Recipe:
     try:
         return Recipe.model_validate_json(json.dumps(tables, default=str))
     except ValidationError as error:
-        problems = [_explain(dict(problem), tables) for problem in error.errors()]
+        problems = [_explain(dict(problem)) for problem in error.errors()]
         first, known = problems[0]
         more = "; ".join(text for text, _ in problems[1:])
         raise RecipeError(first, what=f"also: {more}" if more else "", where=where, nearest=known) from error
@@ -218,7 +218,7 @@ def _override(tables: dict[str, Any], override: str) -> None:
     table[keys[-1]] = value
 
 
-def _explain(problem: dict[str, Any], tables: Mapping[str, Any]) -> tuple[str, list[str]]:
+def _explain(problem: dict[str, Any]) -> tuple[str, list[str]]:
     """One problem in the recipe's own words, and the known keys near an unknown one."""
     path = [str(part) for part in problem["loc"] if isinstance(part, int) or _is_key(part)]
     key, table = ".".join(path), path[:-1]
@@ -236,7 +236,9 @@ def _explain(problem: dict[str, Any], tables: Mapping[str, Any]) -> tuple[str, l
 
 def _is_key(part: object) -> bool:
     """pydantic adds the member of a union to a location; those are no keys of the file."""
-    return isinstance(part, str) and not any(c in part for c in "[(") and part not in ("int", "float", "str", "bool")
+    return (
+        isinstance(part, str) and not any(c in part for c in "[(") and part not in ("int", "float", "str", "bool")
+    )
 
 
 def _fields(table: Sequence[str]) -> list[str]:

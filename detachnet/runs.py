@@ -48,7 +48,8 @@ class RunFolder:
         """
         if self.recipe.exists():
             raise CheckpointError(
-                f"there is a run in {self.path} already", hint="go on with it: --resume; or choose another --out"
+                f"there is a run in {self.path} already",
+                hint="go on with it: --resume; or choose another --out",
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)

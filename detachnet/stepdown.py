@@ -112,12 +112,7 @@ def solve(size: int, out: int) -> tuple[int, int, int]:
             span = (out - 1) * stride + kernel
             padding = max(0, -((size - span) // 2))
             exact = (size + 2 * padding - kernel) // stride + 1 == out
-            if (
-                exact
-                and padding < kernel
-                and span - padding >= size
-                and (best is None or padding < best[2])
-            ):
+            if exact and padding < kernel and span - padding >= size and (best is None or padding < best[2]):
                 best = (kernel, stride, padding)
         if best is not None:
             return best
@@ -129,7 +124,7 @@ def build_stepdown(plan: StepDown) -> nn.Module:
     if plan.kind == "linear":
         return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(plan.image), plan.feature[0]))
     if plan.kind == "conv":
-        conv = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(plan.image) + 1]
+        conv: Callable[..., nn.Module] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(plan.kernel)]
         return conv(plan.image[0], plan.feature[0], plan.kernel, plan.stride, plan.padding)
     raise StepDownError("a custom step-down is built by its own function", hint="pass stepdown=that function")
 

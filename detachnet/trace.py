@@ -33,6 +33,8 @@ PREFIX = "base."
 PROBE_BATCH = 2
 """Batch size of the shape propagation; above one, so that batch norm accepts 1×1 feature maps in training."""
 
+_FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros")
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -48,15 +50,13 @@ class Spec:
 
 def has_tensor(value: Any) -> bool:
     """Whether a propagated value is, or contains, a tensor."""
-    found = False
+    found: list[Spec] = []
+    _visit(value, lambda leaf: found.append(leaf) if isinstance(leaf, Spec) else None)
+    return bool(found)
 
-    def visit(leaf: Any) -> Any:
-        nonlocal found
-        found = found or isinstance(leaf, Spec)
-        return leaf
 
-    map_aggregate(value, visit)
-    return found
+def _to_spec(leaf: Any) -> Any:
+    return Spec(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
 
 
 class _Root(nn.Module):
@@ -132,9 +132,7 @@ class _Propagator(fx.Interpreter):
         out = super().run_node(n)
         # torch counts a multiply-add as two operations, and PROBE_BATCH images went through.
         self.macs[n] = (self.counter.get_total_flops() - before) // (2 * PROBE_BATCH)
-        self.values[n] = map_aggregate(
-            out, lambda leaf: Spec(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
-        )
+        self.values[n] = map_aggregate(out, _to_spec)
         return out
 
 
@@ -149,7 +147,7 @@ class TracedGraph:
         image: What the placeholder takes.
     """
 
-    root: nn.Module
+    root: _Root
     graph: fx.Graph
     names: dict[str, fx.Node]
     image: Spec
@@ -182,9 +180,8 @@ class TracedGraph:
             with torch.device("meta"), propagator.counter, torch.no_grad():
                 propagator.run(image)
         except Exception as error:
-            done = len(propagator.values)
-            failed = [n for n in self.graph.nodes][min(done, len(self.graph.nodes) - 1)]
-            node = self.describe(failed)
+            failed = next((n for n in self.graph.nodes if n not in propagator.values), None)
+            node = self.describe(failed) if failed else node
             shape = "×".join(map(str, self.image.shape[1:]))
             raise TraceError(
                 f"{type(self.root.base).__name__} does not run on {shape} images: it fails at {node}",
@@ -291,7 +288,8 @@ def trace(
 def _trace_root(tracer: _Tracer, root: _Root) -> fx.Graph:
     """Run the tracer; turn whatever the forward pass raises into a TraceError with the user's source line."""
     try:
-        return _inline_named_tuples(tracer.trace(root))
+        with _factories_traced(tracer):
+            return _inline_named_tuples(tracer.trace(root))
     except Exception as error:
         path = (tracer.stack[-1] if tracer.stack else "base").removeprefix(PREFIX)
         owner = root.base if path == "base" else root.base.get_submodule(path)
@@ -306,6 +304,41 @@ def _trace_root(tracer: _Tracer, root: _Root) -> fx.Graph:
         ) from error
 
 
+@contextmanager
+def _factories_traced(tracer: _Tracer) -> Iterator[None]:
+    """Let `torch.zeros(x.shape[0], …)` be traced; torch.fx sees functions of tensors only."""
+
+    def traced(factory: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            proxies: list[fx.Proxy] = []
+            _visit((args, kwargs), lambda leaf: proxies.append(leaf) if isinstance(leaf, fx.Proxy) else None)
+            if not proxies:
+                return factory(*args, **kwargs)
+            return tracer.create_proxy("call_function", factory, args, kwargs)
+
+        return call
+
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    try:
+        for name, factory in originals.items():
+            setattr(torch, name, traced(factory))
+        yield
+    finally:
+        for name, factory in originals.items():
+            setattr(torch, name, factory)
+
+
+def _visit(value: Any, see: Callable[[Any], object]) -> None:
+    """Show every leaf of nested tuples, lists and dicts."""
+    if isinstance(value, tuple | list):
+        for item in value:
+            _visit(item, see)
+    elif isinstance(value, dict):
+        _visit(list(value.values()), see)
+    else:
+        see(value)
+
+
 def _inline_named_tuples(graph: fx.Graph) -> fx.Graph:
     """Make a named tuple of outputs (auxiliary heads) part of the output, not a node that joins its fields."""
     for node in list(graph.nodes):
@@ -313,9 +346,13 @@ def _inline_named_tuples(graph: fx.Graph) -> fx.Graph:
         if is_tuple and all(user.op == "output" for user in node.users):
             fields = node.target(*node.args, **node.kwargs)
             for user in list(node.users):
-                user.args = map_aggregate(user.args, lambda leaf, n=node, f=fields: f if leaf is n else leaf)
+                user.args = _replace(user.args, node, fields)
             graph.erase_node(node)
     return graph
+
+
+def _replace(args: Any, node: fx.Node, value: Any) -> Any:
+    return map_aggregate(args, lambda leaf: value if leaf is node else leaf)
 
 
 def _source_line(error: BaseException) -> str:
@@ -325,9 +362,7 @@ def _source_line(error: BaseException) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
 
 
-def _image_spec(
-    model: nn.Module, input_size: tuple[int, ...] | None, example_input: torch.Tensor | None
-) -> Spec:
+def _image_spec(model: nn.Module, input_size: tuple[int, ...] | None, example_input: torch.Tensor | None) -> Spec:
     """The input's shape at PROBE_BATCH and its dtype (that of the model's first floating-point parameter)."""
     if example_input is not None:
         return Spec((PROBE_BATCH, *example_input.shape[1:]), example_input.dtype)

@@ -173,7 +173,11 @@ class _Trainer:
 
     def _schedule(self) -> Scheduler:
         table, steps = self.recipe.schedule, len(self.batches)
-        warmup = {"warmup_t": round(table.warmup_epochs * steps), "warmup_lr_init": 0.0, "t_in_epochs": False}
+        warmup: dict[str, Any] = {
+            "warmup_t": round(table.warmup_epochs * steps),
+            "warmup_lr_init": 0.0,
+            "t_in_epochs": False,
+        }
         if table.name == "multistep":
             # timm decays when the count of updates passes decay_t - 1.
             milestones = [epoch * steps + 1 for epoch in table.milestones]
@@ -278,7 +282,7 @@ class _Trainer:
         self.saved_at = time.monotonic()
         if not self.accelerator.is_main_process:
             return
-        names = {parameter: name for name, parameter in self.parameters.items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.parameters.items()}
         extra = {
             f"{names[parameter]}.{key}": value
             for parameter, state in self.optimizer.state.items()
@@ -345,10 +349,11 @@ def score_batches(model: nn.Module, batches: Batches, models: Sequence[str]) -> 
     with torch.no_grad():
         for images, labels in batches.epoch():
             outputs = model(images, which=tuple(models))
-            for row, name in zip(rows, models, strict=True):
+            rows[:, 2] += len(labels)
+            for i, name in enumerate(models):
                 out = logits(outputs[name]).float()
-                right = (out.argmax(1) == labels).sum()
-                row += torch.stack([right, criterion(out, labels), torch.tensor(len(labels), device=row.device)])
+                rows[i, 0] += (out.argmax(1) == labels).sum()
+                rows[i, 1] += criterion(out, labels)
     model.train(was)
     return rows
 

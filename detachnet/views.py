@@ -1,16 +1,16 @@
 """The graphs of a family: one function rewrites a traced graph for any set of its models.
 
-A view of one model is the graph as traced (base) or its tail behind a step-down (sub-model). A view of several
-is the joint graph: where a cut is passed, the value becomes `cat([value, stepdown(image)])` along the batch, so
-the tail runs once for all models; what sees the whole batch at once runs model by model. That is the same
-mathematics as separate passes.
+A view of one model is the graph as traced (base) or its tail behind a step-down (sub-model). A view of
+several is the joint graph: where a cut is passed, the value becomes `cat([value, stepdown(image)])` along the
+batch, so the tail runs once for all models; what sees the whole batch at once runs model by model. That is
+the same mathematics as separate passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from operator import getitem, mul
 from typing import Any
 
@@ -108,7 +108,10 @@ class _ViewBuilder:
                 self.graph.output(self._output(node.args[0]))
             elif node in self.traced.readers and (count := self._count(node)):
                 coupled = count > 1 and self._is_coupled(node, count)
-                self.made[node] = (self._per_model(node, count) if coupled else self._copy(node, count), count)
+                self.made[node] = (
+                    self._per_model(node, count) if coupled else self._copy(node, count),
+                    count,
+                )
             if node in self.entries:
                 self._enter(node, self.entries[node])
         self._drop_unused()
@@ -131,15 +134,17 @@ class _ViewBuilder:
         """How many models' batches a node works on; 0 where it belongs to a dropped front."""
         inputs = self._inputs(node)
         if not inputs:
-            raise JointError(f"{self.traced.describe(node)} changes a value in place that does not follow the image")
+            raise JointError(
+                f"{self.traced.describe(node)} changes a value in place that does not follow the image"
+            )
         known = {
             self.made[n][1] if n in self.made and (self.models[0] == BASE or n.op != "placeholder") else 0
             for n in inputs
         }
         if len(known) > 1:
             raise CutError(
-                f"in {'training' if self.source.training else 'evaluation'} mode the models cannot be separated: "
-                f"{self.traced.describe(node)} joins values from both sides of a cut",
+                f"{self.traced.describe(node)} joins values from both sides of a cut "
+                f"in {'training' if self.source.training else 'evaluation'} mode",
                 node=self.traced.name_of.get(node),
             )
         return known.pop()
@@ -232,10 +237,7 @@ class _ViewBuilder:
                 pieces[leaf] = self.graph.call_function(torch.chunk, self.made[leaf])
             return self.graph.call_function(getitem, (pieces[leaf], i))
 
-        outputs = {
-            name: self._map_output(traced_output, lambda leaf, i=i: part(leaf, i))
-            for i, name in enumerate(self.models)
-        }
+        outputs = {name: self._map_output(traced_output, partial(part, i=i)) for i, name in enumerate(self.models)}
         # A call, because the code generator writes a literal dict of named tuples wrongly.
         return self.graph.call_function(dict, (), outputs)
 

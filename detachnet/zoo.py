@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import timm
@@ -38,7 +39,7 @@ def vgg16_cifar(num_classes: int = 10, width: float = 1.0) -> nn.Module:
     Source: Fuengfusin & Tamukoh, JRNAL 8(1), 2021, section 3.
     """
     cfg: list[str | int] = [v if isinstance(v, str) else max(1, round(v * width)) for v in vgg_cfgs["D"]]
-    model = torchvision.models.VGG(make_layers(cfg, batch_norm=True), num_classes=num_classes)
+    model: nn.Module = torchvision.models.VGG(make_layers(cfg, batch_norm=True), num_classes=num_classes)
     head = nn.Linear(int(cfg[-2]), num_classes)
     nn.init.normal_(head.weight, 0, 0.01)
     nn.init.zeros_(head.bias)
@@ -68,8 +69,8 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: `torchvision:NAME`, `timm:NAME` or `detachnet:NAME`.
-        **kwargs: Passed to the library's own constructor: `num_classes=10`, `weights="DEFAULT"` (torchvision),
-            `pretrained=True` (timm).
+        **kwargs: Passed to the library's own constructor: `num_classes=10`, `weights="DEFAULT"`
+            (torchvision), `pretrained=True` (timm).
 
     Raises:
         ModelError: An unknown name, or arguments the model does not take.
@@ -86,9 +87,9 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
             nearest=nearest(name, same_library) or nearest(name, known),
         )
     build: Callable[..., nn.Module] = {
-        "detachnet": lambda **kw: _OWN[short][0](**kw),
-        "torchvision": lambda **kw: torchvision.models.get_model(short, **kw),
-        "timm": lambda **kw: timm.create_model(short, **kw),
+        "detachnet": partial(_own_model, short),
+        "torchvision": partial(torchvision.models.get_model, short),
+        "timm": partial(timm.create_model, short),
     }[library]
     try:
         model = build(**kwargs)
@@ -98,6 +99,10 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     kept = {k: v for k, v in kwargs.items() if k not in ("weights", "pretrained")}
     model.detachnet_source = ModelSource(name, kept)  # type: ignore[assignment]
     return model
+
+
+def _own_model(name: str, **kwargs: Any) -> nn.Module:
+    return _OWN[name][0](**kwargs)
 
 
 def model_source(model: nn.Module) -> ModelSource | None:

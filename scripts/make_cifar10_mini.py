@@ -2,8 +2,8 @@
 
     python scripts/make_cifar10_mini.py DATA_ROOT
 
-Each split becomes one lossless WebP picture, a grid of 32×32 tiles in the order of the full set, and its labels
-go to `labels.json` with the checksum of the pixels.
+Each split becomes one lossless WebP picture, a grid of 32×32 tiles in the order of the full set; its labels
+go to `cifar10_mini.json` with the checksum of the pixels.
 """
 
 import hashlib

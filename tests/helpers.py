@@ -1,0 +1,52 @@
+"""What several tests compare."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import detachnet
+from detachnet.losses import logits
+
+DROPPING = ("Dropout", "StochasticDepth", "DropPath")
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model with all randomness switched off."""
+    for module in model.modules():
+        if type(module).__name__ in DROPPING:
+            for name in ("p", "drop_prob"):
+                if hasattr(module, name):
+                    setattr(module, name, 0.0)
+    return model
+
+
+def assert_joint_equals_separate(net: detachnet.DetachableNet, images: Tensor) -> None:
+    """One training step through the joint graph against one through separate passes.
+
+    Outputs and batch-norm statistics to 1e-12. Every gradient to 1e-12 relative to its norm, or to a hundredth
+    of the largest where it is zero but for rounding (a bias in front of a batch norm).
+    """
+    together, apart = net.train(), copy.deepcopy(net).train()
+    target = torch.arange(len(images)) % 5
+    outputs = together(images, which="all")
+    separate = {name: apart(images, which=name) for name in apart.names}
+    for results in (outputs, separate):
+        torch.stack([F.cross_entropy(logits(out), target) for out in results.values()]).sum().backward()
+    for name in net.names:
+        torch.testing.assert_close(logits(outputs[name]), logits(separate[name]), rtol=1e-12, atol=1e-12)
+    largest = max(p.grad.norm() for p in apart.parameters() if p.grad is not None)
+    for name, one, other in pairs(together, apart):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None and other.grad is not None:
+            error = (one.grad - other.grad).norm() / other.grad.norm().clamp_min(0.01 * largest)
+            assert error < 1e-12, (name, float(error))
+    for (name, one), (_, other) in zip(together.named_buffers(), apart.named_buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def pairs(one: nn.Module, other: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    for (name, p), (_, q) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        yield name, p, q

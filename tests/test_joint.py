@@ -1,0 +1,124 @@
+"""The joint graph is separate passes: outputs, gradients and batch-norm state, in float64."""
+
+import pytest
+import torch
+
+import detachnet
+from tests import models
+from tests.helpers import assert_joint_equals_separate, without_dropout
+
+FAMILIES = {
+    "detachnet:vgg16_cifar": (["features.6", "features.23"], 32),
+    "torchvision:resnet18": (["layer1", "layer3.0"], 64),
+    "torchvision:densenet121": (["features.transition1", "features.denseblock3"], 64),
+    "torchvision:mobilenet_v3_small": (["features.2", "features.8"], 64),
+    "torchvision:efficientnet_b0": (["features.2", "features.5"], 64),
+    "torchvision:shufflenet_v2_x0_5": (["stage2", "stage3.3"], 64),
+    "torchvision:regnet_y_400mf": (["trunk_output.block1", "trunk_output.block3"], 64),
+    "torchvision:convnext_tiny": (["features.1", "features.4"], 64),
+    "timm:vgg11_bn": (["features.7", "features.14"], 64),
+    "timm:resnet18": (["layer1", "layer3"], 64),
+    "timm:densenet121": (["features.transition1", "features.transition2"], 64),
+    "timm:mobilenetv3_small_050": (["blocks.1", "blocks.3"], 64),
+    "timm:efficientnet_b0": (["blocks.1", "blocks.3"], 64),
+    "timm:regnety_002": (["s1", "s3"], 64),
+    "timm:convnext_atto": (["stages.0", "stages.2"], 64),
+}
+
+SMALLER = {
+    "detachnet:vgg16_cifar": {"width": 0.5},
+    "timm:vgg11_bn": {"mlp_ratio": 1 / 64},
+}
+
+
+@pytest.mark.parametrize("norm", ["shared", "private"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str, norm: str) -> None:
+    cuts, size = FAMILIES[name]
+    model = without_dropout(detachnet.create_model(name, num_classes=5, **SMALLER.get(name, {}))).double()
+    net = detachnet.make_detachable(model, cuts, (3, size, size), norm=norm)
+    images = torch.randn(2, 3, size, size, dtype=torch.double)
+    assert_joint_equals_separate(net, images)
+    net.eval()
+    for k in net.names:
+        torch.testing.assert_close(net(images, which=k), net.detach(k)(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["shared", "private"])
+def test_outputs_are_bitwise_equal(norm: str) -> None:
+    net = detachnet.make_detachable(
+        detachnet.create_model("detachnet:vgg16_cifar", width=0.25).double(), ["features.6", "features.23"], norm=norm
+    )
+    images = torch.randn(4, 3, 32, 32, dtype=torch.double)
+    for mode in (True, False):
+        net.train(mode)
+        outputs = net(images, which="all")
+        assert all(torch.equal(outputs[name], net(images, which=name)) for name in net.names)
+
+
+TOYS = {
+    models.Plain: ["pool", "bn2"],
+    models.Skip: ["stem", "add"],
+    models.InPlace: ["conv1", "relu"],
+    models.Auxiliary: ["conv1", "conv2"],
+    models.BatchAware: ["conv1", "conv2"],
+    models.Frozen: ["conv1", "conv2"],
+    models.UnknownNorm: ["conv1", "conv2"],
+}
+
+
+@pytest.mark.parametrize("norm", ["shared", "private"])
+@pytest.mark.parametrize("toy", TOYS)
+def test_toys(toy: type[torch.nn.Module], norm: str) -> None:
+    net = detachnet.make_detachable(toy().double(), TOYS[toy], (3, 8, 8), norm=norm)
+    assert_joint_equals_separate(net, torch.randn(4, 3, 8, 8, dtype=torch.double))
+
+
+def test_any_set_of_models() -> None:
+    net = detachnet.make_detachable(models.Plain().double(), ["conv1", "pool", "bn2"], (3, 8, 8))
+    images = torch.randn(4, 3, 8, 8, dtype=torch.double)
+    every = net(images, which="all")
+    for which in (["sub0", "sub2"], ["base", "sub1"], ["sub1"], ["sub0", "sub1", "sub2"]):
+        some = net(images, which=which)
+        assert list(some) == which
+        for name in which:
+            torch.testing.assert_close(some[name], every[name], rtol=1e-12, atol=1e-12)
+
+
+def test_an_auxiliary_head_in_front_of_the_cut_is_none() -> None:
+    net = detachnet.make_detachable(models.Auxiliary(), ["conv1", "conv2"], (3, 8, 8)).train()
+    outputs = net(torch.randn(4, 3, 8, 8), which="all")
+    assert [out[1] is None for out in outputs.values()] == [False, False, True]
+    assert net(torch.randn(4, 3, 8, 8), which="sub1")[1] is None
+    assert isinstance(net.eval()(torch.randn(4, 3, 8, 8), which="sub1"), torch.Tensor)
+
+
+def test_functional_dropout_follows_the_mode() -> None:
+    net = detachnet.make_detachable(models.FunctionalDropout(), ["conv"], (3, 8, 8))
+    images = torch.randn(4, 3, 8, 8)
+    assert not torch.equal(net.train()(images), net(images))
+    assert torch.equal(net.eval()(images), net(images))
+
+
+def test_dict_outputs() -> None:
+    net = detachnet.make_detachable(models.DictOutput(), ["conv1"], (3, 8, 8))
+    outputs = net(torch.randn(2, 3, 8, 8), which="all")
+    assert {name: out["out"].shape for name, out in outputs.items()} == {
+        "base": (2, 5, 8, 8),
+        "sub0": (2, 5, 8, 8),
+    }
+
+
+def test_separate_passes_where_the_joint_graph_cannot_be_made(caplog: pytest.LogCaptureFixture) -> None:
+    net = detachnet.make_detachable(models.OddBatch(), ["conv1"], (3, 8, 8))
+    images = torch.randn(3, 3, 8, 8)
+    outputs = net(images, which="all")
+    assert "models run one after another, not in one pass" in caplog.text
+    assert all(torch.equal(outputs[name], net(images, which=name)) for name in net.names)
+
+
+def test_frozen_norms_stay_frozen() -> None:
+    net = detachnet.make_detachable(models.Frozen(), ["conv1"], (3, 8, 8), norm="private").train()
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    net(torch.randn(4, 3, 8, 8), which="all")
+    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
