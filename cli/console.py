@@ -49,9 +49,9 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
                 raise
             first, *rest = str(error).splitlines()
             out = console(stderr=True)
-            out.print(f"[bold red]Error:[/] {_escape(first)}")
+            out.print(f"[bold red]Error:[/] {_escape(first)}", soft_wrap=True)
             for line in rest:
-                out.print(f"[dim]{_escape(line[:11])}[/]{_escape(line[11:])}")
+                out.print(f"[dim]{_escape(line[:11])}[/]{_escape(line[11:])}", soft_wrap=True)
             raise typer.Exit(2) from None
 
     return run
@@ -61,15 +61,13 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], left
     """Print a table; the first `left` columns stand on the left, the others on the right."""
     from rich.table import Table
 
-    grid = Table(
-        title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False
-    )
+    grid = Table(header_style="dim", box=None, pad_edge=False)
     for i, name in enumerate(header):
         grid.add_column(name, justify="left" if i < left else "right", no_wrap=i != left - 1 or i == 0)
     for row in rows:
         grid.add_row(*map(_escape, row))
     out = console()
-    out.print()
+    out.print(f"\n[bold]{_escape(title)}[/]", soft_wrap=True)
     out.print(grid)
 
 
@@ -81,8 +79,8 @@ def plan_table(net: DetachableNet) -> None:
 
 
 def note(text: str) -> None:
-    """Print a line of plain text."""
-    console().print(_escape(text))
+    """Print a line of plain text, not wrapped: commands in it are meant to be copied."""
+    console().print(_escape(text), soft_wrap=True)
 
 
 class TrainingDisplay:

@@ -26,6 +26,7 @@ def evaluate(
     from detachnet.checkpoint import load
     from detachnet.data import load_data
     from detachnet.errors import CheckpointError
+    from detachnet.plan import si
     from detachnet.trainer import evaluate as score
 
     path = checkpoint / "last.safetensors" if checkpoint.is_dir() else checkpoint
@@ -55,8 +56,8 @@ def evaluate(
         [
             (
                 str(row["model"]),
-                f"{row['macs'] / 1e6:.1f} M",
-                f"{row['num_params'] / 1e6:.2f} M",
+                si(row["macs"]),
+                si(row["num_params"]),
                 f"{100 * row['test_accuracy']:.2f} %",
                 f"{row['test_loss']:.4f}",
             )

@@ -38,13 +38,15 @@ def inspect(
 
 
 def _row(point: CutPoint) -> tuple[str, ...]:
+    from detachnet.plan import si
+
     shape = "×".join(map(str, point.shape))
     return (
         point.name,
         shape,
         str(point.stepdown),
-        f"{point.macs / 1e6:,.1f} M",
-        f"{point.num_params / 1e6:,.2f} M",
+        si(point.macs),
+        si(point.num_params),
     )
 
 

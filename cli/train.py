@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -64,10 +65,11 @@ def train(
     if result.status == "finished":
         note(f"Run: {result.folder.path}  Best family: {result.folder.best}")
         return
-    options = "".join(f" --set '{override}'" for override in overrides or [])
-    options += f" --data-root {data_root}" if data_root else ""
-    options += f" --out {out}" if out else ""
+    words = ["detachnet", "train", recipe]
+    words += [word for override in overrides or [] for word in ("--set", override)]
+    words += ["--data-root", str(data_root)] if data_root else []
+    words += ["--out", str(out)] if out else []
     note(f"\nStopped ({result.status}); saved in {result.folder.last}. Go on with:")
-    note(f"  detachnet train {recipe}{options} --resume")
+    note(f"  {shlex.join([*words, '--resume'])}")
     if result.status == "interrupted":
         raise typer.Exit(130)

@@ -174,7 +174,9 @@ class DetachableNet(nn.Module):
         """
         self._check(name)
         if name == BASE and not share:
-            return copy.deepcopy(self.base).eval()
+            base = copy.deepcopy(self.base)
+            base.zero_grad()
+            return base.eval()
         graph = build_view(self._sources[False], (name,))
         memo: dict[int, Any] = {}
         root: dict[str, Any] = {}
@@ -185,6 +187,7 @@ class DetachableNet(nn.Module):
                 root[node.target] = value if share else copy.deepcopy(value, memo)
         detached = fx.GraphModule(root, graph, class_name=self.plan.model if name == BASE else name)
         if not share:
+            detached.zero_grad()
             return detached.eval()
         detached.training = False
         return detached

@@ -88,9 +88,9 @@ class DetachPlan(BaseModel):
                     model.cut or "",
                     "×".join(map(str, entry.feature)) if entry else "",
                     str(entry) if entry else "",
-                    f"{model.macs / 1e6:,.1f} M",
+                    si(model.macs),
                     f"{100 * model.macs / max(1, base.macs):.0f} %",
-                    f"{model.num_params / 1e6:,.2f} M",
+                    si(model.num_params),
                 )
             )
         return rows
@@ -98,6 +98,13 @@ class DetachPlan(BaseModel):
     def __str__(self) -> str:
         hints = [f"hint: {hint}" for hint in self.hints]
         return "\n".join([self.title, *align([self.header, *self.rows()]), *hints])
+
+
+def si(count: int) -> str:
+    """A count with three to five digits and its unit: `313.2 M`, `4.9 k`."""
+    if count < 1000:
+        return str(count)
+    return f"{count / 1e6:,.1f} M" if count >= 999_950 else f"{count / 1e3:.1f} k"
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from detachnet.plan import DetachPlan
+from detachnet.plan import DetachPlan, si
 
 COLUMNS = ("model", "MACs", "of base", "parameters", "best accuracy", "at epoch", "last accuracy")
 
@@ -47,9 +47,9 @@ def result_cells(table: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (
             str(row["model"]),
-            f"{row['macs'] / 1e6:.1f} M",
+            si(row["macs"]),
             f"{100 * row['macs_of_base']:.0f} %",
-            f"{row['num_params'] / 1e6:.2f} M",
+            si(row["num_params"]),
             f"{100 * row['best_accuracy']:.2f} %",
             str(row["best_epoch"]),
             f"{100 * row['last_accuracy']:.2f} %",

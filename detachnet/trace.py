@@ -125,15 +125,36 @@ class _Propagator(fx.Interpreter):
         super().__init__(module)
         self.values: dict[fx.Node, Any] = {}
         self.macs: dict[fx.Node, int] = {}
+        self.needs_values: set[fx.Node] = set()
         self.counter = FlopCounterMode(display=False)
 
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.get_total_flops()
-        out = super().run_node(n)
+        try:
+            out = super().run_node(n)
+        except RuntimeError:
+            if n.op != "call_module":
+                raise
+            out = self._run_on_zeros(n)
         # torch counts a multiply-add as two operations, and PROBE_BATCH images went through.
         self.macs[n] = (self.counter.get_total_flops() - before) // (2 * PROBE_BATCH)
         self.values[n] = map_aggregate(out, _to_spec)
         return out
+
+    def _run_on_zeros(self, n: fx.Node) -> Any:
+        """Run a layer that needs its input's values, with zeros for weights and inputs."""
+        layer = copy.deepcopy(self.fetch_attr(str(n.target))).to_empty(device="cpu")
+        for tensor in [*layer.parameters(), *layer.buffers()]:
+            tensor.zero_()
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+
+        def zeros(leaf: Any) -> Any:
+            return torch.zeros_like(leaf, device="cpu") if isinstance(leaf, torch.Tensor) else leaf
+
+        with torch.device("cpu"):
+            out = layer(*map_aggregate(args, zeros), **map_aggregate(kwargs, zeros))
+        self.needs_values.add(n)
+        return map_aggregate(out, lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf)
 
 
 @dataclass
@@ -170,6 +191,11 @@ class TracedGraph:
     def macs(self) -> dict[fx.Node, int]:
         """Node → multiply-accumulates for one image."""
         return self._probe.macs
+
+    @property
+    def needs_values(self) -> set[fx.Node]:
+        """The layers that decide by their input's values, so that its shape is not enough to run them."""
+        return self._probe.needs_values
 
     def propagate(self, batch: int) -> _Propagator:
         """Run the graph on the meta device with `batch` images."""

@@ -173,17 +173,14 @@ class _Trainer:
 
     def _schedule(self) -> Scheduler:
         table, steps = self.recipe.schedule, len(self.batches)
-        warmup: dict[str, Any] = {
-            "warmup_t": round(table.warmup_epochs * steps),
-            "warmup_lr_init": 0.0,
-            "t_in_epochs": False,
-        }
+        warmup_steps = round(table.warmup_epochs * steps)
+        warmup: dict[str, Any] = {"warmup_t": warmup_steps, "warmup_lr_init": 0.0, "t_in_epochs": False}
         if table.name == "multistep":
-            # timm decays when the count of updates passes decay_t - 1.
-            milestones = [epoch * steps + 1 for epoch in table.milestones]
+            milestones = [epoch * steps + 1 for epoch in table.milestones]  # timm's m applies at step m - 1
+            warmup["warmup_prefix"] = False
             return MultiStepLRScheduler(self.optimizer, milestones, decay_rate=table.decay, **warmup)
-        total = self.recipe.train.epochs * steps
-        return CosineLRScheduler(self.optimizer, t_initial=total, **warmup)
+        rest = self.recipe.train.epochs * steps - warmup_steps
+        return CosineLRScheduler(self.optimizer, t_initial=max(1, rest), warmup_prefix=True, **warmup)
 
     def restore(self, header: Header, tensors: dict[str, Tensor]) -> None:
         """Put everything back as the checkpoint has it."""

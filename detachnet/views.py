@@ -153,6 +153,8 @@ class _ViewBuilder:
         """Whether a node must run model by model."""
         if node.op == "call_module":
             path = str(node.target).removeprefix(PREFIX)
+            if node in self.traced.needs_values:
+                return True
             if any(path in self.source.private.get(name, ()) for name in self.stack[:count]):
                 return True
             return sees_whole_batch(self.traced.module.get_submodule(str(node.target)), self.source.training)

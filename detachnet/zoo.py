@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.vgg import cfgs as vgg_cfgs
 from torchvision.models.vgg import make_layers
 
@@ -25,7 +25,7 @@ class ModelSource:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def vgg16_cifar(num_classes: int = 10, width: float = 1.0) -> nn.Module:
+class VGG16Cifar(nn.Module):
     """VGG-16 for 32×32 images, as the paper trains it.
 
     Batch norm after every weight layer but the last; the first two fully connected layers are removed and
@@ -36,19 +36,29 @@ def vgg16_cifar(num_classes: int = 10, width: float = 1.0) -> nn.Module:
         num_classes: Size of the output, `(B, num_classes)`.
         width: Multiplies every number of channels.
 
-    Source: Fuengfusin & Tamukoh, JRNAL 8(1), 2021, section 3.
+    Source: Fuengfusin & Tamukoh, JRNAL 8(1), 2021, section 3; initialized as torchvision's VGG.
     """
-    cfg: list[str | int] = [v if isinstance(v, str) else max(1, round(v * width)) for v in vgg_cfgs["D"]]
-    model: nn.Module = torchvision.models.VGG(make_layers(cfg, batch_norm=True), num_classes=num_classes)
-    head = nn.Linear(int(cfg[-2]), num_classes)
-    nn.init.normal_(head.weight, 0, 0.01)
-    nn.init.zeros_(head.bias)
-    model.avgpool = nn.Identity()
-    model.classifier = nn.Sequential(head)
-    return model
+
+    def __init__(self, num_classes: int = 10, width: float = 1.0) -> None:
+        super().__init__()
+        cfg = [v if isinstance(v, str) else max(1, round(v * width)) for v in vgg_cfgs["D"]]
+        num_chs = [v for v in cfg if isinstance(v, int)]
+        self.features = make_layers(cfg, batch_norm=True)
+        self.classifier = nn.Linear(num_chs[-1], num_classes)
+        for module in self.features:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.constant_(module.bias, 0)  # type: ignore[arg-type]
+        nn.init.normal_(self.classifier.weight, 0, 0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `(B, num_classes)` of images `(B, 3, 32, 32)`."""
+        logits: Tensor = self.classifier(self.features(x).flatten(1))
+        return logits
 
 
-_OWN: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {"vgg16_cifar": (vgg16_cifar, (3, 32, 32))}
+_OWN: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {"vgg16_cifar": (VGG16Cifar, (3, 32, 32))}
 
 
 def list_models(library: str | None = None) -> list[str]:

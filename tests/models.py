@@ -124,6 +124,30 @@ class Chooser(nn.Module):
         return x
 
 
+class Gate(nn.Module):
+    """A layer without children that decides by a tensor's value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale if x.mean() > 0 else -x
+
+
+class Gated(nn.Module):
+    """Decides by a tensor's value inside a leaf: works, and model by model behind a cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.gate = Gate()
+        self.conv2 = nn.Conv2d(4, 5, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.gate(self.conv1(x))).mean((2, 3))
+
+
 class Frozen(nn.Module):
     """Keeps its batch norm in evaluation mode whatever `train()` says."""
 

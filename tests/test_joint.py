@@ -47,7 +47,9 @@ def test_families(name: str, norm: str) -> None:
 @pytest.mark.parametrize("norm", ["shared", "private"])
 def test_outputs_are_bitwise_equal(norm: str) -> None:
     net = detachnet.make_detachable(
-        detachnet.create_model("detachnet:vgg16_cifar", width=0.25).double(), ["features.6", "features.23"], norm=norm
+        detachnet.create_model("detachnet:vgg16_cifar", width=0.25).double(),
+        ["features.6", "features.23"],
+        norm=norm,
     )
     images = torch.randn(4, 3, 32, 32, dtype=torch.double)
     for mode in (True, False):
@@ -63,6 +65,7 @@ TOYS = {
     models.Auxiliary: ["conv1", "conv2"],
     models.BatchAware: ["conv1", "conv2"],
     models.Frozen: ["conv1", "conv2"],
+    models.Gated: ["conv1", "gate"],
     models.UnknownNorm: ["conv1", "conv2"],
 }
 

@@ -1,0 +1,36 @@
+# Each target sets up what it needs; all that must be there is Python 3.11 or newer, make and a package index.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint docs clean
+
+quickstart: .venv/package ## train a small family on embedded data, a few minutes on two cores
+	rm -rf runs/quickstart
+	$(BIN)/detachnet train quickstart
+
+test: .venv/dev ## everything that must pass
+	$(BIN)/python -m pytest
+
+lint: .venv/dev ## format, rules, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy detachnet cli
+
+docs: .venv/docs ## build the pages into site/, strictly
+	$(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf .venv site build *.egg-info
+
+.venv/package: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/dev: .venv/package
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv/docs: .venv/package
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@

@@ -1,0 +1,192 @@
+import json
+import resource
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import detachnet
+from detachnet import checkpoint
+from detachnet.zoo import ModelSource
+from tests import models
+from tests.test_stepdown import shift
+
+
+@pytest.fixture
+def net() -> detachnet.DetachableNet:
+    model = detachnet.create_model("detachnet:vgg16_cifar", width=0.05)
+    return detachnet.make_detachable(model, ["features.6", "features.23"]).eval()
+
+
+IMAGES = torch.randn(2, 3, 32, 32)
+
+
+def assert_same(
+    one: detachnet.DetachableNet, other: detachnet.DetachableNet, images: torch.Tensor = IMAGES
+) -> None:
+    assert one.plan == other.plan
+    for name in one.names:
+        assert torch.equal(one(images, which=name), other(images, which=name))
+
+
+@pytest.mark.parametrize("norm", ["private", "shared"])
+def test_round_trip(tmp_path: Path, norm: str) -> None:
+    model = detachnet.create_model("timm:mobilenetv3_small_050", num_classes=7)
+    net = detachnet.make_detachable(model, {"small": "blocks.2"}, (3, 64, 64), norm=norm).eval()
+    detachnet.save(net, tmp_path / "family.safetensors")
+    assert_same(detachnet.load(tmp_path / "family.safetensors"), net, torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes(net: detachnet.DetachableNet, tmp_path: Path, dtype: torch.dtype) -> None:
+    detachnet.save(net.to(dtype), tmp_path / "family.safetensors")
+    assert_same(detachnet.load(tmp_path / "family.safetensors"), net, IMAGES.to(dtype))
+
+
+def test_loading_leaves_the_random_state_alone(net: detachnet.DetachableNet, tmp_path: Path) -> None:
+    detachnet.save(net, tmp_path / "family.safetensors")
+    before = torch.get_rng_state()
+    detachnet.load(tmp_path / "family.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_users_own_model(tmp_path: Path) -> None:
+    net = detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), stepdown=shift).eval()
+    path = tmp_path / "own.safetensors"
+    detachnet.save(net, path)
+    with pytest.raises(detachnet.CheckpointError, match=r"a model of the user's own, Plain[\s\S]*model=Plain"):
+        detachnet.load(path)
+    with pytest.raises(detachnet.CheckpointError, match=r"a user's own step-down[\s\S]*stepdown=it"):
+        detachnet.load(path, models.Plain())
+    assert_same(detachnet.load(path, models.Plain(), stepdown=shift), net, torch.randn(2, 3, 8, 8))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 3, 3, padding=1)
+        self.two = nn.Conv2d(3, 3, 3, padding=1)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x)).mean((2, 3))
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    net = detachnet.make_detachable(Tied(), ["one"], (3, 8, 8)).eval()
+    detachnet.save(net, tmp_path / "tied.safetensors")
+    header, tensors = checkpoint.read(tmp_path / "tied.safetensors")
+    assert header.tied == {"base.two.weight": "base.one.weight"}
+    assert "base.two.weight" not in tensors
+    assert_same(detachnet.load(tmp_path / "tied.safetensors", Tied()), net, torch.randn(2, 3, 8, 8))
+
+
+def test_another_model(net: detachnet.DetachableNet, tmp_path: Path) -> None:
+    path = tmp_path / "family.safetensors"
+    detachnet.save(net, path)
+    for other in (models.Plain(), detachnet.create_model("detachnet:vgg16_cifar", width=0.1)):
+        with pytest.raises(detachnet.CheckpointError, match="was made from another model"):
+            detachnet.load(path, other)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(detachnet.CheckpointError, match="there is no file"):
+        detachnet.load(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, -1])
+def test_truncated_file(net: detachnet.DetachableNet, tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "family.safetensors"
+    detachnet.save(net, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(detachnet.CheckpointError, match="is not a complete safetensors file"):
+        detachnet.load(path)
+
+
+def test_any_flipped_bit_is_noticed(net: detachnet.DetachableNet, tmp_path: Path) -> None:
+    path = tmp_path / "family.safetensors"
+    detachnet.save(net, path)
+    content = path.read_bytes()
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    for place in [*range(8, header, 97), header, (header + len(content)) // 2, len(content) - 1]:
+        broken = bytearray(content)
+        broken[place] ^= 0b100
+        path.write_bytes(broken)
+        with pytest.raises(detachnet.CheckpointError):
+            detachnet.load(path)
+
+
+def test_a_file_of_something_else(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(detachnet.CheckpointError, match="not one of detachnet's"):
+        detachnet.load(tmp_path / "other.safetensors")
+
+
+def rewrite(path: Path, change: dict[str, object]) -> None:
+    """Change a header and give it a right checksum, as a malicious writer would."""
+    header, tensors = checkpoint.read(path)
+    text = json.dumps(json.loads(header.model_dump_json()) | change)
+    save_file(tensors, path, {checkpoint.KEY: text, "sha256": checkpoint._digest(text, tensors)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "has format version 2"),
+        ({"run_this": "import os"}, "says something unknown"),
+        ({"plan": {}}, "says something unknown"),
+        ({"source": {"name": "os:system", "kwargs": {}}}, "cannot be built"),
+        ({"source": {"name": "timm:resnet18", "kwargs": {"checkpoint_path": "/tmp/x"}}}, "loading does not allow"),
+        ({"source": {"name": "timm:resnet18", "kwargs": {"pretrained": True}}}, "loading does not allow"),
+        ({"source": {"name": "timm:resnet18", "kwargs": {"act_layer": {"a": 1}}}}, "says something unknown"),
+        ({"source": {"name": "timm:resnet18", "kwargs": {}}}, "was made from another model"),
+    ],
+)
+def test_a_header_that_asks_for_something_unknown(
+    net: detachnet.DetachableNet, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "family.safetensors"
+    detachnet.save(net, path)
+    rewrite(path, change)
+    with pytest.raises(detachnet.CheckpointError, match=message):
+        detachnet.load(path)
+
+
+def test_arguments_that_cannot_be_stored(net: detachnet.DetachableNet, tmp_path: Path) -> None:
+    net.base.detachnet_source = ModelSource("timm:resnet18", {"act_layer": nn.ReLU})  # type: ignore[assignment]
+    with pytest.raises(detachnet.CheckpointError, match="cannot be stored"):
+        detachnet.save(net, tmp_path / "family.safetensors")
+
+
+@contextmanager
+def disk_of(num_bytes: int) -> Iterator[None]:
+    """Writing more than so many bytes to a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_leaves_the_old_checkpoint(net: detachnet.DetachableNet, tmp_path: Path) -> None:
+    path = tmp_path / "family.safetensors"
+    detachnet.save(net, path)
+    before = path.read_bytes()
+    with (
+        disk_of(1000),
+        pytest.raises(detachnet.CheckpointError, match=r"cannot write .*; the previous file is unchanged"),
+    ):
+        detachnet.save(net, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_unwritable_folder(net: detachnet.DetachableNet, tmp_path: Path) -> None:
+    with pytest.raises(detachnet.CheckpointError, match="cannot write"):
+        detachnet.save(net, tmp_path / "nowhere" / "family.safetensors")

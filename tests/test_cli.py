@@ -1,0 +1,131 @@
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from detachnet_cli.app import app
+from typer.testing import CliRunner
+
+import detachnet
+from detachnet import trainer
+from tests.test_trainer import SMALL, tenth
+
+runner = CliRunner()
+OPTIONS = [part for override in [*SMALL, "train.epochs=1"] for part in ("--set", override)]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer, "load_data", tenth)
+    monkeypatch.setattr("detachnet.data.load_data", tenth)
+
+
+def run(*args: str) -> tuple[int, str]:
+    result = runner.invoke(app, args)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_train_evaluate_resume(tmp_path: Path) -> None:
+    code, out = run("train", "quickstart", *OPTIONS, "--max-minutes", "0")
+    assert code == 0
+    assert "Stopped (time is up)" in out
+    resume = re.search(r"detachnet (train .* --resume)", out)
+    assert resume is not None
+    code, out = run(*shlex.split(resume[1]))
+    assert code == 0, out
+    assert "going on after step 1 of 8" in out
+    assert re.search(r"base +\S+ [Mk] +100 %", out)
+    code, out = run("evaluate", "runs/quickstart", "--json")
+    scores = {row["model"]: row["test_accuracy"] for row in json.loads(out)["models"]}
+    rows = json.loads((tmp_path / "runs/quickstart/metrics.jsonl").read_text())
+    assert scores == rows["test_accuracy"]
+    assert "n = 100" in run("evaluate", "runs/quickstart/best.safetensors")[1]
+
+
+def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "recipes" / "quickstart.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text)
+    assert run("train", "mine.toml", *OPTIONS, "--out", "there", "--max-minutes", "0")[0] == 0
+    assert (tmp_path / "there" / "last.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "quickstar"], "there is no recipe quickstar"),
+        (["train", "quickstart", "--set", "train.epoch=3"], "unknown key 'epoch' in [train]"),
+        (["train", "quickstart", "--set", "model.name=timm:resnet"], "unknown model 'timm:resnet'"),
+        (
+            ["train", "quickstart", "--set", 'family.cuts=["features.99"]'],
+            "cannot cut VGG16Cifar at 'features.99'",
+        ),
+        (["train", "quickstart", "--resume"], "there is no run in runs/quickstart to resume"),
+        (["evaluate", "nothing.safetensors"], "there is no file nothing.safetensors"),
+        (["inspect", "torchvision:resnet19"], "unknown model 'torchvision:resnet19'"),
+        (["inspect", "torchvision:resnet18", "--cut", "layer1.0.conv1"], "'maxpool' also crosses it"),
+        (["inspect", "torchvision:resnet18", "--input-size", "3,x"], "write the shape of one image as C,H,W"),
+        (["inspect", "torchvision:resnet18", "--input-size", "1,32,32"], "does not run on 1×32×32 images"),
+        (["trian"], "No such command 'trian'"),
+    ],
+)
+def test_mistakes_get_a_message_and_exit_code_2(args: list[str], message: str) -> None:
+    code, out = run(*args)
+    assert code == 2
+    assert message in out
+    assert "Traceback" not in out
+    assert len(out.splitlines()) < 10
+
+
+def test_traceback_on_request() -> None:
+    result = runner.invoke(app, ["--traceback", "evaluate", "nothing.safetensors"])
+    assert isinstance(result.exception, detachnet.CheckpointError)
+
+
+def test_inspect() -> None:
+    out = run("inspect", "torchvision:resnet18")[1]
+    assert "torchvision:resnet18: 22 valid cuts" in out
+    assert re.search(r"layer2 +128×28×28 +8×8 stride 8×8 +841.9 M +11.0 M", out)
+    out = run(
+        "inspect", "torchvision:vgg16_bn", "--input-size", "3,32,32", "--cut", "features.6", "--cut", "features.20"
+    )
+    assert re.search(r"sub1 +features.20 +256×8×8 +4×4 stride 4×4", out[1])
+    assert "hint: sub1 is cut between 'features.20' and its batch norm" in out[1]
+
+
+def test_recipes_lists_every_shipped_one() -> None:
+    out = run("recipes")[1]
+    for path in (Path(__file__).parents[1] / "recipes").glob("*.toml"):
+        assert path.stem in out
+
+
+def test_help_names_every_option_and_version() -> None:
+    command = typer.main.get_command(app)
+    for name in ("train", "inspect", "evaluate", "recipes"):
+        assert run(name, "--help")[0] == 0
+        assert name in command.list_commands(None)  # type: ignore[attr-defined,arg-type]
+    assert run("--version")[1] == f"detachnet {detachnet.__version__}\n"
+
+
+@pytest.mark.parametrize("args", [["--help"], ["recipes"], ["trian"], ["train", "quickstar"]])
+def test_help_and_mistakes_do_not_wait_for_torch(args: list[str]) -> None:
+    code = f"""
+import sys
+from detachnet_cli.app import app
+try:
+    app({args!r})
+except SystemExit:
+    pass
+assert not {{"torch", "timm", "torchvision", "accelerate"}} & set(sys.modules)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+
+import detachnet
+from detachnet.recipe import load_recipe
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_round_trips(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    (tmp_path / "again.toml").write_text(recipe.to_toml())
+    assert load_recipe(tmp_path / "again.toml") == recipe
+
+
+def test_the_papers_protocol() -> None:
+    recipe = load_recipe(QUICKSTART.with_name("vgg16_cifar10.toml"))
+    assert recipe.model.name == "detachnet:vgg16_cifar"
+    assert recipe.family.cuts == ("features.6", "features.23")
+    assert recipe.family.norm == "shared"
+    assert (recipe.data.name, recipe.data.pad, recipe.data.flip) == ("cifar10", 4, True)
+    assert (recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.momentum) == ("momentum", 0.01, 0.9)
+    assert (recipe.schedule.name, recipe.schedule.milestones) == ("multistep", (50, 100, 150))
+    assert (recipe.schedule.decay, recipe.schedule.warmup_epochs) == (0.1, 1)
+    assert (recipe.train.epochs, recipe.train.batch_size) == (300, 32)
+    assert (recipe.loss.weights, recipe.train.precision) == ({}, "float32")
+
+
+def test_overrides() -> None:
+    recipe = load_recipe(
+        QUICKSTART,
+        ["train.epochs=3", 'train.models=["sub1", "base"]', "family.norm=shared", "loss.weights.sub0=0.3"],
+    )
+    assert recipe.train.epochs == 3
+    assert recipe.models == ("base", "sub1")
+    assert recipe.family.norm == "shared"
+    assert recipe.loss.weights == {"sub0": 0.3}
+
+
+def test_weight_decay_of_a_model_alone() -> None:
+    options = ["optimizer.weight_decay=1e-4", "optimizer.weight_decay_alone={base = 5e-4}"]
+    assert load_recipe(QUICKSTART, options).weight_decay == 1e-4
+    assert load_recipe(QUICKSTART, [*options, 'train.models=["base"]']).weight_decay == 5e-4
+    assert load_recipe(QUICKSTART, [*options, 'train.models=["sub1"]']).weight_decay == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lerning_rate=1", r"unknown key 'lerning_rate' in \[optimizer\]"),
+        ("train.epoch=1", r"unknown key 'epoch' in \[train\][\s\S]*nearest  'epochs'"),
+        ("trian.epochs=1", r"unknown key 'trian' in the recipe[\s\S]*nearest  'train'"),
+        ("optimizer.lr=-1", r"optimizer.lr = -1: input should be greater than 0"),
+        ("optimizer.lr=fast", r'optimizer.lr = "fast": input should be a valid number'),
+        ("optimizer.lr=inf", r"optimizer.lr = Infinity: input should be a finite number"),
+        ("optimizer.momentum=1", r"optimizer.momentum = 1: input should be less than 1"),
+        ("train.epochs=3.5", r"train.epochs = 3.5: input should be a valid integer"),
+        ("train.epochs=true", r"train.epochs = true: input should be a valid integer"),
+        ("train.epochs=0", r"train.epochs = 0: input should be greater than 0"),
+        ("train=3", r"train = 3: input should be an object"),
+        ("data.name=cifar11", r"data.name = \"cifar11\": input should be 'cifar10' or 'cifar10-mini'"),
+        ("family.cuts=[1]", r"family.cuts.0 = 1: input should be a valid string"),
+        ('train.models=["sub7"]', r"train.models names 'sub7', but the models are base, sub0, sub1"),
+        ('train.models=["base", "base"]', r"train.models names a model twice"),
+        ("loss.weights.sub9=1", r"loss.weights names 'sub9'"),
+        ("schedule.milestones=[3]", r"schedule.milestones is for 'multistep' only"),
+        ("schedule.name=multistep", r"schedule.milestones is needed for 'multistep'"),
+        ("schedule.warmup_epochs=999", r"schedule.warmup_epochs is longer than train.epochs"),
+        ("nonsense", r"--set takes table.key=value, not 'nonsense'"),
+        ("train.epochs.x=1", r"'epochs' is a value, not a table"),
+    ],
+)
+def test_wrong_values(override: str, message: str) -> None:
+    with pytest.raises(detachnet.RecipeError, match=message) as error:
+        load_recipe(QUICKSTART, [override])
+    assert len(str(error.value).splitlines()) < 8
+    if "--set" not in str(error.value):
+        assert "quickstart.toml" in str(error.value)
+
+
+def test_milestones_rise() -> None:
+    with pytest.raises(detachnet.RecipeError, match="schedule.milestones must rise"):
+        load_recipe(QUICKSTART, ["schedule.name=multistep", "schedule.milestones=[5, 2]"])
+
+
+def test_a_missing_table(tmp_path: Path) -> None:
+    (tmp_path / "short.toml").write_text('description = "x"\n[model]\nname = "timm:resnet18"\n')
+    with pytest.raises(detachnet.RecipeError, match=r"family is missing[\s\S]*data is missing"):
+        load_recipe(tmp_path / "short.toml")
+
+
+def test_no_toml_no_file_no_text(tmp_path: Path) -> None:
+    (tmp_path / "broken.toml").write_text("[model\n")
+    with pytest.raises(detachnet.RecipeError, match="is not valid TOML"):
+        load_recipe(tmp_path / "broken.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(detachnet.RecipeError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "binary.toml")
+    with pytest.raises(detachnet.RecipeError, match="there is no recipe"):
+        load_recipe(tmp_path / "nothing.toml")

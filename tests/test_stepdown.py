@@ -1,0 +1,86 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import detachnet
+from detachnet.stepdown import build_stepdown, plan_stepdown, solve
+from tests import models
+
+
+@given(st.integers(1, 400), st.data())
+def test_sizes_map_exactly_and_every_pixel_is_read(size: int, data: st.DataObject) -> None:
+    out = data.draw(st.integers(1, size))
+    kernel, stride, padding = solve(size, out)
+    assert (size + 2 * padding - kernel) // stride + 1 == out
+    assert stride <= kernel
+    assert padding < kernel
+    assert (out - 1) * stride + kernel - padding >= size
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_where_sizes_divide_it_is_the_papers(out: int, factor: int) -> None:
+    assert solve(out * factor, out) == (factor, factor, 0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.tuples(st.integers(4, 30), st.integers(4, 30)), st.data())
+def test_modules_map_images_to_features(size: tuple[int, int], data: st.DataObject) -> None:
+    feature = (5, data.draw(st.integers(1, size[0])), data.draw(st.integers(1, size[1])))
+    plan = plan_stepdown((3, *size), feature)
+    module = build_stepdown(plan)
+    assert module(torch.zeros(2, 3, *size)).shape == (2, *feature)
+    assert plan.num_params == sum(p.numel() for p in module.parameters())
+
+
+def test_flat_feature_gets_a_linear_layer() -> None:
+    plan = plan_stepdown((3, 4, 4), (7,))
+    assert build_stepdown(plan)(torch.zeros(2, 3, 4, 4)).shape == (2, 7)
+    assert plan.macs == 3 * 4 * 4 * 7
+
+
+def test_video() -> None:
+    plan = plan_stepdown((3, 16, 32, 32), (8, 4, 8, 8))
+    assert build_stepdown(plan)(torch.zeros(1, 3, 16, 32, 32)).shape == (1, 8, 4, 8, 8)
+
+
+def test_a_feature_larger_than_the_image_is_refused() -> None:
+    with pytest.raises(detachnet.StepDownError, match="4×16×16 is larger than the image 3×8×8"):
+        plan_stepdown((3, 8, 8), (4, 16, 16))
+
+
+class Enlarging(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 4, 2, stride=2)
+        self.head = nn.Conv2d(4, 5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.up(x)).mean((2, 3))
+
+
+def test_an_image_smaller_than_the_feature() -> None:
+    with pytest.raises(detachnet.StepDownError, match="4×16×16 is larger than the image"):
+        detachnet.make_detachable(Enlarging(), ["up"], (3, 8, 8))
+    assert [p.name for p in detachnet.find_cuts(Enlarging(), (3, 8, 8))] == []
+
+
+def shift(image: tuple[int, ...], feature: tuple[int, ...]) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(feature[1:]), nn.Conv2d(image[0], feature[0], 1))
+
+
+def test_own_stepdown() -> None:
+    net = detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), stepdown=shift)
+    assert net(torch.zeros(1, 3, 8, 8), which="sub0").shape == (1, 5)
+    assert net.plan["sub0"].num_params == sum(p.numel() for p in net.detach("sub0").parameters())
+
+
+def test_own_stepdown_of_the_wrong_shape() -> None:
+    with pytest.raises(detachnet.StepDownError, match="gives 3×8×8, the cut needs 4×4×4"):
+        detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), stepdown=lambda i, f: nn.Identity())
+
+
+def test_unknown_stepdown() -> None:
+    with pytest.raises(detachnet.CutError, match="stepdown is 'conv' or a function"):
+        detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), stepdown="magic")

@@ -1,0 +1,278 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import detachnet
+from detachnet import trainer
+from detachnet.data import Split, load_data
+from detachnet.recipe import Recipe, load_recipe
+from detachnet.trainer import Listener, build_family, evaluate, train
+from tests.test_checkpoint import disk_of
+
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
+SMALL = ["model.kwargs.width=0.05", "train.epochs=3", "train.batch_size=50", "schedule.warmup_epochs=1"]
+STEPS = 8
+"""Per epoch."""
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(QUICKSTART, [*SMALL, *overrides])
+
+
+def tenth(*_: object, **__: object) -> tuple[Split, Split]:
+    """Every tenth image of cifar10-mini, so that an epoch takes a fraction of a second."""
+    train_split, test_split = (
+        Split(split.images[::10], split.labels[::10], split.classes) for split in load_data("cifar10-mini")
+    )
+    return train_split, test_split
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_data() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "load_data", tenth)
+        yield
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+class KillAfter(Listener):
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def on_step(self, epoch: int, images: int, losses: Mapping[str, torch.Tensor]) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(recipe(), folder).status == "finished"
+    return folder
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    assert (one / "results.json").read_bytes() == (other / "results.json").read_bytes()
+    for name in ("last.safetensors", "best.safetensors"):
+        first, second = detachnet.load(one / name), detachnet.load(other / name)
+        for (key, a), (_, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+            assert torch.equal(a, b), (name, key)
+
+
+def test_a_run_folder(whole: Path) -> None:
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "best.safetensors",
+        "last.safetensors",
+        "metrics.jsonl",
+        "recipe.toml",
+        "results.json",
+        "run.json",
+        "table.md",
+    ]
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    results = json.loads((whole / "results.json").read_text())
+    for row in results:
+        accuracies = [r["test_accuracy"][row["model"]] for r in rows]
+        assert row["best_accuracy"] == max(accuracies)
+        assert accuracies[row["best_epoch"] - 1] == max(accuracies)
+        assert row["last_accuracy"] == accuracies[-1]
+    assert load_recipe(whole / "recipe.toml") == recipe()
+    assert json.loads((whole / "run.json").read_text())["torch"] in torch.__version__
+
+
+def test_the_checkpoint_evaluates_to_the_same_numbers(whole: Path) -> None:
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    scores = evaluate(detachnet.load(whole / "last.safetensors"), tenth()[1])
+    assert {name: score["accuracy"] for name, score in scores.items()} == rows[-1]["test_accuracy"]
+
+
+@pytest.mark.parametrize("kill_at", [1, 5, STEPS, STEPS + 3, 3 * STEPS])
+def test_resumed_equals_uninterrupted(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
+) -> None:
+    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    with pytest.raises(Killed):
+        train(recipe(), tmp_path / "run", listener=KillAfter(kill_at))
+    assert train(recipe(), tmp_path / "run", resume=True).status == "finished"
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_every_optimizers_state_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    options = (f"optimizer.name={name}", "train.epochs=1")
+    train(recipe(*options), tmp_path / "whole")
+    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    with pytest.raises(Killed):
+        train(recipe(*options), tmp_path / "run", listener=KillAfter(4))
+    train(recipe(*options), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+SCRIPT = """
+import sys
+from detachnet import trainer
+from tests.test_trainer import recipe, tenth
+trainer.load_data = tenth
+trainer.SAVE_EVERY_S = 0
+trainer.train(recipe(), sys.argv[1], resume=len(sys.argv) > 2)
+"""
+
+
+def test_kill_9(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], env=environment)
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "results.json").exists()
+    (folder / ".last.safetensors.1.tmp").write_bytes(b"half a checkpoint")
+    subprocess.run([sys.executable, "-c", SCRIPT, str(folder), "--resume"], env=environment, check=True)
+    assert_same_run(folder, whole)
+    assert not list(folder.glob(".*"))
+
+
+def test_killed_before_the_first_checkpoint(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(recipe(), tmp_path / "run", listener=KillAfter(2))
+    assert not (tmp_path / "run" / "last.safetensors").exists()
+    train(recipe(), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_max_minutes(whole: Path, tmp_path: Path) -> None:
+    result = train(recipe(), tmp_path / "run", max_minutes=0)
+    assert (result.status, result.epochs, result.table) == ("time is up", 0, [])
+    assert len(evaluate(detachnet.load(tmp_path / "run" / "last.safetensors"), tenth()[1])) == 3
+    train(recipe(), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+class Interrupt(Listener):
+    def on_step(self, epoch: int, images: int, losses: Mapping[str, torch.Tensor]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_saves(whole: Path, tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    assert train(recipe(), tmp_path / "run", listener=Interrupt()).status == "interrupted"
+    assert signal.getsignal(signal.SIGINT) is handler
+    train(recipe(), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_resuming_a_finished_run_changes_nothing(whole: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert train(recipe(), whole, resume=True).status == "finished"
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_leaves_a_run_that_goes_on(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    with pytest.raises(Killed):
+        train(recipe(), tmp_path / "run", listener=KillAfter(4))
+    with disk_of(20_000), pytest.raises(detachnet.CheckpointError, match="the previous file is unchanged"):
+        train(recipe(), tmp_path / "run", resume=True)
+    train(recipe(), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_folders_and_recipes_must_fit(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(detachnet.CheckpointError, match=r"there is a run in .* already"):
+        train(recipe(), whole)
+    with pytest.raises(detachnet.CheckpointError, match=r"there is no run in .* to resume"):
+        train(recipe(), tmp_path / "nothing", resume=True)
+    with pytest.raises(
+        detachnet.RecipeError, match=r"started with another recipe[\s\S]*epochs = 3, now epochs = 4"
+    ):
+        train(recipe("train.epochs=4"), whole, resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(detachnet.CheckpointError, match="cannot make the run folder"):
+        train(recipe(), tmp_path / "file" / "run")
+
+
+def test_a_failed_start_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(detachnet.CutError):
+        train(recipe('family.cuts=["features.999"]'), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("models", [["base"], ["sub1"], ["base", "sub1"]])
+def test_any_set_of_models_is_trained_and_nothing_else(tmp_path: Path, models: list[str]) -> None:
+    chosen = recipe(f"train.models={json.dumps(models)}", "train.epochs=1")
+    before = build_family(chosen)
+    result = train(chosen, tmp_path / "run")
+    assert [row["model"] for row in result.table] == models
+    after = detachnet.load(tmp_path / "run" / "last.safetensors")
+    assert after.trained == tuple(models)
+    trained = set(after.parameters_of(models))
+    for (name, one), (_, other) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        assert torch.equal(one, other) == (name not in trained), name
+
+
+def test_the_seed_decides_everything_and_the_random_state_stays(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first = train(recipe("train.epochs=1"), tmp_path / "a").table
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(8)
+    assert train(recipe("train.epochs=1"), tmp_path / "b").table == first
+    assert train(recipe("train.epochs=1", "train.seed=1"), tmp_path / "c").table != first
+
+
+def test_multistep_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = record_rates(monkeypatch)
+    options = ("schedule.name=multistep", "schedule.milestones=[2]", "optimizer.lr=0.01")
+    train(recipe(*options), tmp_path / "run")
+    warmup = [0.01 * step / STEPS for step in range(STEPS)]
+    assert rates == pytest.approx([*warmup, *[0.01] * STEPS, *[0.001] * STEPS])
+
+
+def test_cosine_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = record_rates(monkeypatch)
+    train(recipe("optimizer.lr=0.01"), tmp_path / "run")
+    warmup = [0.01 * step / STEPS for step in range(STEPS)]
+    cosine = [0.005 * (1 + math.cos(math.pi * step / (2 * STEPS))) for step in range(2 * STEPS)]
+    assert rates == pytest.approx([*warmup, *cosine])
+
+
+def record_rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The learning rate of every step of the trainings to come."""
+    rates: list[float] = []
+    step = trainer._Trainer._step
+
+    def spy(self: Any, *args: Any) -> Any:
+        losses = step(self, *args)
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return losses
+
+    monkeypatch.setattr(trainer._Trainer, "_step", spy)
+    return rates
+
+
+def test_evaluating_an_untrained_family() -> None:
+    with pytest.raises(detachnet.CheckpointError, match="does not know how its images are normalized"):
+        evaluate(build_family(recipe()), tenth()[1])
