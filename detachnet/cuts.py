@@ -212,7 +212,7 @@ def find_cuts(
     Raises:
         TraceError: The model cannot be traced at that size.
 
-    Example:
+    Examples:
         >>> [point.name for point in detachnet.find_cuts(torchvision.models.resnet18())][-4:]
         ['layer3', 'layer4.0', 'layer4', 'avgpool']
     """

@@ -245,7 +245,7 @@ def make_detachable(
         CutError: A cut is unknown, crossed by another path, repeated, out of order or at the output.
         StepDownError: The feature map is larger than the image, or of a rank no step-down is known for.
 
-    Example:
+    Examples:
         >>> net = detachnet.make_detachable(model, cuts=["features.6", "features.20"], input_size=(3, 32, 32))
         >>> net(images, which="sub1").shape
         torch.Size([8, 10])

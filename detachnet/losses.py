@@ -18,7 +18,7 @@ class MultiModelLoss(nn.Module):
         weights: Model → weight of its loss; 1 for a model that is not named (the paper's plain sum).
         label_smoothing: As in `torch.nn.functional.cross_entropy`, in [0, 1].
 
-    Example:
+    Examples:
         >>> loss = detachnet.MultiModelLoss()(net(images, which="all"), target)
 
     Source: Fuengfusin & Tamukoh, JRNAL 8(1), 2021, section 2.3; the weights are ours.

@@ -102,7 +102,7 @@ def solve(size: int, out: int) -> tuple[int, int, int]:
     pixel; of all such the smallest kernel, then the smallest padding. Where `out` divides `size` that is
     kernel = stride = size / out without padding, the paper's step-down.
 
-    Example:
+    Examples:
         >>> solve(32, 4), solve(299, 35)
         ((8, 8, 0), (9, 9, 8))
     """

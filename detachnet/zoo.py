@@ -85,7 +85,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     Raises:
         ModelError: An unknown name, or arguments the model does not take.
 
-    Example:
+    Examples:
         >>> model = detachnet.create_model("torchvision:vgg16_bn", num_classes=10)
     """
     library, _, short = name.partition(":")

@@ -82,7 +82,7 @@ def test_wrong_values(override: str, message: str) -> None:
 
 
 def test_milestones_rise() -> None:
-    with pytest.raises(detachnet.RecipeError, match="schedule.milestones must rise"):
+    with pytest.raises(detachnet.RecipeError, match=r"schedule\.milestones must rise"):
         load_recipe(QUICKSTART, ["schedule.name=multistep", "schedule.milestones=[5, 2]"])
 
 
