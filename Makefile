@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint docs clean
+.PHONY: quickstart test lint docs zoo bench clean
 
 quickstart: .venv/package ## train a small family on embedded data, a few minutes on two cores
 	rm -rf runs/quickstart
@@ -18,6 +18,12 @@ lint: .venv/dev ## format, rules, types
 
 docs: .venv/docs ## build the pages into site/, strictly
 	$(BIN)/mkdocs build --strict --quiet
+
+zoo: .venv/dev ## every model of torchvision and timm against tests/zoo/table.csv, up to 20 minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.check
+
+bench: .venv/dev ## the quick benchmarks
+	$(BIN)/python benchmarks/surgery.py --quick
 
 clean:
 	rm -rf .venv site build *.egg-info

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from detachnet.detachable import DetachableNet
+    from detachnet.plan import DetachPlan
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -71,10 +72,10 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], left
     out.print(grid)
 
 
-def plan_table(net: DetachableNet) -> None:
+def plan_table(plan: DetachPlan) -> None:
     """Print a family's plan."""
-    table(net.plan.title, net.plan.header, net.plan.rows(), left=4)
-    for hint in net.plan.hints:
+    table(plan.title, plan.header, plan.rows(), left=4)
+    for hint in plan.hints:
         console().print(f"[yellow]hint:[/] {_escape(hint)}")
 
 
@@ -96,7 +97,7 @@ class TrainingDisplay:
         """Show the plan, then the bar."""
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        plan_table(net)
+        plan_table(net.plan)
         note("")
         if done:
             note(f"going on after step {done} of {total}")

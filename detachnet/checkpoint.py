@@ -219,7 +219,8 @@ def build(
     base = copy.deepcopy(model) if model is not None else _create(header, path)
     base = base.to(getattr(torch, header.dtype)) if header.dtype in ("float16", "bfloat16", "float64") else base
     plan = header.plan
-    custom = any(m.stepdown is not None and m.stepdown.kind == "custom" for m in plan.models)
+    kinds = {m.stepdown.kind for m in plan.models if m.stepdown is not None}
+    custom, identity = "custom" in kinds, "identity" in kinds
     if custom and stepdown is None:
         raise CheckpointError(f"{path} was made with a user's own step-down", hint="load(path, stepdown=it)")
     try:
@@ -228,7 +229,7 @@ def build(
             {m.name: m.cut or "" for m in plan.models[1:]},
             plan.input_size,
             norm=plan.norm,
-            stepdown=stepdown if custom and stepdown is not None else "conv",
+            stepdown=stepdown if custom and stepdown is not None else "identity" if identity else "conv",
         )
         load_weights(net, header, tensors)
     except (DetachNetError, RuntimeError, KeyError) as error:

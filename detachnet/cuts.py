@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.errors import CutError, StepDownError, nearest
 from detachnet.stepdown import StepDown, plan_stepdown
-from detachnet.trace import Spec, TracedGraph, TracedModel, trace
+from detachnet.trace import TracedGraph, TracedModel, trace, unwrap
+from detachnet.tracer import PROBE_BATCH, Leaves, Spec
+
+Place = Literal["activation", "module", "inner"]
+
+_ACTIVATIONS = {
+    "relu",
+    "relu_",
+    "relu6",
+    "silu",
+    "gelu",
+    "elu",
+    "leaky_relu",
+    "hardswish",
+    "hardtanh",
+    "mish",
+    "selu",
+}
+_NEAR = 0.15
+"""How far from the wanted share of MACs a better place may be preferred."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +44,9 @@ class CutPoint:
         stepdown: The step-down a sub-model enters through.
         macs: Multiply-accumulates of that sub-model for one image, the step-down's included.
         num_params: Its number of parameters, the step-down's included.
+        macs_of_base: `macs` divided by the base-model's.
+        place: `activation`, the output of a module that ends in an activation or pooling, the best place to cut;
+            `module`, that of another module; `inner`, in the middle of one.
     """
 
     name: str
@@ -30,6 +54,8 @@ class CutPoint:
     stepdown: StepDown
     macs: int
     num_params: int
+    macs_of_base: float
+    place: Place
 
 
 class CutAnalysis:
@@ -57,10 +83,15 @@ class CutAnalysis:
             if node not in self.traced.data:
                 continue
             is_inner = node.op not in ("placeholder", "output") and self.last_read[node] < end
-            if is_inner and reach <= self.position[node] and isinstance(self.traced.values[node], Spec):
+            if is_inner and reach <= self.position[node] and self._is_batch(node):
                 found.append(node)
             reach = max(reach, self.last_read[node])
         return found
+
+    def _is_batch(self, node: fx.Node) -> bool:
+        """Whether a value is one tensor with the images along its first axis."""
+        value = self.traced.values[node]
+        return isinstance(value, Spec) and len(value.shape) > 1 and value.shape[0] == PROBE_BATCH
 
     def crossing(self, cut: fx.Node) -> list[fx.Node]:
         """The earlier values that are read after `cut`."""
@@ -126,14 +157,14 @@ class CutAnalysis:
         if node in self.valid:
             return node
         raise CutError(
-            f"cannot cut {model} at {name!r}: {self._objection(node)}",
+            f"cannot cut {model} at {name!r}: {self.objection(node)}",
             where=self._where(node),
             hint=f"detachnet.find_cuts(model) lists the {len(self.valid)} valid cuts",
             nearest=self._neighbours(node),
             node=name,
         )
 
-    def _objection(self, node: fx.Node) -> str:
+    def objection(self, node: fx.Node) -> str:
         """Why a node is no cut."""
         if node.op == "placeholder":
             return "that is the image itself"
@@ -146,7 +177,7 @@ class CutAnalysis:
             return f"{names[0]}{more} also crosses it (a skip connection or a parallel branch)"
         if self.last_read[node] == len(self.traced.live) - 1:
             return "that is the output, nothing would be left of the model"
-        return "its value is not a single tensor"
+        return "its value is not a single tensor with the batch as its first axis"
 
     def _where(self, node: fx.Node) -> str:
         """The node in the graph and the submodule it belongs to."""
@@ -163,6 +194,28 @@ class CutAnalysis:
         before = [n for n in self.valid if self.position[n] < at][-1:]
         after = [n for n in self.valid if self.position[n] > at][:1]
         return [self.traced.name_of[n] for n in before + after if n in self.traced.name_of]
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self.traced.root.base.named_modules())
+
+    def place(self, cut: fx.Node) -> Place:
+        """What a cut stands behind."""
+        if self.traced.name_of.get(cut) not in self._modules:
+            return "inner"
+        module = self.module_of(cut)
+        if module is not None:
+            act = getattr(module, "act", None)
+            home = type(module).__module__
+            ends = "activation" in home or "pool" in home or (act is not None and not isinstance(act, nn.Identity))
+        else:
+            name = cut.target if isinstance(cut.target, str) else getattr(cut.target, "__name__", "")
+            ends = name in _ACTIVATIONS or "pool" in name
+        return "activation" if ends else "module"
+
+    def call_count(self, name: str) -> int:
+        """How often a module or operation of that name is called."""
+        return len(self.traced.calls.get(name, ()))
 
     def splits_norm(self, cut: fx.Node) -> bool:
         """Whether the next layer is a batch norm, which then belongs to the sub-model alone."""
@@ -191,13 +244,77 @@ def cut_points(traced: TracedModel) -> list[CutPoint]:
                 stepdown=stepdown,
                 macs=stepdown.macs + analysis.tail_macs(node),
                 num_params=stepdown.num_params + analysis.tail_params(node),
+                macs_of_base=(stepdown.macs + analysis.tail_macs(node)) / max(1, sum(traced.eval.macs.values())),
+                place=analysis.place(node),
             )
         )
     return points
 
 
+def every_node(traced: TracedModel) -> list[tuple[str, tuple[int, ...], str]]:
+    """Each value that depends on the pixels: its name, its shape without the batch, and why it is no cut."""
+    analysis = CutAnalysis(traced.eval)
+    valid = set(analysis.valid)
+    nodes = [n for n in traced.eval.live if n in traced.eval.data and n.op not in ("placeholder", "output")]
+    return [
+        (
+            traced.eval.name_of.get(node, node.name),
+            tuple(value.shape[1:]) if isinstance(value := traced.eval.values[node], Spec) else (),
+            "" if node in valid else analysis.objection(node),
+        )
+        for node in nodes
+    ]
+
+
+def choose_cuts(traced: TracedModel, keep: Sequence[float]) -> list[str]:
+    """The cuts whose sub-models come nearest to shares of the base-model's MACs, at the best places near them.
+
+    Args:
+        traced: The model.
+        keep: Shares of the base-model's MACs, each in (0, 1), falling.
+
+    Raises:
+        CutError: A share is out of range, or the model has too few cuts.
+    """
+    if any(not 0 < share < 1 for share in keep) or list(keep) != sorted(keep, reverse=True):
+        raise CutError(
+            f"cuts={list(keep)}: shares of the base-model's MACs lie between 0 and 1 and fall from front to back",
+            hint="cuts=[0.7, 0.3]",
+        )
+    points = [point for point in cut_points(traced) if point.stepdown.kind == "conv"]
+    chosen: list[CutPoint] = []
+    for i, share in enumerate(keep):
+        first = points.index(chosen[-1]) + 1 if chosen else 0
+        candidates = points[first : len(points) - (len(keep) - 1 - i)]
+        if not candidates:
+            raise CutError(
+                f"{traced.class_name} has {len(points)} cuts for convolutions, {len(keep)} were asked for"
+            )
+        chosen.append(_best(candidates, share))
+    return [point.name for point in chosen]
+
+
+def spread(count: int) -> list[float]:
+    """Shares of MACs to keep for `count` sub-models, evenly between 85 % and 15 %."""
+    return [0.85 - 0.7 * (i + 1) / (count + 1) for i in range(count)]
+
+
+def _best(points: Sequence[CutPoint], share: float) -> CutPoint:
+    """The point nearest to a share, of the best place that has one near it."""
+    for place in ("activation", "module"):
+        near = [p for p in points if p.place == place and abs(p.macs_of_base - share) <= _NEAR]
+        if near:
+            return min(near, key=lambda p: abs(p.macs_of_base - share))
+    return min(points, key=lambda p: abs(p.macs_of_base - share))
+
+
 def find_cuts(
-    model: nn.Module, input_size: tuple[int, ...] | None = None, *, example_input: Tensor | None = None
+    model: nn.Module,
+    input_size: tuple[int, ...] | None = None,
+    *,
+    example_input: Tensor | None = None,
+    leaf_modules: Sequence[type[nn.Module]] = (),
+    leaf_functions: Sequence[Callable[..., Any]] = (),
 ) -> list[CutPoint]:
     """List the places a model can be cut at, front to back.
 
@@ -205,6 +322,8 @@ def find_cuts(
         model: Any CNN; it is not run, moved or changed.
         input_size: Shape of one image, `(C, H, W)`; by default what the model declares.
         example_input: A batch `(B, ...)` instead.
+        leaf_modules: Classes of modules to keep whole.
+        leaf_functions: Functions to keep whole.
 
     Returns:
         The valid cuts: every path from the image to the output passes through each of them.
@@ -216,4 +335,5 @@ def find_cuts(
         >>> [point.name for point in detachnet.find_cuts(torchvision.models.resnet18())][-4:]
         ['layer3', 'layer4.0', 'layer4', 'avgpool']
     """
-    return cut_points(trace(model, input_size, example_input))
+    leaves = Leaves(tuple(leaf_modules), tuple(leaf_functions))
+    return cut_points(trace(unwrap(model), input_size, example_input, leaves))

@@ -36,6 +36,14 @@ _CIFAR10_BINARY = {
 }
 """SHA-256 of the files of the official binary layout, 10 000 records of 1 + 3072 bytes each."""
 
+_MNIST = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+"""SHA-256 of the official files, unpacked."""
+
 _CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -79,7 +87,7 @@ def load_data(name: str, root: str | Path | None = None, download: bool = False)
     """Load the training and the test split of a data set.
 
     Args:
-        name: `cifar10`, or `cifar10-mini` (4000 + 1000 of its images, embedded in the package).
+        name: `cifar10`, `cifar10-mini` (4000 + 1000 of its images, embedded in the package), or `mnist`.
         root: Where to look first; then `$DETACHNET_DATA`, then `./data`.
         download: Fetch the data set into the first of these places if it is in none.
 
@@ -96,11 +104,14 @@ def data_names() -> list[str]:
     return list(_LOADERS)
 
 
-def describe_data(name: str, train: Split) -> DataInfo:
-    """Name, classes and channel-wise mean and standard deviation of a training split."""
+def describe_data(name: str, train: Split, normalize: str = "channel") -> DataInfo:
+    """Name, classes and channel-wise mean and standard deviation of a training split; 0 and 1 for `none`."""
+    num_chs = train.images.shape[1]
+    if normalize == "none":
+        return DataInfo(name=name, classes=train.classes, mean=(0.0,) * num_chs, std=(1.0,) * num_chs)
     values = torch.arange(256, dtype=torch.float64) / 255
     counts = torch.stack(
-        [train.images[:, c].flatten().bincount(minlength=256) for c in range(train.images.shape[1])]
+        [train.images[:, c].flatten().bincount(minlength=256) for c in range(num_chs)]
     )
     shares = counts.double() / counts.sum(1, keepdim=True)
     mean = shares @ values
@@ -207,27 +218,49 @@ def _places(root: str | Path | None) -> list[Path]:
 def _cifar10(places: list[Path], download: bool) -> tuple[Split, Split]:
     """CIFAR-10 from torchvision's Python layout or from the official binary layout."""
     layouts = {"cifar-10-batches-py": _cifar10_python, "cifar-10-batches-bin": _cifar10_binary}
+    folder = _find("cifar10", places, list(layouts), download)
+    return layouts[folder.name](folder)
+
+
+def _mnist(places: list[Path], download: bool) -> tuple[Split, Split]:
+    """MNIST from its official IDX files, where torchvision keeps them; each file's SHA-256 checked."""
+    folder = _find("mnist", places, ["MNIST/raw"], download)
+    images_train, labels_train, images_test, labels_test = (
+        torch.from_numpy(np.frombuffer(_read_checked(folder / name, checksum), np.uint8).copy())
+        for name, checksum in _MNIST.items()
+    )
+    classes = tuple(map(str, range(10)))
+    train, test = (
+        Split(images[16:].view(-1, 1, 28, 28), labels[8:].long(), classes)  # behind the headers
+        for images, labels in ((images_train, labels_train), (images_test, labels_test))
+    )
+    return train, test
+
+
+def _find(name: str, places: list[Path], folders: list[str], download: bool) -> Path:
+    """The first of some folders that is in one of the places, downloaded if need be."""
     looked = []
     for place in places:
-        for name, read in layouts.items():
-            folder = place if place.name == name else place / name
-            looked.append(str(folder))
-            if folder.is_dir():
-                return read(folder)
-    if download:
-        _download(lambda: torchvision.datasets.CIFAR10(str(places[0]), download=True), "cifar10", places[0])
-        return _cifar10_python(places[0] / "cifar-10-batches-py")
-    raise DataError(
-        "cifar10 is not on this machine",
-        what="looked for " + ", ".join(looked),
-        hint="--data-root DIR or DETACHNET_DATA=DIR says where it is; --download fetches it (170 MB)",
-    )
+        for folder in folders:
+            path = place if place.name == folder else place / folder
+            looked.append(str(path))
+            if path.is_dir():
+                return path
+    if not download:
+        raise DataError(
+            f"{name} is not on this machine",
+            what="looked for " + ", ".join(looked),
+            hint="--data-root DIR or DETACHNET_DATA=DIR says where it is; --download fetches it",
+        )
+    _download(name, places[0])
+    return places[0] / folders[0]
 
 
-def _download(fetch: Callable[[], object], name: str, place: Path) -> None:
+def _download(name: str, place: Path) -> None:
     """Run torchvision's download."""
+    fetch = {"cifar10": torchvision.datasets.CIFAR10, "mnist": torchvision.datasets.MNIST}[name]
     try:
-        fetch()
+        fetch(str(place), download=True)
     except Exception as error:
         raise DataError(
             f"{name} could not be downloaded to {place}",
@@ -314,4 +347,5 @@ def _cifar10_mini(_places: list[Path], _download: bool) -> tuple[Split, Split]:
 _LOADERS: dict[str, Callable[[list[Path], bool], tuple[Split, Split]]] = {
     "cifar10": _cifar10,
     "cifar10-mini": _cifar10_mini,
+    "mnist": _mnist,
 }

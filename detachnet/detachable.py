@@ -17,7 +17,8 @@ from detachnet.data import DataInfo
 from detachnet.errors import CutError, nearest
 from detachnet.plan import BASE, Cuts, DetachPlan, Norm, make_plan
 from detachnet.stepdown import StepDownBuilder
-from detachnet.trace import PREFIX, TracedModel, attribute, trace
+from detachnet.trace import TracedModel, copy_model, trace, unwrap
+from detachnet.tracer import PREFIX, Leaves, attribute
 from detachnet.views import NORMS, STEPDOWNS, JointError, ViewSource, build_view
 from detachnet.zoo import ModelSource, model_source
 
@@ -64,7 +65,7 @@ class DetachableNet(nn.Module):
 
     def _attach(self, traced: TracedModel) -> None:
         """Derive from a trace what is needed to build views; nothing of it is saved or copied."""
-        self._example = traced.eval.image.example()
+        self._example, self._leaves = traced.eval.image.example(), traced.leaves
         self._sources = _view_sources(traced, self.plan)
         self._views: dict[tuple[tuple[str, ...], bool], Run] = {}
         for name, value in traced.constants.items():
@@ -210,7 +211,10 @@ class DetachableNet(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._attach(trace(self.base, example_input=self._example))
+        example = self._example
+        # The family may have another dtype by now; what is no floating-point input has not.
+        example_input = None if example.is_floating_point() else example
+        self._attach(trace(self.base, tuple(example.shape[1:]), example_input, self._leaves))
 
     def extra_repr(self) -> str:
         """The names of the models and the active one."""
@@ -225,6 +229,8 @@ def make_detachable(
     norm: Norm = "private",
     stepdown: str | StepDownBuilder = "conv",
     example_input: Tensor | None = None,
+    leaf_modules: Sequence[type[nn.Module]] = (),
+    leaf_functions: Sequence[Callable[..., Any]] = (),
 ) -> DetachableNet:
     """Turn a CNN into a family of networks that share its weights.
 
@@ -233,12 +239,16 @@ def make_detachable(
 
     Args:
         model: Any CNN with one image input, on any device.
-        cuts: Names of modules or traced nodes, front to back (`find_cuts` lists them), or a dict from own names
-            of sub-models to them.
+        cuts: Names of modules or traced nodes, front to back (`find_cuts` lists them); a dict from own names of
+            sub-models to them; a number of sub-models, or `"auto"` for two, spread evenly in MACs; or fractions
+            of the base-model's MACs to keep, such as `[0.7, 0.3]`.
         input_size: Shape of one image, `(C, H, W)`; by default what the model declares.
         norm: `private` gives each sub-model its own batch norms; `shared` is the paper's.
-        stepdown: `conv`, or a function `(image shape, feature shape) -> module`.
+        stepdown: `conv`; `identity`, the flattened image itself where the feature has its size; or a function
+            `(image shape, feature shape) -> module`.
         example_input: A batch `(B, ...)` instead of `input_size`.
+        leaf_modules: Classes of modules to keep whole, as those that cannot be traced must be.
+        leaf_functions: Functions to keep whole, which a traced module calls by a global name.
 
     Raises:
         TraceError: The model cannot be traced, or does not run at that size.
@@ -254,15 +264,16 @@ def make_detachable(
     """
     if norm not in ("private", "shared"):
         raise CutError(f"norm is 'private' or 'shared', not {norm!r}")
-    builder = None if isinstance(stepdown, str) else stepdown
-    if builder is None and stepdown != "conv":
+    if isinstance(stepdown, str) and stepdown not in ("conv", "identity"):
         raise CutError(
-            f"stepdown is 'conv' or a function (image shape, feature shape) -> module, not {stepdown!r}"
+            f"stepdown is 'conv', 'identity' or a function (image shape, feature shape) -> module, "
+            f"not {stepdown!r}"
         )
-    traced = trace(model, input_size, example_input)
+    model = unwrap(model)
+    traced = trace(model, input_size, example_input, Leaves(tuple(leaf_modules), tuple(leaf_functions)))
     with torch.random.fork_rng(devices=[]):
-        plan, stepdowns = make_plan(traced, cuts, norm, builder)
-    return DetachableNet(copy.deepcopy(model), plan, stepdowns, traced)
+        plan, stepdowns = make_plan(traced, cuts, norm, stepdown)
+    return DetachableNet(copy_model(model), plan, stepdowns, traced)
 
 
 class _Folder(nn.Module):

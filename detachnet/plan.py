@@ -8,14 +8,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 from torch import fx, nn
 
-from detachnet.cuts import CutAnalysis
+from detachnet.cuts import CutAnalysis, choose_cuts, spread
 from detachnet.errors import CutError
 from detachnet.stepdown import StepDown, StepDownBuilder, build_custom, build_stepdown, plan_stepdown
 from detachnet.trace import TracedModel
 
 BASE = "base"
 Norm = Literal["private", "shared"]
-Cuts = Sequence[str] | Mapping[str, str]
+Cuts = Sequence[str] | Sequence[float] | Mapping[str, str] | int | str
 
 
 class ModelPlan(BaseModel):
@@ -120,15 +120,15 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def make_plan(
-    traced: TracedModel, cuts: Cuts, norm: Norm, builder: StepDownBuilder | None = None
+    traced: TracedModel, cuts: Cuts, norm: Norm, stepdown: str | StepDownBuilder = "conv"
 ) -> tuple[DetachPlan, dict[str, nn.Module]]:
     """Check the cuts and work out what each sub-model will be.
 
     Args:
         traced: The model.
-        cuts: Names of nodes, front to back; or own names of sub-models to names of nodes.
+        cuts: As `make_detachable` takes them.
         norm: `private` or `shared`.
-        builder: A user's own step-down.
+        stepdown: `conv`, `identity` or a user's own.
 
     Returns:
         The plan, and each sub-model's step-down, newly initialized.
@@ -138,25 +138,24 @@ def make_plan(
         StepDownError: A feature map that no step-down can produce.
     """
     analysis = CutAnalysis(traced.eval)
-    named = _named(cuts)
+    named = _named(traced, cuts)
     nodes = {name: analysis.find(cut) for name, cut in named.items()}
     _check_order(analysis, named, nodes)
     image = traced.eval.image.shape[1:]
     total_macs, total_params = sum(traced.eval.macs.values()), _num_params(traced.eval.root)
     models = [ModelPlan(name=BASE, cut=None, stepdown=None, macs=total_macs, num_params=total_params)]
     modules: dict[str, nn.Module] = {}
-    hints = []
+    hints: list[str] = []
     for name, node in nodes.items():
-        if builder is not None:
-            stepdown, modules[name] = build_custom(builder, image, analysis.shape(node))
+        if isinstance(stepdown, str):
+            entry = plan_stepdown(image, analysis.shape(node), stepdown)
+            modules[name] = build_stepdown(entry)
         else:
-            stepdown = plan_stepdown(image, analysis.shape(node))
-            modules[name] = build_stepdown(stepdown)
-        macs = stepdown.macs + analysis.tail_macs(node)
-        num_params = stepdown.num_params + analysis.tail_params(node)
-        models.append(ModelPlan(name=name, cut=named[name], stepdown=stepdown, macs=macs, num_params=num_params))
-        if analysis.splits_norm(node):
-            hints.append(f"{name} is cut between {named[name]!r} and its batch norm")
+            entry, modules[name] = build_custom(stepdown, image, analysis.shape(node))
+        macs = entry.macs + analysis.tail_macs(node)
+        num_params = entry.num_params + analysis.tail_params(node)
+        models.append(ModelPlan(name=name, cut=named[name], stepdown=entry, macs=macs, num_params=num_params))
+        hints += _hints(analysis, name, named[name], node)
     plan = DetachPlan(
         model=traced.class_name,
         input_size=image,
@@ -167,20 +166,44 @@ def make_plan(
     return plan, modules
 
 
-def _named(cuts: Cuts) -> dict[str, str]:
+def _named(traced: TracedModel, cuts: Cuts) -> dict[str, str]:
     """Sub-model name -> cut; `sub0`, `sub1`, … unless the user chose names."""
+    if cuts == "auto":
+        cuts = 2
     if isinstance(cuts, str):
-        raise CutError(f"cuts is a list of names, not a string: write cuts=[{cuts!r}]")
-    named = dict(cuts) if isinstance(cuts, Mapping) else {f"sub{i}": cut for i, cut in enumerate(cuts)}
+        raise CutError(f"cuts is a list of names, not a string: write cuts=[{cuts!r}]", hint="or cuts='auto'")
+    if isinstance(cuts, int):
+        if cuts < 1:
+            raise CutError(f"cuts={cuts}: a family has at least one sub-model")
+        cuts = choose_cuts(traced, spread(cuts))
+    elif not isinstance(cuts, Mapping) and cuts and all(isinstance(cut, float) for cut in cuts):
+        cuts = choose_cuts(traced, [float(cut) for cut in cuts])
+    named = dict(cuts) if isinstance(cuts, Mapping) else {f"sub{i}": _cut_name(c) for i, c in enumerate(cuts)}
     for name, cut in named.items():
-        if not isinstance(cut, str):
-            raise CutError(f"a cut is the name of a node, not {cut!r}")
+        _cut_name(cut)
         if name in (BASE, "all") or not name.isidentifier() or hasattr(nn.Module, name):
             raise CutError(
                 f"a sub-model cannot be called {name!r}",
                 hint="use a plain identifier such as 'small', other than 'base' and 'all'",
             )
     return named
+
+
+def _cut_name(cut: object) -> str:
+    """A cut, if it is the name of one."""
+    if not isinstance(cut, str):
+        raise CutError(f"a cut is the name of a node, not {cut!r}", hint="detachnet.find_cuts(model) lists them")
+    return cut
+
+
+def _hints(analysis: CutAnalysis, name: str, cut: str, node: fx.Node) -> list[str]:
+    """What is legal about a cut but worth a second thought."""
+    hints = []
+    if (calls := analysis.call_count(cut)) > 1:
+        hints.append(f"{cut!r} is called {calls} times; the first call is meant, '{cut}_1' is the next")
+    if analysis.splits_norm(node):
+        hints.append(f"{name} is cut between {cut!r} and its batch norm")
+    return hints
 
 
 def _check_order(analysis: CutAnalysis, named: dict[str, str], nodes: dict[str, fx.Node]) -> None:

@@ -37,6 +37,8 @@ class FamilyTable(_Table):
     """Names of nodes, front to back; or own names of sub-models to them."""
     norm: Literal["private", "shared"] = "private"
     """Batch norms: each sub-model's own, or the base-model's (the paper)."""
+    stepdown: Literal["conv", "identity"] = "conv"
+    """`identity` feeds the flattened image to features of its size (NSN)."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,12 +50,14 @@ class FamilyTable(_Table):
 class DataTable(_Table):
     """The data set and how its images are augmented."""
 
-    name: Literal["cifar10", "cifar10-mini"]
+    name: Literal["cifar10", "cifar10-mini", "mnist"]
     """A data set of `load_data`."""
     pad: Annotated[int, Field(ge=0)] = 0
     """Zero padding in pixels before a random crop of the image's size; 0 for no crop."""
     flip: bool = False
     """Mirror each image left to right with probability one half."""
+    normalize: Literal["channel", "none"] = "channel"
+    """Mean 0 and standard deviation 1 for each channel over the training images; or values in [0, 1] as they are."""
 
 
 class OptimizerTable(_Table):

@@ -7,82 +7,102 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
 from detachnet.errors import StepDownError
 
 Shape = tuple[int, ...]
 StepDownBuilder = Callable[[Shape, Shape], nn.Module]
 """A user's own step-down: `(image shape, feature shape) -> module`, both without the batch."""
+Layout = Literal["channels_first", "channels_last", "tokens", "tokens_last"]
+
+MAX_PREFIX = 8
+"""The most tokens besides a grid (class, distillation, registers) that are looked for."""
 
 
 class StepDown(BaseModel):
     """What a step-down will be, before it is built.
 
     Attributes:
-        kind: `conv` (a convolution), `linear` (a fully connected layer on the flattened image) or `custom`.
+        kind: `conv` (a convolution), `linear` (a fully connected layer on the flattened image), `identity` (the
+            flattened image itself) or `custom`.
         image: Shape of the image, `(C, H, W)`.
         feature: Shape of the feature map at the cut.
         kernel: Kernel size per spatial axis, in pixels; empty unless `kind` is `conv`.
         stride: Stride per spatial axis, in pixels.
         padding: Zero padding on both sides per spatial axis, in pixels.
+        layout: Where the convolution's channels go: `(C, h, w)`, `(h, w, C)`, `(N, C)` or `(C, N)` with N = h·w.
+        prefix: Learned tokens in front of those made from the image, such as a class token.
         macs: Multiply-accumulates for one image.
         num_params: Number of parameters.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["conv", "linear", "custom"]
+    kind: Literal["conv", "linear", "identity", "custom"]
     image: Shape
     feature: Shape
     kernel: Shape = ()
     stride: Shape = ()
     padding: Shape = ()
+    layout: Layout = "channels_first"
+    prefix: int = 0
     macs: int = 0
     num_params: int = 0
+
+    @property
+    def reduction(self) -> float | None:
+        """Pixels of the image per position of the feature map, along its first axis; None where it has no axes."""
+        return self.stride[0] if self.stride else None
 
     def __str__(self) -> str:
         if self.kind != "conv":
             return self.kind
-        text = f"{_by(self.kernel)} stride {_by(self.stride)}"
-        return f"{text} pad {_by(self.padding)}" if any(self.padding) else text
+        text = f"{by(self.kernel)} stride {by(self.stride)}"
+        text += f" pad {by(self.padding)}" if any(self.padding) else ""
+        return text + (f" + {self.prefix} tokens" if self.prefix else "")
 
 
-def plan_stepdown(image: Shape, feature: Shape) -> StepDown:
-    """Size the step-down from an image straight to a feature map.
+@lru_cache(maxsize=4096)
+def plan_stepdown(image: Shape, feature: Shape, kind: str = "conv") -> StepDown:
+    """Size the step-down from an image straight to a feature.
 
-    A feature map with spatial axes gets one convolution that covers the whole image and has exactly the
-    right size; a flat feature gets a linear layer on the flattened image.
+    A feature map with spatial axes, channels first or last, gets one convolution that covers the whole image and
+    has exactly the right size; tokens that form a grid get the same with the grid flattened, and learned tokens in
+    front if there are more; a flat feature gets a linear layer on the flattened image.
 
     Args:
-        image: `(C, H, W)`.
-        feature: `(C, h, w)` or `(F,)`.
+        image: `(C, H, W)`, or `(C, T, H, W)` for video.
+        feature: `(C, h, w)`, `(h, w, C)`, `(N, C)`, `(C, N)` or `(F,)`.
+        kind: `conv`, or `identity` for nothing but flattening.
 
     Raises:
-        StepDownError: The feature map is larger than the image, or of a rank no step-down is known for.
+        StepDownError: The feature map is larger than the image, or of a shape no step-down is known for.
 
-    Source: the paper, section 2.2 (kernel = stride = H/h); the sizes that do not divide are ours.
+    Source: the paper, section 2.2 (kernel = stride = H/h), and arXiv 1908.00763 (`identity`); the rest is ours.
     """
+    if kind == "identity":
+        return _identity(image, feature)
     if len(feature) == 1:
         macs = math.prod(image) * feature[0]
         return StepDown(kind="linear", image=image, feature=feature, macs=macs, num_params=macs + feature[0])
-    if len(feature) != len(image) or len(feature) < 3:
+    if len(feature) == len(image):
+        layout, grid, num_chs, prefix = _map_layout(image, feature)
+    elif len(feature) == 2:
+        layout, grid, num_chs, prefix = _token_layout(image, feature)
+    else:
         raise StepDownError(
-            f"no step-down is known from an image {_by(image)} to a feature of shape {_by(feature)}",
+            f"no step-down is known from an image {by(image)} to a feature of shape {by(feature)}",
             hint="pass stepdown=a function (image shape, feature shape) -> module",
         )
-    if any(h > size for size, h in zip(image[1:], feature[1:], strict=True)):
-        raise StepDownError(
-            f"the feature map {_by(feature)} is larger than the image {_by(image)}",
-            hint="use a larger input_size or a later cut",
-        )
-    axes = [solve(size, h) for size, h in zip(image[1:], feature[1:], strict=True)]
+    axes = [solve(size, h) for size, h in zip(image[1:], grid, strict=True)]
     kernel, stride, padding = (tuple(axis[i] for axis in axes) for i in range(3))
-    weights = image[0] * feature[0] * math.prod(kernel)
+    weights = image[0] * num_chs * math.prod(kernel)
     return StepDown(
         kind="conv",
         image=image,
@@ -90,9 +110,70 @@ def plan_stepdown(image: Shape, feature: Shape) -> StepDown:
         kernel=kernel,
         stride=stride,
         padding=padding,
-        macs=weights * math.prod(feature[1:]),
-        num_params=weights + feature[0],
+        layout=layout,
+        prefix=prefix,
+        macs=weights * math.prod(grid),
+        num_params=weights + num_chs + prefix * num_chs,
     )
+
+
+def _identity(image: Shape, feature: Shape) -> StepDown:
+    """The flattened image itself, where it has the feature's size."""
+    if len(feature) != 1 or math.prod(image) != feature[0]:
+        raise StepDownError(
+            f"the flattened image {by(image)} has {math.prod(image)} values, the feature has shape {by(feature)}",
+            hint="stepdown='identity' needs them equal; use stepdown='conv'",
+        )
+    return StepDown(kind="identity", image=image, feature=feature)
+
+
+def _map_layout(image: Shape, feature: Shape) -> tuple[Layout, Shape, int, int]:
+    """Whether the channels of a feature map come first or last: where the rest has the image's proportions."""
+    size = image[1:]
+    first, last = feature[1:], feature[:-1]
+    fits = [grid for grid in (first, last) if all(h <= n for h, n in zip(grid, size, strict=True))]
+    if not fits:
+        raise StepDownError(
+            f"the feature map {by(feature)} is larger than the image {by(image)}",
+            hint="use a larger input_size or a later cut",
+        )
+    if last in fits and (first not in fits or _distortion(size, last) < _distortion(size, first)):
+        return "channels_last", last, feature[-1], 0
+    return "channels_first", first, feature[0], 0
+
+
+def _distortion(size: Shape, grid: Shape) -> float:
+    """How much more height or width is reduced than the other; 0 where both are reduced alike."""
+    factors = [n / h for n, h in zip(size[-2:], grid[-2:], strict=True)]
+    return max(factors) / min(factors) - 1
+
+
+def _token_layout(image: Shape, feature: Shape) -> tuple[Layout, Shape, int, int]:
+    """Which axis is a grid of tokens, the grid, and how many tokens stand in front of it."""
+    choices = []
+    for axis, layout in ((0, "tokens"), (1, "tokens_last")):
+        for prefix in range(MAX_PREFIX + 1 if axis == 0 else 1):
+            grid = _grid(image[1:], feature[axis] - prefix)
+            if grid is not None:
+                choices.append((_distortion(image[1:], grid), prefix, axis, layout, grid))
+    if not choices:
+        raise StepDownError(
+            f"neither axis of the feature {by(feature)} is a grid of tokens of an image {by(image)}",
+            hint="pass stepdown=a function (image shape, feature shape) -> module",
+        )
+    _, prefix, axis, layout, grid = min(choices)
+    return ("tokens" if layout == "tokens" else "tokens_last"), grid, feature[1 - axis], prefix
+
+
+def _grid(size: Shape, count: int) -> Shape | None:
+    """The grid of `count` positions with the proportions of an image, at most a third off, if there is one."""
+    fits = [
+        (*([1] * (len(size) - 2)), h, count // h)
+        for h in range(1, count + 1)
+        if count % h == 0 and h <= size[-2] and count // h <= size[-1]
+    ]
+    best = min(fits, key=lambda grid: _distortion(size, grid), default=None)
+    return best if best is not None and _distortion(size, best) <= 1 / 3 else None
 
 
 def solve(size: int, out: int) -> tuple[int, int, int]:
@@ -112,20 +193,50 @@ def solve(size: int, out: int) -> tuple[int, int, int]:
             span = (out - 1) * stride + kernel
             padding = max(0, -((size - span) // 2))
             exact = (size + 2 * padding - kernel) // stride + 1 == out
-            if exact and padding < kernel and span - padding >= size and (best is None or padding < best[2]):
+            reads_all = span - padding >= size
+            if exact and reads_all and padding < kernel and (best is None or padding < best[2]):
                 best = (kernel, stride, padding)
         if best is not None:
             return best
     raise StepDownError(f"{out} positions cannot be made from {size} pixels")
 
 
+class ConvStepDown(nn.Module):
+    """A convolution whose output is laid out as the feature at the cut is; `(B, *image)` to `(B, *feature)`."""
+
+    def __init__(self, plan: StepDown) -> None:
+        super().__init__()
+        num_chs = plan.feature[0] if plan.layout in ("channels_first", "tokens_last") else plan.feature[-1]
+        self.conv = _convolution(plan, num_chs)
+        self.layout = plan.layout
+        self.prefix = nn.Parameter(torch.zeros(1, plan.prefix, num_chs)) if plan.prefix else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The feature, `(B, h, w, C)`, `(B, N, C)` or `(B, C, N)`."""
+        x = self.conv(x)
+        if self.layout == "channels_last":
+            return x.movedim(1, -1)
+        x = x.flatten(2)
+        if self.layout == "tokens_last":
+            return x
+        x = x.transpose(1, 2)
+        return x if self.prefix is None else torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], 1)
+
+
+def _convolution(plan: StepDown, num_chs: int) -> nn.Module:
+    conv: Callable[..., nn.Module] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(plan.kernel)]
+    return conv(plan.image[0], num_chs, plan.kernel, plan.stride, plan.padding)
+
+
 def build_stepdown(plan: StepDown) -> nn.Module:
     """The module `plan` describes, with torch's default initialization: `(B, *image)` to `(B, *feature)`."""
+    if plan.kind == "identity":
+        return nn.Flatten()
     if plan.kind == "linear":
         return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(plan.image), plan.feature[0]))
     if plan.kind == "conv":
-        conv: Callable[..., nn.Module] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(plan.kernel)]
-        return conv(plan.image[0], plan.feature[0], plan.kernel, plan.stride, plan.padding)
+        plain = plan.layout == "channels_first"
+        return _convolution(plan, plan.feature[0]) if plain else ConvStepDown(plan)
     raise StepDownError("a custom step-down is built by its own function", hint="pass stepdown=that function")
 
 
@@ -142,13 +253,13 @@ def build_custom(builder: StepDownBuilder, image: Shape, feature: Shape) -> tupl
         module.train(was)
     if tuple(out.shape[1:]) != feature:
         raise StepDownError(
-            f"the step-down made by {getattr(builder, '__name__', builder)!r} gives {_by(tuple(out.shape[1:]))}, "
-            f"the cut needs {_by(feature)}"
+            f"the step-down made by {getattr(builder, '__name__', builder)!r} gives {by(tuple(out.shape[1:]))}, "
+            f"the cut needs {by(feature)}"
         )
     num_params = sum(p.numel() for p in module.parameters())
     return StepDown(kind="custom", image=image, feature=feature, num_params=num_params), module
 
 
-def _by(shape: Shape) -> str:
+def by(shape: Shape) -> str:
     """`2×2` for (2, 2)."""
     return "×".join(map(str, shape))

@@ -7,10 +7,9 @@ traces are made on a copy on the meta device, so the model itself is never run, 
 from __future__ import annotations
 
 import copy
-import math
 import random
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,41 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 from torch.fx.node import map_aggregate
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from detachnet.errors import TraceError
+from detachnet.tracer import NO_LEAVES, PREFIX, PROBE_BATCH, Leaves, Spec, Tracer, attribute, leaves_of, thaw
 from detachnet.zoo import default_input_size
-
-PREFIX = "base."
-"""Where the traced model sits below the module that runs its graphs (`DetachableNet.base`)."""
-
-PROBE_BATCH = 2
-"""Batch size of the shape propagation; above one, so that batch norm accepts 1×1 feature maps in training."""
-
-_FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros")
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Shape `(B, ...)` and dtype of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def example(self) -> torch.Tensor:
-        """A tensor of that shape and dtype without content, on the meta device."""
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 def has_tensor(value: Any) -> bool:
     """Whether a propagated value is, or contains, a tensor."""
-    found: list[Spec] = []
-    _visit(value, lambda leaf: found.append(leaf) if isinstance(leaf, Spec) else None)
-    return bool(found)
+    return any(isinstance(leaf, Spec) for leaf in leaves_of(value))
 
 
 def _to_spec(leaf: Any) -> Any:
@@ -70,54 +46,6 @@ class _Root(nn.Module):
         return self.base(x)
 
 
-class _Tracer(fx.Tracer):
-    """Records, besides the graph, which node each dotted name means.
-
-    Kept whole (leaves): torch.nn's own layers, timm's list, every batch norm, and every module without children.
-    """
-
-    proxy_buffer_attributes = True
-
-    def __init__(self) -> None:
-        functions: list[Callable[..., Any]] = get_notrace_functions()
-        super().__init__(autowrap_modules=(math,), autowrap_functions=tuple(functions))
-        self.notrace = tuple(get_notrace_modules())
-        self.stack: list[str] = []
-        self.calls: dict[str, list[fx.Node]] = {}
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name == PREFIX.rstrip("."):
-            return False
-        return (
-            isinstance(m, (_BatchNorm, *self.notrace))
-            or super().is_leaf_module(m, module_qualified_name)
-            or next(m.children(), None) is None
-        )
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        path = self.path_of_module(m)
-        self.stack.append(path)
-        out = super().call_module(m, forward, args, kwargs)
-        self.stack.pop()
-        if isinstance(out, fx.Proxy):
-            self._name(path, out.node)
-        return out
-
-    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(kind, target, *args, **kwargs)
-        if kind in ("call_function", "call_method"):
-            op = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-            self._name(".".join([*self.stack[-1:], op]), node)
-        return node
-
-    def _name(self, path: str, node: fx.Node) -> None:
-        calls = self.calls.setdefault(path.removeprefix(PREFIX), [])
-        if node not in calls:
-            calls.append(node)
-
-
 class _Propagator(fx.Interpreter):
     """Runs a graph on the meta device and keeps every node's value and MACs."""
 
@@ -128,12 +56,17 @@ class _Propagator(fx.Interpreter):
         self.needs_values: set[fx.Node] = set()
         self.counter = FlopCounterMode(display=False)
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """A node's arguments, in types that may be changed."""
+        return thaw(super().fetch_args_kwargs_from_env(n))
+
     def run_node(self, n: fx.Node) -> Any:
+        """Run a node; keep its value's shape and its MACs."""
         before = self.counter.get_total_flops()
         try:
             out = super().run_node(n)
-        except RuntimeError:
-            if n.op != "call_module":
+        except (RuntimeError, NotImplementedError):
+            if n.op not in ("call_module", "call_function"):
                 raise
             out = self._run_on_zeros(n)
         # torch counts a multiply-add as two operations, and PROBE_BATCH images went through.
@@ -142,10 +75,12 @@ class _Propagator(fx.Interpreter):
         return out
 
     def _run_on_zeros(self, n: fx.Node) -> Any:
-        """Run a layer that needs its input's values, with zeros for weights and inputs."""
-        layer = copy.deepcopy(self.fetch_attr(str(n.target))).to_empty(device="cpu")
-        for tensor in [*layer.parameters(), *layer.buffers()]:
-            tensor.zero_()
+        """Run a layer or a function that needs its input's values, with zeros for weights and inputs."""
+        layer: Any = n.target
+        if n.op == "call_module":
+            layer = copy.deepcopy(self.fetch_attr(str(n.target))).to_empty(device="cpu")
+            for tensor in [*layer.parameters(), *layer.buffers()]:
+                tensor.zero_()
         args, kwargs = self.fetch_args_kwargs_from_env(n)
 
         def zeros(leaf: Any) -> Any:
@@ -166,12 +101,14 @@ class TracedGraph:
         graph: The graph; one placeholder, one output.
         names: Dotted name → node. A module's path means its output; where it is called again, `path_1`, ….
         image: What the placeholder takes.
+        calls: Path of a module or operation → its nodes, one per call.
     """
 
     root: _Root
     graph: fx.Graph
     names: dict[str, fx.Node]
     image: Spec
+    calls: dict[str, list[fx.Node]]
 
     @cached_property
     def module(self) -> fx.GraphModule:
@@ -200,11 +137,10 @@ class TracedGraph:
     def propagate(self, batch: int) -> _Propagator:
         """Run the graph on the meta device with `batch` images."""
         propagator = _Propagator(self.module)
-        image = torch.empty(batch, *self.image.shape[1:], dtype=self.image.dtype, device="meta")
         node = "the input"
         try:
             with torch.device("meta"), propagator.counter, torch.no_grad():
-                propagator.run(image)
+                propagator.run(self.image.example(batch))
         except Exception as error:
             failed = next((n for n in self.graph.nodes if n not in propagator.values), None)
             node = self.describe(failed) if failed else node
@@ -275,16 +211,21 @@ class TracedModel:
         eval: The graph in evaluation mode; cut points are looked for here.
         constants: Tensors that the forward pass makes from no input, by their name in the graphs.
         class_name: The model's class, for messages.
+        leaves: What the user wanted kept whole.
     """
 
     train: TracedGraph
     eval: TracedGraph
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     class_name: str = ""
+    leaves: Leaves = NO_LEAVES
 
 
 def trace(
-    model: nn.Module, input_size: tuple[int, ...] | None = None, example_input: torch.Tensor | None = None
+    model: nn.Module,
+    input_size: tuple[int, ...] | None = None,
+    example_input: torch.Tensor | None = None,
+    leaves: Leaves = NO_LEAVES,
 ) -> TracedModel:
     """Trace a model without running or changing it.
 
@@ -292,6 +233,7 @@ def trace(
         model: Any module with one image input, on any device.
         input_size: Shape of one image, `(C, H, W)`. By default what the model declares.
         example_input: A batch `(B, ...)` instead, for inputs of another rank or dtype.
+        leaves: Modules and functions to keep whole.
 
     Raises:
         TraceError: Its forward pass decides by a tensor's values, does not run at that size, or no size is known.
@@ -300,69 +242,38 @@ def trace(
     graphs = {}
     constants: dict[str, torch.Tensor] = {}
     with _random_state_kept():
-        for training in (True, False):
+        for training in (False, True):
             root = _Root(_meta_twin(model)).train(training)
-            tracer = _Tracer()
-            graphs[training] = TracedGraph(root, _trace_root(tracer, root), _flatten(tracer.calls), image)
+            tracer = Tracer(leaves, image)
+            graph = _trace_root(tracer, root)
+            graphs[training] = TracedGraph(root, graph, _flatten(tracer.calls), image, tracer.calls)
             for name, value in list(vars(root).items()):
                 if isinstance(value, torch.Tensor):
                     constants[name] = value
                     setattr(root, name, value.to("meta"))
-    return TracedModel(graphs[True], graphs[False], constants, type(model).__name__)
+    return TracedModel(graphs[True], graphs[False], constants, type(model).__name__, leaves)
 
 
-def _trace_root(tracer: _Tracer, root: _Root) -> fx.Graph:
+def _trace_root(tracer: Tracer, root: _Root) -> fx.Graph:
     """Run the tracer; turn whatever the forward pass raises into a TraceError with the user's source line."""
     try:
-        with _factories_traced(tracer):
-            return _inline_named_tuples(tracer.trace(root))
+        return _inline_named_tuples(tracer.trace(root))
     except Exception as error:
         path = (tracer.stack[-1] if tracer.stack else "base").removeprefix(PREFIX)
         owner = root.base if path == "base" else root.base.get_submodule(path)
-        line = _source_line(error)
+        decides = isinstance(error, fx.proxy.TraceError | TypeError)
+        keep_whole = f"make_detachable(..., leaf_modules=[{type(owner).__name__}]) keeps that module whole"
+        backbone = "make its backbone detachable: make_detachable(model.backbone, ...)"
+        move = "move the decision out of forward, or into a submodule without children (those are kept whole)"
         raise TraceError(
             f"cannot trace {type(root.base).__name__}: the forward pass of "
-            f"{'the model' if path == 'base' else repr(path)} ({type(owner).__name__}) needs a tensor's value",
-            what=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            where=line,
-            hint="move the decision out of forward, or into a submodule without children (those are kept whole)",
+            f"{'the model' if path == 'base' else repr(path)} ({type(owner).__name__}) "
+            f"{'needs values that are not there while tracing' if decides else 'fails'}",
+            what=str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__,
+            where=_source_line(error),
+            hint=backbone if hasattr(root.base, "backbone") else move if path == "base" else keep_whole,
             node=path,
         ) from error
-
-
-@contextmanager
-def _factories_traced(tracer: _Tracer) -> Iterator[None]:
-    """Let `torch.zeros(x.shape[0], …)` be traced; torch.fx sees functions of tensors only."""
-
-    def traced(factory: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            proxies: list[fx.Proxy] = []
-            _visit((args, kwargs), lambda leaf: proxies.append(leaf) if isinstance(leaf, fx.Proxy) else None)
-            if not proxies:
-                return factory(*args, **kwargs)
-            return tracer.create_proxy("call_function", factory, args, kwargs)
-
-        return call
-
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
-    try:
-        for name, factory in originals.items():
-            setattr(torch, name, traced(factory))
-        yield
-    finally:
-        for name, factory in originals.items():
-            setattr(torch, name, factory)
-
-
-def _visit(value: Any, see: Callable[[Any], object]) -> None:
-    """Show every leaf of nested tuples, lists and dicts."""
-    if isinstance(value, tuple | list):
-        for item in value:
-            _visit(item, see)
-    elif isinstance(value, dict):
-        _visit(list(value.values()), see)
-    else:
-        see(value)
 
 
 def _inline_named_tuples(graph: fx.Graph) -> fx.Graph:
@@ -404,13 +315,37 @@ def _image_spec(model: nn.Module, input_size: tuple[int, ...] | None, example_in
     return Spec((PROBE_BATCH, *size), next(floating, torch.float32))
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile(model)`, `DataParallel` or `DistributedDataParallel`."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A copy with its own weights; tensors that `deepcopy` refuses (weights computed by hooks) are cloned."""
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in _computed_tensors(model)})
+
+
+def _computed_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Plain tensor attributes that autograd computed, as the weights of `torch.nn.utils.weight_norm` are."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                yield value
+
+
 def _meta_twin(model: nn.Module) -> nn.Module:
     """A copy of a model without its weights: parameters and buffers on the meta device, no hooks."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach().to("meta")
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for tensor in [*model.buffers(), *_computed_tensors(model)]:
+        memo[id(tensor)] = tensor.detach().to("meta")
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         module._forward_hooks.clear()
@@ -436,14 +371,6 @@ def _flatten(calls: dict[str, list[fx.Node]]) -> dict[str, fx.Node]:
         for i, node in enumerate(nodes[1:], start=1):
             names.setdefault(f"{path}_{i}", node)
     return names
-
-
-def attribute(root: nn.Module, target: str) -> Any:
-    """The module, parameter or buffer a dotted target names."""
-    value: Any = root
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def writes_in_place(node: fx.Node) -> bool:

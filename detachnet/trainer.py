@@ -126,7 +126,7 @@ class _Trainer:
         self.accelerator = Accelerator(mixed_precision=precision)
         self.device = self.accelerator.device
         self.net = build_family(recipe)
-        self.net.data = describe_data(recipe.data.name, splits[0])
+        self.net.data = describe_data(recipe.data.name, splits[0], recipe.data.normalize)
         self.parameters = self.net.parameters_of(recipe.models)
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name in self.parameters)
@@ -314,7 +314,7 @@ def build_family(recipe: Recipe) -> DetachableNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         model = create_model(recipe.model.name, **recipe.model.kwargs)
-        net = make_detachable(model, trained, norm=recipe.family.norm)
+        net = make_detachable(model, trained, norm=recipe.family.norm, stepdown=recipe.family.stepdown)
     net.trained = recipe.models
     return net
 

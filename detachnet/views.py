@@ -22,7 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from detachnet.errors import CutError, DetachNetError
 from detachnet.plan import BASE
-from detachnet.trace import PREFIX, PROBE_BATCH, TracedGraph, has_tensor, writes_in_place
+from detachnet.trace import TracedGraph, has_tensor, writes_in_place
+from detachnet.tracer import PREFIX, PROBE_BATCH
 
 STEPDOWNS = "stepdowns"
 NORMS = "norms"
@@ -78,7 +79,7 @@ def sees_whole_batch(module: nn.Module, training: bool) -> bool:
             tracks = part.running_mean is not None
             if (training and tracks) or (isinstance(part, _BatchNorm) and (training or not tracks)):
                 return True
-    known = type(module).__module__.startswith("torch.nn.")
+    known = type(module).__module__.startswith("torch.nn.modules.")
     return training and not known and any(b.is_floating_point() for b in module.buffers())
 
 
@@ -151,10 +152,10 @@ class _ViewBuilder:
 
     def _is_coupled(self, node: fx.Node, count: int) -> bool:
         """Whether a node must run model by model."""
+        if node in self.traced.needs_values:
+            return True
         if node.op == "call_module":
             path = str(node.target).removeprefix(PREFIX)
-            if node in self.traced.needs_values:
-                return True
             if any(path in self.source.private.get(name, ()) for name in self.stack[:count]):
                 return True
             return sees_whole_batch(self.traced.module.get_submodule(str(node.target)), self.source.training)

@@ -58,7 +58,35 @@ class VGG16Cifar(nn.Module):
         return logits
 
 
-_OWN: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {"vgg16_cifar": (VGG16Cifar, (3, 32, 32))}
+class NSN(nn.Module):
+    """An MLP whose hidden layers are as wide as the image has pixels, so that each can take in the image itself.
+
+    784-784-784-10 by default: `hidden.0` and `hidden.1` are the places to cut, with `stepdown="identity"`.
+
+    Args:
+        num_classes: Size of the output, `(B, num_classes)`.
+        depth: Number of hidden layers.
+        dropout: Probability behind each hidden layer.
+
+    Source: Fuengfusin & Tamukoh, "Network with Sub-Networks", arXiv 1908.00763.
+    """
+
+    def __init__(self, num_classes: int = 10, depth: int = 2, dropout: float = 0.5) -> None:
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(784, 784), nn.ReLU(), nn.Dropout(dropout)) for _ in range(depth)]
+        self.hidden = nn.Sequential(*layers)
+        self.head = nn.Linear(784, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `(B, num_classes)` of images `(B, 1, 28, 28)`."""
+        logits: Tensor = self.head(self.hidden(x.flatten(1)))
+        return logits
+
+
+_OWN: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
+    "vgg16_cifar": (VGG16Cifar, (3, 32, 32)),
+    "nsn": (NSN, (1, 28, 28)),
+}
 
 
 def list_models(library: str | None = None) -> list[str]:
@@ -135,7 +163,7 @@ def default_input_size(model: nn.Module) -> tuple[int, ...] | None:
     module = inspect.getmodule(type(model))
     if module is not None and module.__name__.startswith("torchvision.models."):
         if module.__name__.startswith("torchvision.models.video"):
-            return (3, 16, 112, 112)
+            return (3, 16, 112, 112) if module.__name__.endswith("resnet") else (3, 16, 224, 224)
         side = 299 if isinstance(model, torchvision.models.Inception3) else 224
         return (3, side, side)
     return None

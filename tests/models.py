@@ -222,3 +222,122 @@ class DictOutput(nn.Module):
         size = x.shape[-2:]
         x = self.conv2(self.conv1(x))
         return {"out": F.interpolate(x, size=size, mode="bilinear", align_corners=False)}
+
+
+class Mlp(nn.Module):
+    """Hidden layers as wide as the image has values (48): `identity` step-downs fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(48, 48)
+        self.two = nn.Linear(48, 48)
+        self.head = nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x.flatten(1)).relu()
+        return self.head(self.two(x).relu())
+
+
+class Tokens(nn.Module):
+    """16 patches of 2×2 pixels and a class token: `(B, 17, 8)` at `norm`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 2, stride=2)
+        self.cls = nn.Parameter(torch.randn(1, 1, 8))
+        self.position = nn.Parameter(torch.randn(1, 17, 8))
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.position
+        return self.head(self.norm(x)[:, 0])
+
+
+class ChannelsLast(nn.Module):
+    """`(B, 4, 4, 6)` at `norm`, as ConvNeXt and Swin have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 2, stride=2)
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+class Video(nn.Module):
+    """3-D convolutions on `(B, 3, T, H, W)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(3, 4, 3, stride=(1, 2, 2), padding=1)
+        self.bn = nn.BatchNorm3d(4)
+        self.head = nn.Conv3d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.bn(self.conv(x))).mean((2, 3, 4))
+
+
+class Reused(nn.Module):
+    """`act` is called twice: `act` is the first call, `act_1` the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 5, 3, padding=1, stride=2)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv2(self.act(self.conv1(x)))).mean((2, 3))
+
+
+class ShapeDecisions(nn.Module):
+    """Decides, loops and unpacks by shapes only; every such thing is known while tracing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError("images, please")
+        x = self.inner(x)
+        _, channels, *size = x.shape
+        total = sum(x[:, i : i + 1] * 0 for i in range(x.shape[1]))
+        assert len(size) == 2
+        x = x + total
+        return self.head(x.mean((2, 3)) if channels > 2 else x.amax((2, 3)))
+
+
+class BatchDecision(nn.Module):
+    """Decides by the batch size, which a graph must not bake in: refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(x.shape[0]):
+            x = x * 1.0
+        return self.conv(x).mean((2, 3))
+
+
+def threshold(x: Tensor) -> Tensor:
+    """A function that decides by values; traceable only as a leaf."""
+    return x if x.sum() > 0 else x * 2
+
+
+class UsesFunction(nn.Module):
+    """Calls `threshold` by its global name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 5, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(threshold(self.conv1(x))).mean((2, 3))

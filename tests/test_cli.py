@@ -90,13 +90,44 @@ def test_traceback_on_request() -> None:
 
 def test_inspect() -> None:
     out = run("inspect", "torchvision:resnet18")[1]
-    assert "torchvision:resnet18: 22 valid cuts" in out
-    assert re.search(r"layer2 +128×28×28 +8×8 stride 8×8 +841.9 M +11.0 M", out)
+    assert "torchvision:resnet18: 22 valid cuts, 13 behind modules" in out
+    assert re.search(r"layer2 +best +128×28×28 +8 +8×8 stride 8×8 +841.9 M +46 % +11.0 M", out)
     out = run(
         "inspect", "torchvision:vgg16_bn", "--input-size", "3,32,32", "--cut", "features.6", "--cut", "features.20"
     )
     assert re.search(r"sub1 +features.20 +256×8×8 +4×4 stride 4×4", out[1])
     assert "hint: sub1 is cut between 'features.20' and its batch norm" in out[1]
+
+
+def test_inspect_every_node() -> None:
+    out = run("inspect", "torchvision:resnet18", "--all")[1]
+    assert re.search(r"layer1.0.conv1 +64×56×56 +'maxpool' also crosses it", out)
+    assert re.search(r"layer1.0.add +64×56×56 +81 %", out)
+
+
+def test_inspect_json() -> None:
+    points = json.loads(run("inspect", "torchvision:resnet18", "--json")[1])
+    assert points[-1]["name"] == "flatten"
+    assert next(p for p in points if p["name"] == "layer2")["reduction"] == 8
+    plan = json.loads(run("inspect", "torchvision:resnet18", "--cut", "auto", "--json")[1])
+    assert [model["cut"] for model in plan["models"]] == [None, "layer2.0", "layer3.0"]
+
+
+@pytest.mark.parametrize(("cut", "count"), [(["auto"], 2), (["3"], 3), (["0.7"], 1), (["0.7", "0.3"], 2)])
+def test_inspect_finds_cuts(cut: list[str], count: int) -> None:
+    options = [word for value in cut for word in ("--cut", value)]
+    out = run("inspect", "timm:resnet18", *options)[1]
+    assert sum(line.startswith("sub") for line in out.splitlines()) == count
+
+
+def test_inspect_a_file_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torchvision\n\n"
+        "def net(num_classes=3):\n    return torchvision.models.resnet18(num_classes=num_classes)\n"
+    )
+    assert "22 valid cuts" in run("inspect", "mine.py:net", "--num-classes", "4")[1]
+    assert "mine.py has no function 'other'" in run("inspect", "mine.py:other")[1]
+    assert "there is no file yours.py" in run("inspect", "yours.py:net")[1]
 
 
 def test_recipes_lists_every_shipped_one() -> None:

@@ -212,3 +212,37 @@ def crop(image: torch.Tensor, flip: bool, top: int, left: int) -> torch.Tensor:
     padded[:, 2:8, 2:7] = image.flip(2) if flip else image
     # Mirroring the columns of a crop mirrors the image about its own middle.
     return padded[:, top : top + 6, left : left + 5]
+
+
+def test_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    sums = {}
+    for name in data._MNIST:
+        count, header = (6, 16) if "images" in name else (6, 8)
+        content = bytes(header) + bytes(range(count)) * (784 if "images" in name else 1)
+        (folder / name).write_bytes(content)
+        sums[name] = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(data, "_MNIST", sums)
+    train, test = load_data("mnist", tmp_path)
+    assert train.images.shape == test.images.shape == (6, 1, 28, 28)
+    assert test.labels.tolist() == list(range(6))
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(b"no labels")
+    with pytest.raises(detachnet.DataError, match="t10k-labels-idx1-ubyte is damaged"):
+        load_data("mnist", tmp_path)
+
+
+def test_mnist_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DETACHNET_DATA", raising=False)
+    with pytest.raises(detachnet.DataError, match=r"mnist is not on this machine[\s\S]*MNIST/raw"):
+        load_data("mnist")
+
+
+@needs_full
+def test_the_real_mnist() -> None:
+    train, test = load_data("mnist", FULL)
+    assert (len(train), len(test)) == (60_000, 10_000)
+    assert describe_data("mnist", train).mean == pytest.approx(
+        (0.1307,), abs=1e-4
+    )  # as torchvision's examples have it

@@ -61,7 +61,7 @@ def test_weight_decay_of_a_model_alone() -> None:
         ("train.epochs=true", r"train.epochs = true: input should be a valid integer"),
         ("train.epochs=0", r"train.epochs = 0: input should be greater than 0"),
         ("train=3", r"train = 3: input should be an object"),
-        ("data.name=cifar11", r"data.name = \"cifar11\": input should be 'cifar10' or 'cifar10-mini'"),
+        ("data.name=cifar11", r"data.name = \"cifar11\": input should be 'cifar10', 'cifar10-mini' or 'mnist'"),
         ("family.cuts=[1]", r"family.cuts.0 = 1: input should be a valid string"),
         ('train.models=["sub7"]', r"train.models names 'sub7', but the models are base, sub0, sub1"),
         ('train.models=["base", "base"]', r"train.models names a model twice"),

@@ -82,5 +82,5 @@ def test_own_stepdown_of_the_wrong_shape() -> None:
 
 
 def test_unknown_stepdown() -> None:
-    with pytest.raises(detachnet.CutError, match="stepdown is 'conv' or a function"):
+    with pytest.raises(detachnet.CutError, match="stepdown is 'conv', 'identity' or a function"):
         detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), stepdown="magic")

@@ -1,0 +1,280 @@
+"""What detachnet makes of every model of torchvision and timm.
+
+    python -m tests.zoo.check [--write] [NAME ...]
+
+Compares with `table.csv`, or writes it and the page of the docs made from it. For each model: the number of valid
+cuts, or the exact refusal. A model that works is made detachable on the meta device with cuts near two thirds and
+one third of its MACs, and the shape of every model's output is checked. For one model of each of timm's modules
+and each of torchvision's families, joint and separate passes are compared numerically.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import detachnet
+from detachnet.cuts import CutAnalysis, choose_cuts, cut_points
+from detachnet.losses import logits
+from detachnet.plan import make_plan
+from detachnet.trace import trace
+from detachnet.tracer import leaves_of
+from detachnet.zoo import default_input_size
+from tests.helpers import without_dropout
+
+TABLE = Path(__file__).with_name("table.csv")
+PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
+WORKERS = 2
+LARGEST = 60e6
+"""Parameters of the largest model that is compared numerically."""
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the table."""
+
+    name: str
+    family: str
+    cuts: str
+    joint: str
+    refusal: str
+
+
+def every_name() -> list[str]:
+    """All names of the table; torchvision's quantized, detection and optical-flow models among them."""
+    return [f"torchvision:{n}" for n in torchvision.models.list_models()] + [
+        f"timm:{n}" for n in timm.list_models()
+    ]
+
+
+def family_of(name: str) -> str:
+    """torchvision's or timm's module."""
+    library, _, short = name.partition(":")
+    if library == "timm":
+        return f"timm {timm.models._registry._model_to_module[short]}"
+    module = torchvision.models.get_model_builder(short).__module__
+    return module.replace("torchvision.models", "torchvision").replace(".", " ")
+
+
+def build(name: str, **kwargs: Any) -> nn.Module:
+    """A model on the meta device, or on the CPU where its initialization needs numbers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if name.startswith("torchvision:"):
+            kwargs |= {"weights": None} | ({"weights_backbone": None} if has_backbone(name) else {})
+            kwargs |= {"init_weights": False} if name.endswith(("googlenet", "inception_v3")) else {}
+        try:
+            with torch.device("meta"):
+                return detachnet.create_model(name, **kwargs)
+        except (NotImplementedError, RuntimeError):
+            return detachnet.create_model(name, **kwargs)
+
+
+def has_backbone(name: str) -> bool:
+    """Whether a torchvision model fetches weights for a backbone unless told not to."""
+    return family_of(name).startswith(("torchvision segmentation", "torchvision detection"))
+
+
+def left_out(name: str) -> str:
+    """Why a model is not tried."""
+    family = family_of(name)
+    if family.startswith("torchvision quantization"):
+        return "left out: quantized kernels have no gradient; make the float model detachable, then quantize"
+    if family.startswith("torchvision optical_flow"):
+        return "left out: takes two images"
+    return ""
+
+
+def check(name: str) -> Row:
+    """One row."""
+    if reason := left_out(name):
+        return Row(name, family_of(name), "", "", reason)
+    try:
+        model = build(name).eval()
+        traced = trace(model)
+        valid = CutAnalysis(traced.eval).valid
+        if not valid:
+            return Row(name, family_of(name), "0", "", "no cut: every inner value is passed by another path")
+        problem = check_family(model, traced)
+        return Row(name, family_of(name), str(len(cut_points(traced))), "", problem)
+    except detachnet.DetachNetError as error:
+        details = {line[2:10].strip(): line[11:] for line in str(error).splitlines()[1:]}
+        parts = [error.summary, details.get("what", ""), details.get("try", "")]
+        return Row(name, family_of(name), "", "", "; ".join(filter(None, parts)))
+
+
+def check_family(model: nn.Module, traced: Any) -> str:
+    """Make a family on the meta device; what is wrong with its outputs, or nothing."""
+    try:
+        cuts = choose_cuts(traced, [2 / 3, 1 / 3])
+    except detachnet.CutError:
+        cuts = [point.name for point in cut_points(traced)][-1:]
+    if not cuts:
+        return "no step-down: no cut has a feature that one convolution of the image can produce"
+    plan, stepdowns = make_plan(traced, cuts, "private")
+    net = detachnet.DetachableNet(model.to("meta"), plan, stepdowns, traced)
+    images = traced.eval.image.example(3)
+    with torch.device("meta"), torch.no_grad():
+        outputs = net.eval()(images, which="all")
+        shapes = {
+            n: [x.shape for x in leaves_of(out) if isinstance(x, torch.Tensor)] for n, out in outputs.items()
+        }
+        singles = [x.shape for x in leaves_of(net(images, which=net.names[-1])) if isinstance(x, torch.Tensor)]
+    if any(shape != shapes["base"] for shape in [*shapes.values(), singles]):
+        return f"outputs differ: {shapes}"
+    return ""
+
+
+def representatives(rows: list[Row]) -> list[str]:
+    """The smallest working model of each family, by parameters."""
+    smallest: dict[str, tuple[int, str]] = {}
+    for row in rows:
+        if row.cuts and not row.refusal and row.cuts != "0":
+            size = sum(p.numel() for p in build(row.name).parameters())
+            smallest[row.family] = min(smallest.get(row.family, (size, row.name)), (size, row.name))
+    return [name for size, name in smallest.values() if size <= LARGEST]
+
+
+def check_joint(name: str) -> tuple[str, str]:
+    """Largest difference between joint and separate outputs in training mode, relative to the outputs."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kwargs = {"weights": None} if name.startswith("torchvision:") else {}
+        kwargs |= {"weights_backbone": None} if name.startswith("torchvision:") and has_backbone(name) else {}
+        model = without_dropout(detachnet.create_model(name, **kwargs)).double()
+    size = default_input_size(model) or (3, 224, 224)
+    traced = trace(model)
+    try:
+        cuts = choose_cuts(traced, [2 / 3, 1 / 3])
+    except detachnet.CutError:
+        cuts = [point.name for point in cut_points(traced)][-1:]
+    together = detachnet.make_detachable(model, cuts).train()
+    apart = copy.deepcopy(together)
+    images = torch.randn(2, *size, dtype=torch.double)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        outputs = together(images, which="all")
+        worst = 0.0
+        for other in apart.names:
+            torch.manual_seed(1)
+            expected, got = logits(apart(images, which=other)), logits(outputs[other])
+            worst = max(worst, float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-9)))
+        for one, two in zip(together.buffers(), apart.buffers(), strict=True):
+            worst = max(worst, float((one.double() - two.double()).abs().max()) if one.numel() else 0.0)
+    return name, f"{worst:.0e}" if worst > 1e-10 else "equal"
+
+
+def make_rows(names: list[str], joint: bool = True) -> list[Row]:
+    """All rows, in the order of the names."""
+    context = multiprocessing.get_context("fork")
+    with context.Pool(WORKERS, maxtasksperchild=50) as pool:
+        rows = list(progress(pool.imap(check, names, chunksize=4), len(names), "models"))
+        chosen = representatives(rows) if joint else []
+        results = dict(progress(pool.imap(check_joint, chosen), len(chosen), "joint passes"))
+    return [Row(**(asdict(row) | {"joint": results.get(row.name, "")})) for row in rows]
+
+
+def progress(items: Iterator[Any], total: int, what: str) -> Iterator[Any]:
+    """Say now and then how far it is."""
+    began = time.monotonic()
+    for i, item in enumerate(items, start=1):
+        yield item
+        if i % 100 == 0 or i == total:
+            print(f"{i} of {total} {what}, {time.monotonic() - began:.0f} s", flush=True)
+
+
+def read_table() -> list[Row]:
+    """The rows that are checked in."""
+    with TABLE.open(newline="") as file:
+        return [Row(**row) for row in csv.DictReader(file)]
+
+
+def write_table(rows: list[Row]) -> None:
+    """Write the table."""
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+INTRODUCTION = """\
+# Coverage
+
+Generated by `python -m tests.zoo.check --write`; `make zoo` compares. Each model is made detachable with two cuts,
+near two thirds and one third of its MACs, and the outputs' shapes are checked; for the smallest model of each
+family, joint and separate passes are compared in float64 in training mode."""
+
+
+def page(rows: list[Row]) -> str:
+    """The page of the docs."""
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
+    good = sum(bool(row.cuts) and not row.refusal for row in rows)
+    lines = [
+        INTRODUCTION,
+        "",
+        f"{good} of {len(rows)} models work, with "
+        + ", ".join(f"{name} {number.partition('+')[0]}" for name, number in versions.items())
+        + ".",
+        "",
+        "| family | models | work | cuts | joint = separate |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    families: dict[str, list[Row]] = {}
+    for row in rows:
+        families.setdefault(row.family, []).append(row)
+    for family, members in families.items():
+        good = [row for row in members if row.cuts and not row.refusal]
+        cuts = sorted(int(row.cuts) for row in good)
+        compared = next((f"{row.joint} ({row.name.partition(':')[2]})" for row in members if row.joint), "")
+        span = f"{cuts[0]}–{cuts[-1]}" if cuts else ""
+        lines.append(f"| {family} | {len(members)} | {len(good)} | {span} | {compared} |")
+    lines += ["", "## Refusals", ""]
+    refusals: dict[str, list[str]] = {}
+    for row in rows:
+        if row.refusal:
+            refusals.setdefault(row.refusal, []).append(row.name)
+    for refusal, names in refusals.items():
+        lines += [f"- {refusal}", "", f"    {', '.join(f'`{name}`' for name in names)}", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    write = "--write" in sys.argv
+    names = [arg for arg in sys.argv[1:] if not arg.startswith("-")] or every_name()
+    began = time.monotonic()
+    rows = make_rows(names)
+    if write:
+        write_table(rows)
+        PAGE.write_text(page(rows))
+        return
+    known = {row.name: row for row in read_table()}
+    different = [(row, known.get(row.name)) for row in rows if row != known.get(row.name)]
+    gone = set(known) - set(names) if len(sys.argv) == 1 else set()
+    for row, was in different:
+        print(f"now {row}\nwas {was}")
+    for name in sorted(gone):
+        print(f"{name} is no longer there")
+    print(f"{len(rows)} models, {len(different) + len(gone)} different, {time.monotonic() - began:.0f} s")
+    sys.exit(bool(different or gone))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
