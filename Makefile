@@ -9,7 +9,7 @@ quickstart: .venv/package ## train a small family on embedded data, a few minute
 	$(BIN)/detachnet train quickstart
 
 test: .venv/dev ## everything that must pass
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/dev ## format, rules, types
 	$(BIN)/ruff format --check .

@@ -110,9 +110,7 @@ def describe_data(name: str, train: Split, normalize: str = "channel") -> DataIn
     if normalize == "none":
         return DataInfo(name=name, classes=train.classes, mean=(0.0,) * num_chs, std=(1.0,) * num_chs)
     values = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack(
-        [train.images[:, c].flatten().bincount(minlength=256) for c in range(num_chs)]
-    )
+    counts = torch.stack([train.images[:, c].flatten().bincount(minlength=256) for c in range(num_chs)])
     shares = counts.double() / counts.sum(1, keepdim=True)
     mean = shares @ values
     std = (shares @ values**2 - mean**2).sqrt()

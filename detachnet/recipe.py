@@ -57,7 +57,7 @@ class DataTable(_Table):
     flip: bool = False
     """Mirror each image left to right with probability one half."""
     normalize: Literal["channel", "none"] = "channel"
-    """Mean 0 and standard deviation 1 for each channel over the training images; or values in [0, 1] as they are."""
+    """Mean 0 and standard deviation 1 for each channel of the training images; or values in [0, 1] as they are."""
 
 
 class OptimizerTable(_Table):

@@ -247,10 +247,7 @@ def trace(
             tracer = Tracer(leaves, image)
             graph = _trace_root(tracer, root)
             graphs[training] = TracedGraph(root, graph, _flatten(tracer.calls), image, tracer.calls)
-            for name, value in list(vars(root).items()):
-                if isinstance(value, torch.Tensor):
-                    constants[name] = value
-                    setattr(root, name, value.to("meta"))
+            constants |= _take_constants(root, graph, "train" if training else "eval")
     return TracedModel(graphs[True], graphs[False], constants, type(model).__name__, leaves)
 
 
@@ -274,6 +271,17 @@ def _trace_root(tracer: Tracer, root: _Root) -> fx.Graph:
             hint=backbone if hasattr(root.base, "backbone") else move if path == "base" else keep_whole,
             node=path,
         ) from error
+
+
+def _take_constants(root: _Root, graph: fx.Graph, mode: str) -> dict[str, torch.Tensor]:
+    """Tensors the forward pass made from no input, under names of their mode; the root keeps only their shape."""
+    constants = {f"{mode}{name}": t for name, t in vars(root).items() if isinstance(t, torch.Tensor)}
+    for name, value in constants.items():
+        setattr(root, name, value.to("meta"))
+    for node in graph.nodes:
+        if node.op == "get_attr" and f"{mode}{node.target}" in constants:
+            node.target = f"{mode}{node.target}"
+    return constants
 
 
 def _inline_named_tuples(graph: fx.Graph) -> fx.Graph:

@@ -65,6 +65,7 @@ TOYS = {
     models.Auxiliary: ["conv1", "conv2"],
     models.BatchAware: ["conv1", "conv2"],
     models.Frozen: ["conv1", "conv2"],
+    models.Constants: ["conv1", "conv2"],
     models.Gated: ["conv1", "gate"],
     models.UnknownNorm: ["conv1", "conv2"],
 }
@@ -101,6 +102,16 @@ def test_functional_dropout_follows_the_mode() -> None:
     images = torch.randn(4, 3, 8, 8)
     assert not torch.equal(net.train()(images), net(images))
     assert torch.equal(net.eval()(images), net(images))
+
+
+def test_constants_belong_to_their_mode() -> None:
+    model = models.Constants().double()
+    net = detachnet.make_detachable(model, ["conv1"], (3, 8, 8))
+    images = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    for mode in (True, False):
+        assert torch.equal(net.train(mode)(images), model.train(mode)(images))
+    assert torch.equal(net.detach("sub0")(images), net(images, which="sub0"))
+    assert not any("constant" in name for name in net.state_dict())
 
 
 def test_dict_outputs() -> None:
