@@ -6,6 +6,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import typer
@@ -117,17 +118,23 @@ class TrainingDisplay:
         self.began = time.monotonic()
 
     def on_step(self, epoch: int, images: int, losses: Mapping[str, Any]) -> None:
-        """Advance the bar; the losses are read at most every half second."""
+        """Advance the bar, at most twice a second; in a log file, print a line a minute."""
         self.images += images
         if self.progress is None or self.task is None:
             return
         self.progress.update(self.task, advance=1)
         now = time.monotonic()
-        if now - self.shown > 0.5:
-            self.shown = now
-            loss = " ".join(f"{float(value.detach()):.3f}" for value in losses.values())
-            speed = f"{self.images / (now - self.began):,.0f}"
-            self.progress.update(self.task, epoch=str(epoch + 1), speed=speed, loss=loss)
+        in_terminal = self.progress.console.is_terminal
+        if now - self.shown < (0.5 if in_terminal else 60):
+            return
+        self.shown = now
+        loss = " ".join(f"{float(value.detach()):.3f}" for value in losses.values())
+        speed = f"{self.images / (now - self.began):,.0f}"
+        self.progress.update(self.task, epoch=str(epoch + 1), speed=speed, loss=loss)
+        if not in_terminal:
+            task = self.progress.tasks[0]
+            left = "?" if task.time_remaining is None else timedelta(seconds=round(task.time_remaining))
+            note(f"step {task.completed:.0f} of {task.total:.0f}, {speed} images/s, {left} left, loss {loss}")
 
     def on_epoch(self, row: Mapping[str, Any]) -> None:
         """Print the epoch's accuracies."""

@@ -39,8 +39,8 @@ from tests.helpers import without_dropout
 TABLE = Path(__file__).with_name("table.csv")
 PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
 WORKERS = 2
-LARGEST = 60e6
-"""Parameters of the largest model that is compared numerically."""
+LARGEST = 20e9
+"""MACs of the largest model that is compared numerically."""
 
 torch.set_num_threads(1)
 
@@ -51,9 +51,10 @@ class Row:
 
     name: str
     family: str
-    cuts: str
-    joint: str
-    refusal: str
+    cuts: str = ""
+    macs: str = ""
+    joint: str = ""
+    refusal: str = ""
 
 
 def every_name() -> list[str]:
@@ -104,19 +105,20 @@ def left_out(name: str) -> str:
 def check(name: str) -> Row:
     """One row."""
     if reason := left_out(name):
-        return Row(name, family_of(name), "", "", reason)
+        return Row(name, family_of(name), refusal=reason)
     try:
         model = build(name).eval()
         traced = trace(model)
-        valid = CutAnalysis(traced.eval).valid
-        if not valid:
-            return Row(name, family_of(name), "0", "", "no cut: every inner value is passed by another path")
+        macs = str(sum(traced.eval.macs.values()))
+        if not CutAnalysis(traced.eval).valid:
+            refusal = "no cut: every inner value is passed by another path"
+            return Row(name, family_of(name), "0", macs, refusal=refusal)
         problem = check_family(model, traced)
-        return Row(name, family_of(name), str(len(cut_points(traced))), "", problem)
+        return Row(name, family_of(name), str(len(cut_points(traced))), macs, refusal=problem)
     except detachnet.DetachNetError as error:
         details = {line[2:10].strip(): line[11:] for line in str(error).splitlines()[1:]}
         parts = [error.summary, details.get("what", ""), details.get("try", "")]
-        return Row(name, family_of(name), "", "", "; ".join(filter(None, parts)))
+        return Row(name, family_of(name), refusal="; ".join(filter(None, parts)))
 
 
 def check_family(model: nn.Module, traced: Any) -> str:
@@ -142,13 +144,13 @@ def check_family(model: nn.Module, traced: Any) -> str:
 
 
 def representatives(rows: list[Row]) -> list[str]:
-    """The smallest working model of each family, by parameters."""
-    smallest: dict[str, tuple[int, str]] = {}
+    """The working model of each family with the fewest MACs."""
+    smallest: dict[str, Row] = {}
     for row in rows:
-        if row.cuts and not row.refusal and row.cuts != "0":
-            size = sum(p.numel() for p in build(row.name).parameters())
-            smallest[row.family] = min(smallest.get(row.family, (size, row.name)), (size, row.name))
-    return [name for size, name in smallest.values() if size <= LARGEST]
+        if row.cuts not in ("", "0") and not row.refusal and int(row.macs) <= LARGEST:
+            other = smallest.setdefault(row.family, row)
+            smallest[row.family] = min(row, other, key=lambda r: int(r.macs))
+    return [row.name for row in smallest.values()]
 
 
 def check_joint(name: str) -> tuple[str, str]:
