@@ -102,7 +102,7 @@ class LossTable(_Table):
     """The multi-model loss."""
 
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Model → weight of its loss; 1 where none is given (the paper's sum)."""
+    """Model → weight of its loss; 1 where none is given (the paper's sum), and for a model trained alone."""
     label_smoothing: Share = 0.0
     """Of the cross entropy."""
 
@@ -164,6 +164,11 @@ class Recipe(_Table):
         alone = self.optimizer.weight_decay_alone
         only = self.models[0] if len(self.models) == 1 else ""
         return alone.get(only, self.optimizer.weight_decay)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weights of the models that are trained."""
+        return {n: w for n, w in self.loss.weights.items() if n in self.models and len(self.models) > 1}
 
     def to_toml(self) -> str:
         """The recipe with every default written out."""

@@ -99,7 +99,7 @@ def train(
     splits = load_data(recipe.data.name, data_root, download)
     with torch.random.fork_rng():
         trainer = _Trainer(recipe, folder, splits, listener or Listener())
-        if not resume:
+        if not resume and trainer.accelerator.is_main_process:
             folder.start(recipe)
         if restored:
             trainer.restore(*restored)
@@ -134,7 +134,7 @@ class _Trainer:
         self.optimizer = self._optimizer()
         self.schedule = self._schedule()
         self.model, self.prepared = self.accelerator.prepare(self.net, self.optimizer)
-        self.loss = MultiModelLoss(recipe.loss.weights, recipe.loss.label_smoothing)
+        self.loss = MultiModelLoss(recipe.loss_weights, recipe.loss.label_smoothing)
         self.sums = torch.zeros(len(recipe.models), dtype=torch.float64, device=self._sum_device)
         self.saved_at = time.monotonic()
 
@@ -201,7 +201,8 @@ class _Trainer:
         """Train to the end, or until time is up or the user stops it."""
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
         steps = len(self.batches)
-        self.folder.write_metrics(self.at.rows)
+        if self.accelerator.is_main_process:
+            self.folder.write_metrics(self.at.rows)
         self.listener.on_start(self.net, self.at.epoch * steps + self.at.step, self.recipe.train.epochs * steps)
         with _interruptible() as interrupted:
             while self.at.epoch < self.recipe.train.epochs:

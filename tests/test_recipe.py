@@ -47,6 +47,13 @@ def test_weight_decay_of_a_model_alone() -> None:
     assert load_recipe(QUICKSTART, [*options, 'train.models=["sub1"]']).weight_decay == 1e-4
 
 
+def test_loss_weights_are_those_of_the_trained_models() -> None:
+    options = ["loss.weights={base = 0.5, sub1 = 0.2}"]
+    assert load_recipe(QUICKSTART, options).loss_weights == {"base": 0.5, "sub1": 0.2}
+    assert load_recipe(QUICKSTART, [*options, 'train.models=["base", "sub0"]']).loss_weights == {"base": 0.5}
+    assert load_recipe(QUICKSTART, [*options, 'train.models=["sub1"]']).loss_weights == {}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
