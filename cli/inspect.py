@@ -87,7 +87,10 @@ def _network(model: str, num_classes: int | None) -> nn.Module:
     spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise ModelError(f"{path} has no function {function!r} that makes a model")
-    network: nn.Module = getattr(module, function)(**kwargs)
+    try:
+        network: nn.Module = getattr(module, function)(**kwargs)
+    except TypeError as error:
+        raise ModelError(f"{function} of {path} cannot be called with {kwargs}", what=str(error)) from error
     return network
 
 
@@ -98,9 +101,10 @@ def _parse_cuts(cuts: list[str]) -> Any:
     if len(cuts) == 1 and cuts[0].isdecimal():
         return int(cuts[0])
     try:
-        return [float(cut) for cut in cuts]
+        shares = [float(cut) for cut in cuts]
     except ValueError:
         return cuts
+    return cuts if all(share >= 1 for share in shares) else shares  # `3` may be a module of an nn.Sequential
 
 
 def _record(point: CutPoint) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from detachnet.data import DataInfo
 from detachnet.detachable import DetachableNet, make_detachable
-from detachnet.errors import CheckpointError, DetachNetError, ModelError
+from detachnet.errors import CheckpointError, DetachNetError, ModelError, TraceError
 from detachnet.plan import DetachPlan
 from detachnet.stepdown import StepDownBuilder
+from detachnet.tracer import NO_LEAVES, Leaves
 from detachnet.zoo import create_model
 
 KEY = "detachnet"
@@ -33,7 +34,17 @@ TRAINER = "trainer."
 """Prefix of the tensors that only going on with the training needs."""
 
 _Plain = str | int | float | bool | None
-_FETCHING = ("pretrained", "weights", "checkpoint", "cache", "file", "url", "path")
+_FETCHING = {
+    "cache_dir",
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "weights",
+    "weights_backbone",
+}
+"""Arguments of models that would read or fetch a file."""
 
 
 class Source(BaseModel):
@@ -57,7 +68,7 @@ class TrainingState(BaseModel):
         train_s: Seconds spent training so far.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     recipe: str
     epoch: int
@@ -81,7 +92,7 @@ class Header(BaseModel):
         training: Present in the files a training goes on from.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     format_version: Literal[1] = 1
     source: Source | None
@@ -156,7 +167,12 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def load(
-    path: str | Path, model: nn.Module | None = None, *, stepdown: StepDownBuilder | None = None
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    stepdown: StepDownBuilder | None = None,
+    leaf_modules: Sequence[type[nn.Module]] = (),
+    leaf_functions: Sequence[Callable[..., Any]] = (),
 ) -> DetachableNet:
     """Read a family from a file, on the CPU and in evaluation mode.
 
@@ -164,12 +180,16 @@ def load(
         path: What `save` wrote.
         model: A user's own architecture, where the base-model is not one of the zoo's.
         stepdown: The user's own step-down, where the family was made with one.
+        leaf_modules: As given to `make_detachable`.
+        leaf_functions: As given to `make_detachable`.
 
     Raises:
+        TraceError: `model` cannot be traced.
         CheckpointError: The file is missing, damaged, of an unknown kind, or does not fit `model`.
     """
     header, tensors = read(path)
-    return build(header, tensors, path, model, stepdown=stepdown)
+    leaves = Leaves(tuple(leaf_modules), tuple(leaf_functions))
+    return build(header, tensors, path, model, stepdown, leaves)
 
 
 def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
@@ -212,8 +232,8 @@ def build(
     tensors: dict[str, Tensor],
     path: str | Path,
     model: nn.Module | None = None,
-    *,
     stepdown: StepDownBuilder | None = None,
+    leaves: Leaves = NO_LEAVES,
 ) -> DetachableNet:
     """The family a header and its tensors describe."""
     base = copy.deepcopy(model) if model is not None else _create(header, path)
@@ -230,8 +250,12 @@ def build(
             plan.input_size,
             norm=plan.norm,
             stepdown=stepdown if custom and stepdown is not None else "identity" if identity else "conv",
+            leaf_modules=leaves.modules,
+            leaf_functions=leaves.functions,
         )
         load_weights(net, header, tensors)
+    except TraceError:
+        raise
     except (DetachNetError, RuntimeError, KeyError) as error:
         raise CheckpointError(
             f"{path} does not fit {type(base).__name__}: it was made from another model",
@@ -255,7 +279,7 @@ def _create(header: Header, path: str | Path) -> nn.Module:
             hint=f"detachnet.load(path, model={header.plan.model}(...))",
         )
     for name in header.source.kwargs:
-        if any(word in name for word in _FETCHING):
+        if name in _FETCHING:
             raise CheckpointError(f"{path} asks for the model argument {name!r}, which loading does not allow")
     try:
         with torch.random.fork_rng(devices=[]):

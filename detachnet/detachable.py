@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.data import DataInfo
-from detachnet.errors import CutError, nearest
+from detachnet.errors import CutError, StepDownError, nearest
 from detachnet.plan import BASE, Cuts, DetachPlan, Norm, make_plan
-from detachnet.stepdown import StepDownBuilder
+from detachnet.stepdown import StepDownBuilder, by
 from detachnet.trace import TracedModel, copy_model, trace, unwrap
 from detachnet.tracer import PREFIX, Leaves, attribute
 from detachnet.views import NORMS, STEPDOWNS, JointError, ViewSource, build_view
@@ -105,14 +105,17 @@ class DetachableNet(nn.Module):
 
         Raises:
             CutError: No model has that name.
+            StepDownError: The images have another size than the family was made for.
         """
-        if which is None:
-            return self._view((self._active,))(self, x)
-        if isinstance(which, str) and which != "all":
-            return self._view((which,))(self, x)
-        models = self.names if which == "all" else tuple(which)
+        single = self._active if which is None else which if isinstance(which, str) and which != "all" else None
+        models = (single,) if single is not None else self.names if which == "all" else tuple(which or ())
+        if models != (BASE,) and tuple(x.shape[1:]) != self.plan.input_size:
+            raise StepDownError(
+                f"the family is made for images {by(self.plan.input_size)}, not {by(tuple(x.shape[1:]))}",
+                hint="make_detachable(model, cuts, input_size=...) makes one for another size",
+            )
         out = self._view(models)(self, x)
-        return out if len(models) > 1 else {models[0]: out}
+        return out if single is not None or len(models) > 1 else {models[0]: out}
 
     def _view(self, models: tuple[str, ...]) -> Run:
         key = (models, self.training)
@@ -124,7 +127,7 @@ class DetachableNet(nn.Module):
         """The function that runs `models`; separate passes where they cannot share one batch."""
         for name in models:
             self._check(name)
-        if list(models) != sorted(set(models), key=self.names.index):
+        if not models or list(models) != sorted(set(models), key=self.names.index):
             raise CutError(f"name each model once and in order, {list(self.names)}, not {list(models)}")
         try:
             return _compile(build_view(self._sources[self.training], models), models, self.training)
@@ -149,6 +152,8 @@ class DetachableNet(nn.Module):
         Raises:
             CutError: No model has one of the names.
         """
+        if isinstance(models, str):
+            models = self.names if models == "all" else (models,)
         for name in models:
             self._check(name)
         graphs = [build_view(self._sources[True], (name,)) for name in models]
@@ -301,9 +306,16 @@ def _view_sources(traced: TracedModel, plan: DetachPlan) -> dict[bool, ViewSourc
     """What the views of each mode are made from; a cut means the node of the same name in both graphs."""
     sources = {}
     for training, graph in ((False, traced.eval), (True, traced.train)):
+        for model in plan.models[1:]:
+            if model.cut not in graph.names:
+                raise CutError(f"the model has {model.cut!r} in evaluation mode only", node=model.cut)
         cuts = {model.name: graph.names[str(model.cut)] for model in plan.models[1:]}
         sources[training] = ViewSource(graph, training, cuts, {})
-    private = {name: _norm_paths(sources[False], name) for name in plan.names[1:] if plan.norm == "private"}
+    private = {
+        name: _norm_paths(sources[False], name) | _norm_paths(sources[True], name)
+        for name in plan.names[1:]
+        if plan.norm == "private"
+    }
     for source in sources.values():
         source.private = private
     return sources

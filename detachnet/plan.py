@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -14,6 +15,7 @@ from detachnet.stepdown import StepDown, StepDownBuilder, build_custom, build_st
 from detachnet.trace import TracedModel
 
 BASE = "base"
+_EMPTY = nn.Module()
 Norm = Literal["private", "shared"]
 Cuts = Sequence[str] | Sequence[float] | Mapping[str, str] | int | str
 
@@ -172,6 +174,8 @@ def _named(traced: TracedModel, cuts: Cuts) -> dict[str, str]:
         cuts = 2
     if isinstance(cuts, str):
         raise CutError(f"cuts is a list of names, not a string: write cuts=[{cuts!r}]", hint="or cuts='auto'")
+    if not isinstance(cuts, Mapping | Sequence | int):
+        raise CutError(f"cuts={cuts!r}: give a list of names, a dict, a number of sub-models, or shares of MACs")
     if isinstance(cuts, int):
         if cuts < 1:
             raise CutError(f"cuts={cuts}: a family has at least one sub-model")
@@ -181,7 +185,8 @@ def _named(traced: TracedModel, cuts: Cuts) -> dict[str, str]:
     named = dict(cuts) if isinstance(cuts, Mapping) else {f"sub{i}": _cut_name(c) for i, c in enumerate(cuts)}
     for name, cut in named.items():
         _cut_name(cut)
-        if name in (BASE, "all") or not name.isidentifier() or hasattr(nn.Module, name):
+        taken = name in (BASE, "all") or keyword.iskeyword(name) or hasattr(_EMPTY, name)
+        if taken or not name.isidentifier():
             raise CutError(
                 f"a sub-model cannot be called {name!r}",
                 hint="use a plain identifier such as 'small', other than 'base' and 'all'",

@@ -116,7 +116,7 @@ class TrainTable(_Table):
     """Images per step, over all processes together."""
     models: tuple[str, ...] = ()
     """The models that are trained; empty for all. `["base"]` is the baseline, `["sub1"]` that sub-model alone."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides the weights, the order of the images and the augmentation."""
     precision: Literal["float32", "bf16"] = "float32"
     """`bf16` runs under bfloat16 autocast."""

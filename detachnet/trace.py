@@ -311,6 +311,10 @@ def _image_spec(model: nn.Module, input_size: tuple[int, ...] | None, example_in
     """The input's shape at PROBE_BATCH and its dtype (that of the model's first floating-point parameter)."""
     if example_input is not None:
         return Spec((PROBE_BATCH, *example_input.shape[1:]), example_input.dtype)
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"a model is a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(input_size, int):
+        raise TraceError(f"input_size is the shape of one image, (C, H, W), not {input_size}")
     size = tuple(input_size) if input_size is not None else default_input_size(model)
     if size is None:
         raise TraceError(
@@ -377,7 +381,10 @@ def _flatten(calls: dict[str, list[fx.Node]]) -> dict[str, fx.Node]:
     names = {path: nodes[0] for path, nodes in calls.items()}
     for path, nodes in calls.items():
         for i, node in enumerate(nodes[1:], start=1):
-            names.setdefault(f"{path}_{i}", node)
+            name = f"{path}_{i}"
+            while name in names:
+                name += "_"
+            names[name] = node
     return names
 
 
@@ -386,4 +393,4 @@ def writes_in_place(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
     setitem = node.op == "call_function" and name == "setitem"
-    return in_place or setitem or node.kwargs.get("inplace") is True or "out" in node.kwargs
+    return in_place or setitem or node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None

@@ -8,6 +8,7 @@ batch sizes, and refuses only what depends on the pixels or on the batch size.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ PREFIX = "base."
 PROBE_BATCH = 11
 """Batch size of the shape propagation; a number that no other axis is likely to have."""
 
-_FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros")
+_RANDOM = ("rand", "randint", "randn", "randperm")
+_FACTORIES = (*_RANDOM, "arange", "empty", "eye", "full", "linspace", "ones", "zeros")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Tracer(fx.Tracer):
         self.stack: list[str] = []
         self.calls: dict[str, list[fx.Node]] = {}
         self._probes = [_Probe(self, image.example(batch)) for batch in (PROBE_BATCH, PROBE_BATCH + 1)]
-        self._probing = False
+        self.probing = False
+        self._image = image
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace with factory functions (`torch.zeros(x.shape[0], …)`) as operations of the graph."""
@@ -96,7 +99,7 @@ class Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Trace a module's call and note what its path means."""
-        if self._probing:
+        if self.probing:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         self.stack.append(path)
@@ -108,7 +111,7 @@ class Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A module's attribute; as it is while shapes are worked out."""
-        return attr_val if self._probing else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return attr_val if self.probing else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node and note its dotted name."""
@@ -140,19 +143,35 @@ class Tracer(fx.Tracer):
 
     def known(self, node: fx.Node, length_only: bool = False) -> tuple[bool, Any]:
         """Whether a value is the same for every image and batch size, and that value (or its length)."""
-        if self._probing:
+        if self.probing:
             return False, None
-        self._probing = True
+        self.probing = True
         try:
             values = [probe.value(node) for probe in self._probes]
             if length_only:
                 values = [len(value) for value in values]
+            elif isinstance(values[0], bool) and self._asks_for_batch(node):
+                values += [_Probe(self, self._image.example(batch)).value(node) for batch in (1, 2, 64)]
         except Exception:  # whatever an operation raises where there are shapes only
             return False, None
         finally:
-            self._probing = False
+            self.probing = False
         plain = not any(isinstance(value, torch.Tensor) for value in values)
-        return plain and values[0] == values[1], values[0]
+        return plain and all(value == values[0] for value in values), values[0]
+
+    def _asks_for_batch(self, node: fx.Node) -> bool:
+        """Whether a number that follows the batch size went into a value."""
+        pending, seen = list(node.all_input_nodes), set[fx.Node]()
+        while pending:
+            current = pending.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            one, other = (probe.values.get(current) for probe in self._probes)
+            if isinstance(one, int | float) and one != other:
+                return True
+            pending += [n for n in current.all_input_nodes if not isinstance(one, torch.Tensor)]
+        return False
 
 
 class _Probe:
@@ -204,7 +223,13 @@ class _ShapeProxy(fx.Proxy):
         return _ShapeAttribute(self, k)
 
     def __index__(self) -> int:
+        return operator.index(self._known())
+
+    def __int__(self) -> int:
         return int(self._known())
+
+    def __float__(self) -> float:
+        return float(self._known())
 
     def __len__(self) -> int:
         known, value = self.tracer.known(self.node, length_only=True)
@@ -229,7 +254,8 @@ def _factories_traced(tracer: Tracer) -> Iterator[None]:
 
     def traced(factory: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not any(isinstance(leaf, fx.Proxy) for leaf in leaves_of((args, kwargs))):
+            follows = any(isinstance(leaf, fx.Proxy) for leaf in leaves_of((args, kwargs)))
+            if tracer.probing or not (follows or factory.__name__ in _RANDOM):
                 return factory(*args, **kwargs)
             return tracer.create_proxy("call_function", factory, args, kwargs)
 

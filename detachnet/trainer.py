@@ -125,7 +125,7 @@ class _Trainer:
         precision = "bf16" if recipe.train.precision == "bf16" else "no"
         self.accelerator = Accelerator(mixed_precision=precision)
         self.device = self.accelerator.device
-        self.net = build_family(recipe)
+        self.net = build_family(recipe, tuple(splits[0].images.shape[1:]))
         self.net.data = describe_data(recipe.data.name, splits[0], recipe.data.normalize)
         self.parameters = self.net.parameters_of(recipe.models)
         for name, parameter in self.net.named_parameters():
@@ -307,7 +307,7 @@ class _Trainer:
         return RunResult(status, self.folder, table, self.at.epoch)
 
 
-def build_family(recipe: Recipe) -> DetachableNet:
+def build_family(recipe: Recipe, input_size: tuple[int, ...]) -> DetachableNet:
     """The family a recipe trains, newly initialized from its seed; cuts of untrained sub-models are left out."""
     names, cuts = recipe.family.names[1:], recipe.family.cuts
     places = list(cuts.values()) if isinstance(cuts, dict) else list(cuts)
@@ -315,7 +315,7 @@ def build_family(recipe: Recipe) -> DetachableNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         model = create_model(recipe.model.name, **recipe.model.kwargs)
-        net = make_detachable(model, trained, norm=recipe.family.norm, stepdown=recipe.family.stepdown)
+        net = make_detachable(model, trained, input_size, norm=recipe.family.norm, stepdown=recipe.family.stepdown)
     net.trained = recipe.models
     return net
 

@@ -23,11 +23,30 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from detachnet.errors import CutError, DetachNetError
 from detachnet.plan import BASE
 from detachnet.trace import TracedGraph, has_tensor, writes_in_place
-from detachnet.tracer import PREFIX, PROBE_BATCH
+from detachnet.tracer import PREFIX, PROBE_BATCH, Spec, leaves_of
 
 STEPDOWNS = "stepdowns"
 NORMS = "norms"
 _BATCH_FUNCTIONS = {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm}
+_AXIS_FUNCTIONS = {
+    *(
+        "amax",
+        "amin",
+        "cat",
+        "concat",
+        "concatenate",
+        "cumsum",
+        "flip",
+        "log_softmax",
+        "max",
+        "mean",
+        "median",
+        "min",
+    ),
+    *("norm", "normalize", "prod", "roll", "softmax", "sort", "std", "sum", "var"),
+}
+"""Operations that join the images of a batch when they work along the first axis."""
+_KNOWN_LAYERS = ("torch.nn.modules.", "timm.", "torchvision.")
 
 
 class JointError(DetachNetError):
@@ -71,9 +90,11 @@ def build_view(source: ViewSource, models: Sequence[str]) -> fx.Graph:
 def sees_whole_batch(module: nn.Module, training: bool) -> bool:
     """Whether a layer's output for one image depends on the other images of the batch.
 
-    Known: batch norms, and instance norms with running statistics. A layer of unknown kind that owns
-    floating-point buffers may update them, so in training it is taken to.
+    Known: batch norms, and instance norms with running statistics. A user's own layer that is kept whole may do
+    anything, so it is taken to; one of timm or torchvision with floating-point buffers is in training.
     """
+    if not type(module).__module__.startswith(_KNOWN_LAYERS):
+        return True
     for part in module.modules():
         if isinstance(part, _NormBase):
             tracks = part.running_mean is not None
@@ -81,6 +102,12 @@ def sees_whole_batch(module: nn.Module, training: bool) -> bool:
                 return True
     known = type(module).__module__.startswith("torch.nn.modules.")
     return training and not known and any(b.is_floating_point() for b in module.buffers())
+
+
+def _has_batch(value: Any) -> bool:
+    """Whether a value, or a tensor in it, has the batch as its first axis."""
+    specs = [leaf for leaf in leaves_of(value) if isinstance(leaf, Spec)]
+    return any(spec.shape[:1] == (PROBE_BATCH,) for spec in specs)
 
 
 class _ViewBuilder:
@@ -103,8 +130,10 @@ class _ViewBuilder:
     def build(self) -> fx.Graph:
         """Walk the graph and return the view."""
         for node in self.traced.live:
+            if len(self.models) > 1 and self._joins_images(node):
+                raise JointError(f"{self.traced.describe(node)} joins the images of a batch")
             if node.op == "placeholder":
-                self.made[node] = (self.image, 1)
+                self.made[node] = (self._own_image(node), 1)
             elif node.op == "output":
                 self.graph.output(self._output(node.args[0]))
             elif node in self.traced.readers and (count := self._count(node)):
@@ -118,6 +147,35 @@ class _ViewBuilder:
         self._drop_unused()
         self.graph.lint()
         return self.graph
+
+    def _own_image(self, node: fx.Node) -> fx.Node:
+        """The image, cloned for a base-model that changes it in place while step-downs still need it."""
+        changed = any(writes_in_place(user) or self._is_in_place_layer(user) for user in node.users)
+        if changed and len(self.models) > 1:
+            return self.graph.call_method("clone", (self.image,))
+        return self.image
+
+    def _is_in_place_layer(self, node: fx.Node) -> bool:
+        if node.op != "call_module":
+            return False
+        return getattr(self.traced.module.get_submodule(str(node.target)), "inplace", False) is True
+
+    def _joins_images(self, node: fx.Node) -> bool:
+        """Whether a traced operation mixes the images of a batch, or fills a tensor that is no image's."""
+        inputs = self._inputs(node)
+        if writes_in_place(node) and inputs:
+            return node.args[0] not in self.traced.data
+        if node not in self.traced.data or node.op not in ("call_function", "call_method"):
+            return False
+        value = self.traced.values[node]
+        if isinstance(value, Spec) and not value.shape:
+            return True
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        batched = any(_has_batch(self.traced.values[n]) for n in inputs)
+        axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        axes = axis if isinstance(axis, tuple | list) else [axis]
+        stacks = name in ("cat", "concat", "concatenate") and axis is None
+        return batched and name in _AXIS_FUNCTIONS and (stacks or any(a == 0 and a is not False for a in axes))
 
     def _enter(self, node: fx.Node, name: str) -> None:
         """A cut: from here on the batch of `name` is stacked below the others."""
@@ -236,6 +294,8 @@ class _ViewBuilder:
         def part(leaf: fx.Node, i: int) -> Any:
             if leaf not in self.made or i >= self.made[leaf][1]:
                 return None
+            if not _has_batch(self.traced.values[leaf]):
+                raise JointError(f"the output {self.traced.describe(leaf)} has no batch as its first axis")
             if leaf not in pieces:
                 pieces[leaf] = self.graph.call_function(torch.chunk, self.made[leaf])
             return self.graph.call_function(getitem, (pieces[leaf], i))

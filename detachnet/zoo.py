@@ -129,14 +129,22 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         "torchvision": partial(torchvision.models.get_model, short),
         "timm": partial(timm.create_model, short),
     }[library]
+    if library == "torchvision" and "weights_backbone" in inspect.signature(_builder(short)).parameters:
+        kwargs = {"weights_backbone": None} | kwargs  # torchvision would fetch them
     try:
         model = build(**kwargs)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{name} cannot be built with {kwargs}", what=str(error)) from error
+    except Exception as error:  # whatever the library's constructor raises
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ModelError(f"{name} cannot be built with {kwargs}", what=what) from error
     # Weights are in the checkpoint; loading a family must not fetch them a second time.
-    kept = {k: v for k, v in kwargs.items() if k not in ("weights", "pretrained")}
+    kept = {k: v for k, v in kwargs.items() if k not in ("weights", "weights_backbone", "pretrained")}
     model.detachnet_source = ModelSource(name, kept)  # type: ignore[assignment]
     return model
+
+
+def _builder(name: str) -> Callable[..., nn.Module]:
+    builder: Callable[..., nn.Module] = torchvision.models.get_model_builder(name)
+    return builder
 
 
 def _own_model(name: str, **kwargs: Any) -> nn.Module:

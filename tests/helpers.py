@@ -16,6 +16,8 @@ DROPPING = ("Dropout", "StochasticDepth", "DropPath")
 def without_dropout(model: nn.Module) -> nn.Module:
     """The model with all randomness switched off."""
     for module in model.modules():
+        if isinstance(getattr(module, "drop_rate", None), float):
+            module.drop_rate = 0.0  # type: ignore[assignment]
         if type(module).__name__ in DROPPING:
             for name in ("p", "drop_prob"):
                 if hasattr(module, name):

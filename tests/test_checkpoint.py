@@ -86,6 +86,29 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert_same(detachnet.load(tmp_path / "tied.safetensors", Tied()), net, torch.randn(2, 3, 8, 8))
 
 
+@pytest.mark.parametrize("kwargs", [{"drop_path_rate": 0.1}, {"num_classes": 3}])
+def test_arguments_of_the_zoo(tmp_path: Path, kwargs: dict[str, float]) -> None:
+    net = detachnet.make_detachable(
+        detachnet.create_model("timm:resnet10t", **kwargs), ["layer2"], (3, 64, 64)
+    ).eval()
+    detachnet.save(net, tmp_path / "family.safetensors")
+    assert_same(detachnet.load(tmp_path / "family.safetensors"), net, torch.randn(1, 3, 64, 64))
+
+
+def test_building_a_model_fetches_no_backbone() -> None:
+    assert detachnet.create_model("torchvision:fcn_resnet50", num_classes=2) is not None
+
+
+def test_leaf_modules_are_given_again(tmp_path: Path) -> None:
+    leaves = {"leaf_modules": [models.Chooser]}
+    net = detachnet.make_detachable(models.ControlFlow(), ["block.0"], (3, 8, 8), **leaves).eval()
+    detachnet.save(net, tmp_path / "own.safetensors")
+    with pytest.raises(detachnet.TraceError, match="Chooser"):
+        detachnet.load(tmp_path / "own.safetensors", models.ControlFlow())
+    again = detachnet.load(tmp_path / "own.safetensors", models.ControlFlow(), **leaves)
+    assert_same(again, net, torch.randn(2, 3, 8, 8))
+
+
 def test_another_model(net: detachnet.DetachableNet, tmp_path: Path) -> None:
     path = tmp_path / "family.safetensors"
     detachnet.save(net, path)

@@ -214,6 +214,23 @@ def test_folders_and_recipes_must_fit(whole: Path, tmp_path: Path) -> None:
         train(recipe(), tmp_path / "file" / "run")
 
 
+def test_a_diverged_run_can_be_resumed(tmp_path: Path) -> None:
+    diverging = recipe("optimizer.lr=1e10", "train.epochs=2", "schedule.warmup_epochs=0")
+    train(diverging, tmp_path / "run", max_minutes=0)
+    assert train(diverging, tmp_path / "run", resume=True).status == "finished"
+    assert not math.isfinite(
+        train(diverging, tmp_path / "run", resume=True).epochs
+        and json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["train_loss"]["base"]
+    )
+
+
+def test_a_familys_images_have_the_size_of_the_data(tmp_path: Path) -> None:
+    options = ("model.name=timm:resnet10t", "model.kwargs={num_classes=10}", 'family.cuts=["layer2"]')
+    chosen = load_recipe(QUICKSTART, [*SMALL[1:], *options, "train.epochs=1"])
+    train(chosen, tmp_path / "run", max_minutes=0)
+    assert detachnet.load(tmp_path / "run" / "last.safetensors").plan.input_size == (3, 32, 32)
+
+
 def test_a_failed_start_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(detachnet.CutError):
         train(recipe('family.cuts=["features.999"]'), tmp_path / "run")
@@ -223,7 +240,7 @@ def test_a_failed_start_leaves_no_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("models", [["base"], ["sub1"], ["base", "sub1"]])
 def test_any_set_of_models_is_trained_and_nothing_else(tmp_path: Path, models: list[str]) -> None:
     chosen = recipe(f"train.models={json.dumps(models)}", "train.epochs=1")
-    before = build_family(chosen)
+    before = build_family(chosen, (3, 32, 32))
     result = train(chosen, tmp_path / "run")
     assert [row["model"] for row in result.table] == models
     after = detachnet.load(tmp_path / "run" / "last.safetensors")
@@ -275,4 +292,4 @@ def record_rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_evaluating_an_untrained_family() -> None:
     with pytest.raises(detachnet.CheckpointError, match="does not know how its images are normalized"):
-        evaluate(build_family(recipe()), tenth()[1])
+        evaluate(build_family(recipe(), (3, 32, 32)), tenth()[1])
