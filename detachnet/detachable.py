@@ -17,7 +17,7 @@ from detachnet.data import DataInfo
 from detachnet.errors import CutError, StepDownError, nearest
 from detachnet.plan import BASE, Cuts, DetachPlan, Norm, make_plan
 from detachnet.stepdown import StepDownBuilder, by
-from detachnet.trace import TracedModel, copy_model, trace, unwrap
+from detachnet.trace import TracedModel, copies_of_computed_tensors, copy_model, trace, unwrap
 from detachnet.tracer import PREFIX, Leaves, attribute
 from detachnet.views import NORMS, STEPDOWNS, JointError, ViewSource, build_view
 from detachnet.zoo import ModelSource, model_source
@@ -180,16 +180,19 @@ class DetachableNet(nn.Module):
         """
         self._check(name)
         if name == BASE and not share:
-            base = copy.deepcopy(self.base)
+            base = copy_model(self.base)
             base.zero_grad()
             return base.eval()
         graph = build_view(self._sources[False], (name,))
-        memo: dict[int, Any] = {}
+        memo: dict[int, Any] = copies_of_computed_tensors(self)
         root: dict[str, Any] = {}
+        entry = "stepdown"
+        while hasattr(self.base, entry):
+            entry += "_"
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr"):
                 value = attribute(self, str(node.target))
-                node.target = _detached_name(str(node.target), name)
+                node.target = _detached_name(str(node.target), name, entry)
                 root[node.target] = value if share else copy.deepcopy(value, memo)
         detached = fx.GraphModule(root, graph, class_name=self.plan.model if name == BASE else name)
         if not share:
@@ -350,8 +353,8 @@ def _parameters(value: Any) -> list[nn.Parameter]:
     return [value] if isinstance(value, nn.Parameter) else []
 
 
-def _detached_name(target: str, name: str) -> str:
+def _detached_name(target: str, name: str, entry: str) -> str:
     """A target of a family's graph as it is called in a detached model."""
     if target == f"{STEPDOWNS}.{name}":
-        return "stepdown"
+        return entry
     return target.removeprefix(f"{NORMS}.{name}.").removeprefix(PREFIX)

@@ -340,7 +340,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def copy_model(model: nn.Module) -> nn.Module:
     """A copy with its own weights; tensors that `deepcopy` refuses (weights computed by hooks) are cloned."""
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in _computed_tensors(model)})
+    return copy.deepcopy(model, copies_of_computed_tensors(model))
+
+
+def copies_of_computed_tensors(model: nn.Module) -> dict[int, Any]:
+    """A memo for `deepcopy` with the tensors it refuses."""
+    return {id(t): t.detach().clone() for t in _computed_tensors(model)}
 
 
 def _computed_tensors(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -138,7 +138,12 @@ def test_parametrized_and_frozen_layers(change: object) -> None:
     expected = model.eval()(IMAGES.double())
     net = detachnet.make_detachable(model, ["conv1", "pool"], (3, 8, 8))
     assert torch.equal(net.eval()(IMAGES.double()), expected)
-    if change is not old_weight_norm:  # its computed weight cannot be copied with deepcopy again
+    net.train()(IMAGES.double(), which="all")["base"].sum().backward()
+    net.eval()
+    for name in net.names:
+        assert torch.equal(net.detach(name)(IMAGES.double()), net(IMAGES.double(), which=name))
+    net.zero_grad()
+    if change is not old_weight_norm:  # its computed weight cannot be copied with copy.deepcopy(net)
         assert_joint_equals_separate(net, IMAGES.double())
 
 

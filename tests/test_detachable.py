@@ -78,6 +78,23 @@ def test_detached_names_and_ownership(net: detachnet.DetachableNet) -> None:
     assert type(net.detach("base")) is models.Plain
 
 
+class HasStepdown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.stepdown = nn.Conv2d(4, 5, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stepdown(self.conv(x)).mean((2, 3))
+
+
+def test_a_model_with_a_stepdown_of_its_own() -> None:
+    net = detachnet.make_detachable(HasStepdown(), ["conv"], (3, 8, 8)).eval()
+    detached = net.detach("sub0")
+    assert torch.equal(detached(IMAGES), net(IMAGES, which="sub0"))
+    assert {name for name, _ in detached.named_children()} == {"stepdown", "stepdown_"}
+
+
 def test_sharing_leaves_the_mode_of_the_family_alone() -> None:
     net = detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8)).train()
     net.detach("sub0", share=True)
