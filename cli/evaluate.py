@@ -33,7 +33,9 @@ def evaluate(
     net = load(path)
     name = data or (net.data.name if net.data else None)
     if name is None:
-        raise CheckpointError(f"{path} does not say what it was trained on", hint="--data NAME")
+        raise CheckpointError(
+            f"{path} does not say what it was trained on", hint="evaluate a file that train wrote"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     split = load_data(name, data_root, download)[1]
     scores = score(net, split, device)
