@@ -30,6 +30,7 @@ from detachnet.tracer import NO_LEAVES, Leaves
 from detachnet.zoo import create_model
 
 KEY = "detachnet"
+_FORMAT = {"format": "pt"}
 TRAINER = "trainer."
 """Prefix of the tensors that only going on with the training needs."""
 
@@ -89,6 +90,7 @@ class Header(BaseModel):
         tied: Names of tensors that are stored once under another name.
         data: What it was trained on, if that is known.
         trained: The models that were trained; empty if that is not known.
+        accuracy: Model → its test accuracy, in [0, 1], when it was last measured.
         training: Present in the files a training goes on from.
     """
 
@@ -101,6 +103,7 @@ class Header(BaseModel):
     tied: dict[str, str] = {}
     data: DataInfo | None = None
     trained: tuple[str, ...] = ()
+    accuracy: dict[str, float] = {}
     training: TrainingState | None = None
 
 
@@ -140,9 +143,10 @@ def write(
         tied=tied,
         data=net.data,
         trained=net.trained,
+        accuracy=net.accuracy,
         training=training,
     ).model_dump_json()
-    metadata = {"format": "pt", KEY: header, "sha256": _digest(header, tensors)}
+    metadata = _FORMAT | {KEY: header, "sha256": _digest(header, tensors)}
     replace_file(Path(path), to_bytes(tensors, metadata))
 
 
@@ -211,7 +215,7 @@ def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
             f"{path} is a safetensors file, but not one of detachnet's",
             hint="load plain weights into the model, then call make_detachable",
         )
-    if metadata.get("sha256") != _digest(metadata[KEY], tensors):
+    if metadata != _FORMAT | {KEY: metadata[KEY], "sha256": _digest(metadata[KEY], tensors)}:
         raise CheckpointError(
             f"{path} is damaged: its content does not match its checksum", hint="copy the file again"
         )
@@ -261,7 +265,7 @@ def build(
             f"{path} does not fit {type(base).__name__}: it was made from another model",
             what=_one_line(error),
         ) from error
-    net.data, net.trained = header.data, header.trained
+    net.data, net.trained, net.accuracy = header.data, header.trained, dict(header.accuracy)
     return net.eval()
 
 

@@ -73,6 +73,7 @@ class DataInfo(BaseModel):
         classes: Name of each class.
         mean: Mean of each channel over the training images, of values in [0, 1].
         std: Standard deviation of each channel.
+        num_test: Number of test images that accuracies are measured on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,6 +82,7 @@ class DataInfo(BaseModel):
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    num_test: int = 0
 
 
 def load_data(name: str, root: str | Path | None = None, download: bool = False) -> tuple[Split, Split]:
@@ -104,17 +106,19 @@ def data_names() -> list[str]:
     return list(_LOADERS)
 
 
-def describe_data(name: str, train: Split, normalize: str = "channel") -> DataInfo:
-    """Name, classes and channel-wise mean and standard deviation of a training split; 0 and 1 for `none`."""
+def describe_data(name: str, splits: tuple[Split, Split], normalize: str = "channel") -> DataInfo:
+    """Name, classes, number of test images and, for each channel of the training images, mean and deviation."""
+    train, test = splits
     num_chs = train.images.shape[1]
-    if normalize == "none":
-        return DataInfo(name=name, classes=train.classes, mean=(0.0,) * num_chs, std=(1.0,) * num_chs)
-    values = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack([train.images[:, c].flatten().bincount(minlength=256) for c in range(num_chs)])
-    shares = counts.double() / counts.sum(1, keepdim=True)
-    mean = shares @ values
-    std = (shares @ values**2 - mean**2).sqrt()
-    return DataInfo(name=name, classes=train.classes, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    mean, std = torch.zeros(num_chs), torch.ones(num_chs)
+    if normalize == "channel":
+        values = torch.arange(256, dtype=torch.float64) / 255
+        counts = torch.stack([train.images[:, c].flatten().bincount(minlength=256) for c in range(num_chs)])
+        shares = counts.double() / counts.sum(1, keepdim=True)
+        mean = shares @ values
+        std = (shares @ values**2 - mean**2).sqrt()
+    constants = {"mean": tuple(mean.tolist()), "std": tuple(std.tolist())}
+    return DataInfo(name=name, classes=train.classes, num_test=len(test), **constants)
 
 
 class Batches:

@@ -37,6 +37,7 @@ class DetachableNet(nn.Module):
         plan: What the family is; prints as a table.
         data: What it was trained on, if the trainer or a checkpoint said so.
         trained: The models that were trained, likewise.
+        accuracy: Model → its test accuracy, in [0, 1], when it was last measured; empty if it was not.
     """
 
     base: nn.Module
@@ -53,6 +54,7 @@ class DetachableNet(nn.Module):
         self.norms = nn.Module()
         self.data: DataInfo | None = None
         self.trained: tuple[str, ...] = ()
+        self.accuracy: dict[str, float] = {}
         self._active = BASE
         self._attach(traced)
         like = next(base.parameters(), torch.empty(0))

@@ -126,7 +126,7 @@ class _Trainer:
         self.accelerator = Accelerator(mixed_precision=precision)
         self.device = self.accelerator.device
         self.net = build_family(recipe, tuple(splits[0].images.shape[1:]))
-        self.net.data = describe_data(recipe.data.name, splits[0], recipe.data.normalize)
+        self.net.data = describe_data(recipe.data.name, splits, recipe.data.normalize)
         self.parameters = self.net.parameters_of(recipe.models)
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name in self.parameters)
@@ -194,6 +194,7 @@ class _Trainer:
                 owner = self.parameters[parameter]
                 keep = key == "step"  # torch keeps step counts on the CPU
                 self.optimizer.state[owner][key] = tensor.clone() if keep else tensor.to(owner.device)
+        self.net.accuracy = dict(header.accuracy)
         self.at = _Progress(state.epoch, state.step, state.train_s, list(state.rows))
         self.sums.copy_(torch.tensor([state.sums[name] for name in self.recipe.models], dtype=torch.float64))
 
@@ -258,6 +259,7 @@ class _Trainer:
                 "test_accuracy": {name: score["accuracy"] for name, score in scores.items()},
             }
         )
+        self.net.accuracy = dict(self.at.rows[-1]["test_accuracy"])
         self.at.epoch, self.at.step = self.at.epoch + 1, 0
         self.sums.zero_()
         means = [sum(row["test_accuracy"].values()) for row in self.at.rows]

@@ -168,9 +168,10 @@ class _ViewBuilder:
         if node not in self.traced.data or node.op not in ("call_function", "call_method"):
             return False
         value = self.traced.values[node]
-        if isinstance(value, Spec) and not value.shape:
-            return True
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if isinstance(value, Spec) and not value.shape:
+            # `scale.type_as(feature)` takes nothing but the dtype of the feature.
+            return name != "type_as" or node.args[0] in self.traced.data
         batched = any(_has_batch(self.traced.values[n]) for n in inputs)
         axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         axes = axis if isinstance(axis, tuple | list) else [axis]
@@ -240,7 +241,19 @@ class _ViewBuilder:
             if node.op == "call_module":
                 new.target = self._target(node, name)
             outs.append(new)
-        return self.graph.call_function(torch.cat, (outs,))
+        return self._stacked(node, self.traced.values[node], outs)
+
+    def _stacked(self, node: fx.Node, value: Any, outs: list[fx.Node]) -> fx.Node:
+        """The models' outputs of one layer, each tensor of them stacked along the batch."""
+        if isinstance(value, Spec) and value.shape[:1] == (PROBE_BATCH,):
+            return self.graph.call_function(torch.cat, (outs,))
+        if not isinstance(value, tuple | list):
+            raise JointError(f"{self.traced.describe(node)} gives a value without the batch as its first axis")
+        parts = [
+            self._stacked(node, part, [self.graph.call_function(getitem, (out, i)) for out in outs])
+            for i, part in enumerate(value)
+        ]
+        return self.graph.call_function(type(value), (parts,))
 
     def _target(self, node: fx.Node, name: str) -> str:
         """The layer `name` runs a node with: its own copy if it has one."""

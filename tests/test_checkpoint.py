@@ -136,7 +136,8 @@ def test_any_flipped_bit_is_noticed(net: detachnet.DetachableNet, tmp_path: Path
     detachnet.save(net, path)
     content = path.read_bytes()
     header = 8 + struct.unpack("<Q", content[:8])[0]
-    for place in [*range(8, header, 97), header, (header + len(content)) // 2, len(content) - 1]:
+    metadata = [content.index(text) + 1 for text in (b'"format"', b'"pt"')]
+    for place in [*metadata, *range(8, header, 97), header, (header + len(content)) // 2, len(content) - 1]:
         broken = bytearray(content)
         broken[place] ^= 0b100
         path.write_bytes(broken)
@@ -154,7 +155,8 @@ def rewrite(path: Path, change: dict[str, object]) -> None:
     """Change a header and give it a right checksum, as a malicious writer would."""
     header, tensors = checkpoint.read(path)
     text = json.dumps(json.loads(header.model_dump_json()) | change)
-    save_file(tensors, path, {checkpoint.KEY: text, "sha256": checkpoint._digest(text, tensors)})
+    metadata = {"format": "pt", checkpoint.KEY: text, "sha256": checkpoint._digest(text, tensors)}
+    save_file(tensors, path, metadata)
 
 
 @pytest.mark.parametrize(

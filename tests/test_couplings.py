@@ -166,3 +166,22 @@ def test_naming_no_model() -> None:
     net = detachnet.make_detachable(Around(same), ["conv1"], (3, 8, 8))
     with pytest.raises(detachnet.CutError, match="name each model once and in order"):
         net(torch.zeros(1, 3, 8, 8), which=[])
+
+
+class Scaled(nn.Module):
+    """A scale cast to the feature's type, as timm's vision transformers do it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        return (x * self.scale.type_as(x)).mean((2, 3))
+
+
+def test_a_scalar_cast_to_the_features_type_joins_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    net = detachnet.make_detachable(Scaled().double(), ["conv1"], (3, 8, 8))
+    assert_joint_equals_separate(net, torch.randn(4, 3, 8, 8, dtype=torch.double))
+    assert not caplog.records

@@ -149,7 +149,7 @@ def test_unknown_data_set() -> None:
 
 
 def test_statistics(mini: tuple[Split, Split]) -> None:
-    info = describe_data("cifar10-mini", mini[0])
+    info = describe_data("cifar10-mini", mini)
     pixels = mini[0].images.double() / 255
     torch.testing.assert_close(torch.tensor(info.mean), pixels.mean((0, 2, 3)).float())
     torch.testing.assert_close(torch.tensor(info.std), pixels.std((0, 2, 3), correction=0).float())
@@ -159,7 +159,7 @@ def test_statistics(mini: tuple[Split, Split]) -> None:
 
 
 def batches(split: Split, **options: object) -> Batches:
-    return Batches(split, describe_data("cifar10-mini", split), 64, **options)  # type: ignore[arg-type]
+    return Batches(split, describe_data("cifar10-mini", (split, split)), 64, **options)  # type: ignore[arg-type]
 
 
 def test_an_epoch_goes_on_from_any_step_exactly(mini: tuple[Split, Split]) -> None:
@@ -243,6 +243,6 @@ def test_mnist_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_real_mnist() -> None:
     train, test = load_data("mnist", FULL)
     assert (len(train), len(test)) == (60_000, 10_000)
-    assert describe_data("mnist", train).mean == pytest.approx(
-        (0.1307,), abs=1e-4
-    )  # as torchvision's examples have it
+    info = describe_data("mnist", (train, test))
+    assert info.mean == pytest.approx((0.1307,), abs=1e-4)  # as torchvision's examples have it
+    assert info.num_test == 10_000

@@ -245,6 +245,7 @@ def test_any_set_of_models_is_trained_and_nothing_else(tmp_path: Path, models: l
     assert [row["model"] for row in result.table] == models
     after = detachnet.load(tmp_path / "run" / "last.safetensors")
     assert after.trained == tuple(models)
+    assert after.accuracy == {row["model"]: row["last_accuracy"] for row in result.table}
     trained = set(after.parameters_of(models))
     for (name, one), (_, other) in zip(before.named_parameters(), after.named_parameters(), strict=True):
         assert torch.equal(one, other) == (name not in trained), name
