@@ -35,6 +35,9 @@ from detachnet.zoo import create_model
 SAVE_EVERY_S = 60.0
 """Seconds between two checkpoints; one is written at the end in any case."""
 
+AGREE_EVERY = 20
+"""Steps after which several processes agree whether to save or to stop."""
+
 EVAL_BATCH = 500
 """Images per batch of an evaluation."""
 
@@ -128,6 +131,8 @@ class _Trainer:
         self.accelerator = Accelerator(mixed_precision=precision)
         self.device = self.accelerator.device
         self.net = build_family(recipe, tuple(splits[0].images.shape[1:]))
+        if self.accelerator.num_processes > 1 and self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.net)  # type: ignore[no-untyped-call]
         if recipe.train.init:
             start_from(self.net, recipe.train.init)
         self.net.data = describe_data(recipe.data.name, splits, recipe.data.normalize)
@@ -159,6 +164,8 @@ class _Trainer:
     def _batches(self, train_split: Split, test_split: Split) -> tuple[Batches, Batches]:
         data, info = self.recipe.data, self.net.data
         share = (self.accelerator.process_index, self.accelerator.num_processes)
+        if (size := self.recipe.train.batch_size) % share[1]:
+            raise RecipeError(f"train.batch_size = {size} is no multiple of {share[1]} processes")
         if info is None:
             raise ValueError("the data is described before batches are made")
         batches = Batches(
@@ -235,7 +242,7 @@ class _Trainer:
                 complete = self._train_epoch(deadline, interrupted)
                 if complete:
                     self._end_epoch()
-                if interrupted.is_set() or time.monotonic() > deadline:
+                if self._must_stop(deadline, interrupted):
                     break
                 self._save_if_due()
         self._save()
@@ -256,10 +263,21 @@ class _Trainer:
             began = time.monotonic()
             self.listener.on_step(self.at.epoch, len(images) * self.accelerator.num_processes, losses)
             if self.at.step < steps:
-                if interrupted.is_set() or time.monotonic() > deadline:
+                if self._must_stop(deadline, interrupted):
                     return False
                 self._save_if_due()
         return True
+
+    def _must_stop(self, deadline: float, interrupted: threading.Event) -> bool:
+        return self._agreed(interrupted.is_set() or time.monotonic() > deadline)
+
+    def _agreed(self, wish: bool) -> bool:
+        """What one process wishes, all do; several look at each other's wishes every few steps only."""
+        if self.accelerator.num_processes == 1:
+            return wish
+        if self.at.step % AGREE_EVERY:
+            return False
+        return bool(self.accelerator.reduce(torch.tensor(float(wish), device=self.device), "sum"))
 
     def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One update; each model's loss."""
@@ -306,12 +324,13 @@ class _Trainer:
         return _scores(self.accelerator.reduce(totals, "sum"), self.recipe.models)
 
     def _save_if_due(self) -> None:
-        if time.monotonic() - self.saved_at > SAVE_EVERY_S:
+        if self._agreed(time.monotonic() - self.saved_at > SAVE_EVERY_S):
             self._save()
 
     def _save(self) -> None:
         """Write the checkpoint the training goes on from."""
         self.saved_at = time.monotonic()
+        self.sums = self.accelerator.reduce(self.sums, "mean")
         if not self.accelerator.is_main_process:
             return
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.parameters.items()}
