@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ class MultiModelLoss(nn.Module):
         label_smoothing: float = 0.0,
         distillation: float = 0.0,
         temperature: float = 1.0,
-        teacher: Literal["base", "larger"] = "base",
+        teacher: Literal["base", "larger", "ensemble"] = "base",
         hint: float = 0.0,
     ) -> None:
         super().__init__()
@@ -63,10 +64,8 @@ class MultiModelLoss(nn.Module):
         predictions = {name: logits(out) for name, out in outputs.items()}
         losses = {name: self.criterion(prediction, target) for name, prediction in predictions.items()}
         if self.distillation:
-            names = list(predictions)
-            teachers = names[:1] * len(names) if self.teacher == "base" else names
-            for name, teacher in zip(names[1:], teachers, strict=False):
-                distance = self.divergence(predictions[name], predictions[teacher].detach())
+            for name, teacher in self._teachers(predictions).items():
+                distance = self.divergence(predictions[name], teacher)
                 losses[name] = losses[name] + self.distillation * distance
         for name, (feature, made) in (features or {}).items():
             theirs = feature.detach()
@@ -90,6 +89,15 @@ class MultiModelLoss(nn.Module):
         for term in terms[1:]:
             total = total + term
         return total
+
+    def _teachers(self, predictions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whose prediction each model learns from, without gradient."""
+        names, logs = list(predictions), [prediction.detach() for prediction in predictions.values()]
+        if self.teacher == "ensemble":
+            mean = torch.stack([x.float().softmax(1) for x in logs]).mean(0).log()
+            return dict.fromkeys(names, mean) if len(names) > 1 else {}
+        teachers = logs[:1] * len(names) if self.teacher == "base" else logs
+        return dict(zip(names[1:], teachers, strict=False))
 
     def divergence(self, prediction: Tensor, teacher: Tensor) -> Tensor:
         """Kullback-Leibler divergence of softmax(prediction) from softmax(teacher), both `(B, num_classes)`."""

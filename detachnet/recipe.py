@@ -118,7 +118,7 @@ class LossTable(_Table):
     """Weight of the divergence of each sub-model's prediction from its teacher's; there is none alone."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Both predictions' logits are divided by it."""
-    teacher: Literal["base", "larger"] = "base"
+    teacher: Literal["base", "larger", "ensemble"] = "base"
     """Of each sub-model: the base-model, or the next larger model."""
     hint: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared error of each step-down's output against the base-model's feature at the cut."""
