@@ -14,6 +14,7 @@ from .compare import compare
 from .console import show_tracebacks
 from .evaluate import evaluate
 from .inspect import inspect
+from .recalibrate import recalibrate
 from .recipes import recipes
 from .train import train
 
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One CNN, many devices: train a network and its detachable sub-models in one file.",
 )
-for command in (train, inspect, evaluate, compare, recipes):
+for command in (train, inspect, evaluate, compare, recalibrate, recipes):
     app.command()(command)
 
 

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     )
     from detachnet.losses import MultiModelLoss
     from detachnet.plan import DetachPlan
+    from detachnet.recalibration import recalibrate
     from detachnet.recipe import Recipe, load_recipe
+    from detachnet.stepdown import Stem
     from detachnet.trainer import train
     from detachnet.zoo import create_model
 
@@ -51,7 +53,9 @@ _HOMES = {
     ),
     "losses": ("MultiModelLoss",),
     "plan": ("DetachPlan",),
+    "recalibration": ("recalibrate",),
     "recipe": ("Recipe", "load_recipe"),
+    "stepdown": ("Stem",),
     "trainer": ("train",),
     "zoo": ("create_model",),
 }
@@ -69,6 +73,7 @@ __all__ = [
     "MultiModelLoss",
     "Recipe",
     "RecipeError",
+    "Stem",
     "StepDownError",
     "TraceError",
     "create_model",
@@ -76,6 +81,7 @@ __all__ = [
     "load",
     "load_recipe",
     "make_detachable",
+    "recalibrate",
     "save",
     "train",
 ]

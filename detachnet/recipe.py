@@ -80,8 +80,6 @@ class OptimizerTable(_Table):
     """L2 penalty on every parameter."""
     weight_decay_alone: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Model → its weight decay when `train.models` names it alone."""
-    own_lr: Annotated[float, Field(gt=0)] = 1.0
-    """Factor on the learning rate of what one sub-model has for itself: its step-down and private norms."""
 
 
 class ScheduleTable(_Table):

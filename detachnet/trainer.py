@@ -29,7 +29,7 @@ from detachnet.losses import MultiModelLoss, logits
 from detachnet.recipe import Recipe
 from detachnet.report import COLUMNS, markdown, result_cells, result_rows
 from detachnet.runs import RunFolder
-from detachnet.views import NORMS, STEPDOWNS
+from detachnet.views import NORMS
 from detachnet.zoo import create_model
 
 SAVE_EVERY_S = 60.0
@@ -183,25 +183,17 @@ class _Trainer:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         table = self.recipe.optimizer
+        trained = [p for p in self.parameters.values() if p.requires_grad]
+        if not trained:
+            raise RecipeError("train.freeze_base leaves nothing to train: no step-down has weights")
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            self._groups(),
+            trained,
             opt=_OPTIMIZERS[table.name],
             lr=table.lr,
             momentum=table.momentum,
             weight_decay=self.recipe.weight_decay,
         )
         return optimizer
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """What models share, and what one sub-model has for itself."""
-        shared: dict[str, Any] = {"params": []}
-        own: dict[str, Any] = {"params": [], "lr_scale": self.recipe.optimizer.own_lr}
-        for name, parameter in self.parameters.items():
-            if parameter.requires_grad:
-                (own if name.startswith((STEPDOWNS, NORMS)) else shared)["params"].append(parameter)
-        if not (groups := [group for group in (shared, own) if group["params"]]):
-            raise RecipeError("train.freeze_base leaves nothing to train: no step-down has weights")
-        return groups
 
     def _schedule(self) -> Scheduler:
         table, steps = self.recipe.schedule, len(self.batches)

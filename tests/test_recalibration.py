@@ -1,11 +1,16 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from detachnet_cli.app import app
 from torch import nn
+from typer.testing import CliRunner
 
 import detachnet
 from detachnet.recalibration import recalibrate
+from detachnet.trainer import train
+from tests.test_trainer import recipe
 
 IMAGES = [torch.randn(8, 3, 32, 32) + i for i in range(3)]
 
@@ -58,3 +63,21 @@ def test_a_private_family_keeps_its_weights(net: detachnet.DetachableNet) -> Non
     for (name, one), (_, other) in zip(private.named_parameters(), fresh.named_parameters(), strict=True):
         assert torch.equal(one, other), name
     assert not torch.equal(private.base.features[1].running_mean, fresh.base.features[1].running_mean)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    run = train(recipe("family.norm=shared", "train.epochs=1", "data.num_train=200"), tmp_path / "run").folder
+    out = CliRunner().invoke(app, ["recalibrate", str(run.path), "-o", str(tmp_path / "new.safetensors")])
+    assert out.exit_code == 0, out.output
+    assert "n = 1000; statistics of 4000 training images" in out.output
+    fresh = detachnet.load(tmp_path / "new.safetensors")
+    assert fresh.plan.norm == "private"
+    assert f"{100 * fresh.accuracy['sub1']:.2f} %" in out.output
+
+
+def test_a_family_that_does_not_know_its_data(net: detachnet.DetachableNet, tmp_path: Path) -> None:
+    detachnet.save(net, tmp_path / "family.safetensors")
+    args = ["recalibrate", str(tmp_path / "family.safetensors"), "-o", str(tmp_path / "new.safetensors")]
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 2
+    assert "does not say what it was trained on" in result.output
