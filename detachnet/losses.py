@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,7 +35,7 @@ class MultiModelLoss(nn.Module):
         label_smoothing: float = 0.0,
         distillation: float = 0.0,
         temperature: float = 1.0,
-        teacher: Literal["base", "larger", "ensemble"] = "base",
+        teacher: Literal["base", "larger"] = "base",
         hint: float = 0.0,
     ) -> None:
         super().__init__()
@@ -92,11 +91,8 @@ class MultiModelLoss(nn.Module):
 
     def _teachers(self, predictions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whose prediction each model learns from, without gradient."""
-        names, logs = list(predictions), [prediction.detach() for prediction in predictions.values()]
-        if self.teacher == "ensemble":
-            mean = torch.stack([x.float().softmax(1) for x in logs]).mean(0).log()
-            return dict.fromkeys(names, mean) if len(names) > 1 else {}
-        teachers = logs[:1] * len(names) if self.teacher == "base" else logs
+        names, given = list(predictions), [prediction.detach() for prediction in predictions.values()]
+        teachers = given[:1] * len(names) if self.teacher == "base" else given
         return dict(zip(names[1:], teachers, strict=False))
 
     def divergence(self, prediction: Tensor, teacher: Tensor) -> Tensor:

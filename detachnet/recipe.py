@@ -116,7 +116,7 @@ class LossTable(_Table):
     """Weight of the divergence of each sub-model's prediction from its teacher's; there is none alone."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Both predictions' logits are divided by it."""
-    teacher: Literal["base", "larger", "ensemble"] = "base"
+    teacher: Literal["base", "larger"] = "base"
     """Of each sub-model: the base-model, or the next larger model."""
     hint: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared error of each step-down's output against the base-model's feature at the cut."""
@@ -137,8 +137,6 @@ class TrainTable(_Table):
     """A family's file whose base-model's weights and statistics all models start from."""
     freeze_base: bool = False
     """Train only step-downs and private norms: the base-model stays bit for bit as it is."""
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of the moving average of the weights that is evaluated and saved; 0 for the weights themselves."""
     precision: Literal["float32", "bf16"] = "float32"
     """`bf16` runs under bfloat16 autocast."""
 

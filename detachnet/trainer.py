@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from detachnet.checkpoint import TRAINER, Header, TrainingState, load_weights, read, replace_file, write
@@ -153,7 +152,6 @@ class _Trainer:
             table.teacher,
             table.hint,
         )
-        self.ema = ModelEmaV3(self.net, decay=recipe.train.ema, use_warmup=True) if recipe.train.ema else None
         self.sums = torch.zeros(len(recipe.models), dtype=torch.float64, device=self._sum_device)
         self.saved_at = time.monotonic()
 
@@ -283,8 +281,6 @@ class _Trainer:
         self.accelerator.backward(self.loss.total(losses))
         self.prepared.step()
         self.prepared.zero_grad()
-        if self.ema:
-            self.ema.update(self.net, update + 1)
         self.sums += torch.stack([loss.detach() for loss in losses.values()]).to(self._sum_device, torch.float64)
         return losses
 
@@ -312,7 +308,7 @@ class _Trainer:
         self.listener.on_epoch(self.at.rows[-1])
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
-        totals = score_batches(self.ema.module if self.ema else self.model, self.test, self.recipe.models)
+        totals = score_batches(self.model, self.test, self.recipe.models)
         return _scores(self.accelerator.reduce(totals, "sum"), self.recipe.models)
 
     def _save_if_due(self) -> None:

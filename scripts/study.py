@@ -35,13 +35,18 @@ RUNS: dict[str, tuple[str, ...]] = {
     "private+stem": (NO_WEIGHTS, NO_DISTILLATION),
     "private+distillation": (CONV, NO_WEIGHTS),
     "private+weights": (CONV, NO_DISTILLATION),
+    "frozen-base": ("train.init={out}/base-alone-{seed}/last.safetensors", "train.freeze_base=true"),
+    "all+hint": ("loss.hint=1",),
+    "all+larger": ("loss.teacher=larger",),
+    "all+temperature": ("loss.temperature=2",),
 }
-"""Name -> what is overridden in the recipe, which has all levers together."""
+"""Name -> what is overridden in the recipe, which has all levers that help together."""
 
 
 def run(name: str, seed: int, out: Path, data_root: str | None) -> Path:
     """Train one network or family, unless that is done; its folder."""
-    recipe: Recipe = load_recipe(RECIPE, [*RUNS[name], f"train.seed={seed}"])
+    overrides = [override.replace("{out}", str(out)).replace("{seed}", str(seed)) for override in RUNS[name]]
+    recipe: Recipe = load_recipe(RECIPE, [*overrides, f"train.seed={seed}"])
     folder = RunFolder(out / f"{name}-{seed}")
     if not folder.results.exists():
         print(f"{name}, seed {seed}", flush=True)
