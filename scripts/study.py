@@ -1,6 +1,6 @@
 """Train everything docs/study.md compares, one run after another, and print the table.
 
-    python scripts/study.py [--data-root DIR] [--out runs/study] [--seeds 3] [NAME ...]
+    python scripts/study.py [--data-root DIR] [--out runs/study] [--seeds 3] [--set TABLE.KEY=VALUE] [NAME ...]
 
 Runs that are finished are skipped and interrupted ones resumed, so it can be stopped at any time. About two hours
 on two CPU cores with three seeds.
@@ -43,15 +43,14 @@ RUNS: dict[str, tuple[str, ...]] = {
 """Name -> what is overridden in the recipe, which has all levers that help together."""
 
 
-def run(name: str, seed: int, out: Path, data_root: str | None) -> Path:
-    """Train one network or family, unless that is done; its folder."""
+def run(name: str, seed: int, out: Path, data_root: str | None, changes: list[str]) -> None:
+    """Train one network or family, unless that is done."""
     overrides = [override.replace("{out}", str(out)).replace("{seed}", str(seed)) for override in RUNS[name]]
-    recipe: Recipe = load_recipe(RECIPE, [*overrides, f"train.seed={seed}"])
+    recipe: Recipe = load_recipe(RECIPE, [*overrides, *changes, f"train.seed={seed}"])
     folder = RunFolder(out / f"{name}-{seed}")
     if not folder.results.exists():
         print(f"{name}, seed {seed}", flush=True)
         train(recipe, folder.path, resume=folder.recipe.exists(), data_root=data_root, listener=Listener())
-    return folder.path
 
 
 def main() -> None:
@@ -60,11 +59,12 @@ def main() -> None:
     parser.add_argument("--data-root", help="where CIFAR-10 is")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--set", action="append", default=[], dest="changes", help="override the recipe")
     options = parser.parse_args()
     names = options.names or list(RUNS)
     for seed in range(options.seeds):
         for name in names:
-            run(name, seed, options.out, options.data_root)
+            run(name, seed, options.out, options.data_root, options.changes)
     finished = [options.out / f"{name}-{seed}" for name in RUNS for seed in range(options.seeds)]
     entries = compare([path for path in finished if RunFolder(path).results.exists()])
     table = markdown(COLUMNS, cells(entries))
