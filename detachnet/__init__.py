@@ -11,8 +11,10 @@
 Importing this package imports nothing heavy; each name is loaded when it is first used.
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
         CutError,
         DataError,
         DetachNetError,
+        ExportError,
         ModelError,
         RecipeError,
         StepDownError,
         TraceError,
     )
+    from detachnet.export import export
     from detachnet.losses import MultiModelLoss
     from detachnet.plan import DetachPlan
     from detachnet.recipe import Recipe, load_recipe
@@ -44,11 +48,13 @@ _HOMES = {
         "CutError",
         "DataError",
         "DetachNetError",
+        "ExportError",
         "ModelError",
         "RecipeError",
         "StepDownError",
         "TraceError",
     ),
+    "export": ("export",),
     "losses": ("MultiModelLoss",),
     "plan": ("DetachPlan",),
     "recipe": ("Recipe", "load_recipe"),
@@ -65,6 +71,7 @@ __all__ = [
     "DetachNetError",
     "DetachPlan",
     "DetachableNet",
+    "ExportError",
     "ModelError",
     "MultiModelLoss",
     "Recipe",
@@ -72,6 +79,7 @@ __all__ = [
     "StepDownError",
     "TraceError",
     "create_model",
+    "export",
     "find_cuts",
     "load",
     "load_recipe",
@@ -91,3 +99,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Package(ModuleType):
+    """Keeps `detachnet.export` the function: importing the file of that name would put the module there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        hides = name in _HOME_OF and isinstance(value, ModuleType)
+        super().__setattr__(name, getattr(value, name) if hides else value)
+
+
+sys.modules[__name__].__class__ = _Package
