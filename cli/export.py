@@ -108,10 +108,8 @@ def _show(manifest: Manifest, out: Path) -> None:
     table(f"{out}: {manifest.format}, {manifest.precision}, {total / 1e6:.2f} MB together", header, cells, left=2)
     if manifest.num_test:
         note(f"\nAccuracy on n = {manifest.num_test} test images.")
-    check = "before int8, " if manifest.precision == "int8" else ""
-    note(
-        f"Each graph was run {check}on 1 and 3 images and equals PyTorch; checksums are in {out / 'manifest.json'}."
-    )
+    when = "before int8, each" if manifest.precision == "int8" else "each"
+    note(f"Compared with PyTorch on 1 and 3 images, {when} graph is equal; checksums are in manifest.json.")
 
 
 def _percent(share: float | None) -> str:
