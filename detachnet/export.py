@@ -178,7 +178,7 @@ def export(
         models: Names of the models to export; all by default.
         int8: A training and a test split, as `load_data` gives them: quantize the ONNX graphs to int8, calibrated
             on 256 training images, and measure each one's accuracy on the test images. Batch norms are folded
-            first, so models with private ones share no convolution weights any more.
+            first, so models with private ones share only the tensors that rounding leaves equal.
         latency: Model → what was measured of it, for the manifest.
 
     Returns:
