@@ -201,6 +201,7 @@ AWKWARD: list[tuple[nn.Module, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("model", "cut", "options"), AWKWARD)
+@torch.no_grad()
 def test_detached_models_are_plain_modules(model: nn.Module, cut: str, options: dict[str, Any]) -> None:
     net = detachnet.make_detachable(model, [cut], (3, 8, 8), **options).eval()
     detached = net.detach("sub0")
