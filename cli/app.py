@@ -12,7 +12,9 @@ import typer
 
 from .compare import compare
 from .console import show_tracebacks
+from .detach import detach
 from .evaluate import evaluate
+from .export import export
 from .inspect import inspect
 from .recalibrate import recalibrate
 from .recipes import recipes
@@ -24,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One CNN, many devices: train a network and its detachable sub-models in one file.",
 )
-for command in (train, inspect, evaluate, compare, recalibrate, recipes):
+for command in (train, inspect, evaluate, compare, recalibrate, detach, export, recipes):
     app.command()(command)
 
 

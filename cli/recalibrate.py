@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .checkpoints import family_file
 from .console import friendly, note, table
 
 
@@ -20,14 +21,14 @@ def recalibrate(
     images: Annotated[int, typer.Option(min=1, help="Training images to measure on.")] = 5000,
 ) -> None:
     """Give each model batch norms of its own, with statistics measured anew."""
-    from detachnet.checkpoint import load, save
+    from detachnet.checkpoint import load_family, save
     from detachnet.data import Batches, load_data, select
     from detachnet.errors import CheckpointError
     from detachnet.recalibration import recalibrate as measure
     from detachnet.trainer import EVAL_BATCH, evaluate
 
-    path = checkpoint / "last.safetensors" if checkpoint.is_dir() else checkpoint
-    net = load(path)
+    path = family_file(checkpoint)
+    net = load_family(path)
     if net.data is None:
         raise CheckpointError(
             f"{path} does not say what it was trained on", hint="recalibrate a file that train wrote"

@@ -11,8 +11,10 @@
 Importing this package imports nothing heavy; each name is loaded when it is first used.
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
         CutError,
         DataError,
         DetachNetError,
+        ExportError,
         ModelError,
         RecipeError,
         StepDownError,
         TraceError,
     )
+    from detachnet.export import export
     from detachnet.losses import MultiModelLoss
     from detachnet.plan import DetachPlan
     from detachnet.recalibration import recalibrate
@@ -46,11 +50,13 @@ _HOMES = {
         "CutError",
         "DataError",
         "DetachNetError",
+        "ExportError",
         "ModelError",
         "RecipeError",
         "StepDownError",
         "TraceError",
     ),
+    "export": ("export",),
     "losses": ("MultiModelLoss",),
     "plan": ("DetachPlan",),
     "recalibration": ("recalibrate",),
@@ -69,6 +75,7 @@ __all__ = [
     "DetachNetError",
     "DetachPlan",
     "DetachableNet",
+    "ExportError",
     "ModelError",
     "MultiModelLoss",
     "Recipe",
@@ -77,6 +84,7 @@ __all__ = [
     "StepDownError",
     "TraceError",
     "create_model",
+    "export",
     "find_cuts",
     "load",
     "load_recipe",
@@ -97,3 +105,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Package(ModuleType):
+    """Keeps `detachnet.export` the function: importing the file of that name would put the module there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        hides = name in _HOME_OF and isinstance(value, ModuleType)
+        super().__setattr__(name, getattr(value, name) if hides else value)
+
+
+sys.modules[__name__].__class__ = _Package

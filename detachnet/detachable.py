@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import linecache
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.data import DataInfo
+from detachnet.detached import DetachedModel, Folder, Run, compile_graph, put
 from detachnet.errors import CutError, StepDownError, nearest
 from detachnet.plan import BASE, Cuts, DetachPlan, Norm, make_plan
 from detachnet.stepdown import Stem, StepDownBuilder, by
@@ -23,8 +22,6 @@ from detachnet.views import NORMS, STEPDOWNS, JointError, ViewSource, build_view
 from detachnet.zoo import ModelSource, model_source
 
 logger = logging.getLogger("detachnet")
-Run = Callable[[nn.Module, Tensor], Any]
-_view_number = count()
 
 
 class DetachableNet(nn.Module):
@@ -62,7 +59,7 @@ class DetachableNet(nn.Module):
             self.stepdowns.add_module(name, module.to(like.device, like.dtype).train(base.training))
         for name in self.names[1:] if plan.norm == "private" else ():
             for path in sorted(self._sources[False].private[name]):
-                _put(self.norms, f"{name}.{path}", _private_copy(base.get_submodule(path)))
+                put(self.norms, f"{name}.{path}", _private_copy(base.get_submodule(path)))
         self.training = base.training
 
     def _attach(self, traced: TracedModel) -> None:
@@ -137,7 +134,8 @@ class DetachableNet(nn.Module):
         if not models or list(models) != sorted(set(models), key=self.names.index):
             raise CutError(f"name each model once and in order, {list(self.names)}, not {list(models)}")
         try:
-            return _compile(build_view(self._sources[self.training], models, features), models, self.training)
+            label = f"{'+'.join(models)} {'train' if self.training else 'eval'}"
+            return compile_graph(build_view(self._sources[self.training], models, features), label)
         except JointError as error:
             if len(models) == 1 or features:
                 raise
@@ -175,8 +173,9 @@ class DetachableNet(nn.Module):
     def detach(self, name: str, share: bool = False) -> nn.Module:
         """Take one model out of the family, as a plain module in evaluation mode.
 
-        The base-model comes back as the class it is; a sub-model as a `torch.fx.GraphModule` with its step-down
-        as `stepdown` and everything else under the base-model's names.
+        The base-model comes back as the class it is; a sub-model as a `detached.DetachedModel` with its step-down
+        as `stepdown` and everything else under the base-model's names. Both pickle, copy, compile and print like
+        any module.
 
         Args:
             name: Which one.
@@ -201,7 +200,8 @@ class DetachableNet(nn.Module):
                 value = attribute(self, str(node.target))
                 node.target = _detached_name(str(node.target), name, entry)
                 root[node.target] = value if share else copy.deepcopy(value, memo)
-        detached = fx.GraphModule(root, graph, class_name=self.plan.model if name == BASE else name)
+        code = graph.python_code("self")
+        detached = DetachedModel(self.plan.model if name == BASE else name, code.src, code.globals, root)
         if not share:
             detached.zero_grad()
             return detached.eval()
@@ -224,7 +224,7 @@ class DetachableNet(nn.Module):
         super().train(mode)
         for path, module in self.norms.named_modules():
             _, _, original = path.partition(".")
-            if original and not isinstance(module, _Folder):
+            if original and not isinstance(module, Folder):
                 like = dict(self.base.get_submodule(original).named_modules())
                 for inner, part in module.named_modules():
                     part.training = like[inner].training
@@ -306,20 +306,6 @@ def make_detachable(
     return DetachableNet(copy_model(model), plan, stepdowns, traced)
 
 
-class _Folder(nn.Module):
-    """Only holds submodules, so that a private norm sits under its original dotted path."""
-
-
-def _put(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Set `root.<path>`, making the folders on the way."""
-    *folders, last = path.split(".")
-    for folder in folders:
-        if folder not in root._modules:
-            root.add_module(folder, _Folder())
-        root = root.get_submodule(folder)
-    root.add_module(last, module)
-
-
 def _private_copy(module: nn.Module) -> nn.Module:
     """A copy of a layer with batch norms of its own; whatever else it holds stays shared."""
     own = {id(t) for m in module.modules() if isinstance(m, _BatchNorm) for t in [*m.parameters(), *m.buffers()]}
@@ -355,17 +341,6 @@ def _norm_paths(source: ViewSource, name: str) -> frozenset[str]:
         for path in calls
         if any(isinstance(m, _BatchNorm) for m in source.traced.module.get_submodule(path).modules())
     )
-
-
-def _compile(graph: fx.Graph, models: tuple[str, ...], training: bool) -> Run:
-    """A graph as a function of (net, images), with its source where tracebacks look for it."""
-    code = graph.python_code("self")
-    mode = "train" if training else "eval"
-    filename = f"<detachnet {'+'.join(models)} {mode} {next(_view_number)}>"
-    scope = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), scope)
-    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
-    return scope["forward"]  # type: ignore[no-any-return]
 
 
 def _parameters(value: Any) -> list[nn.Parameter]:

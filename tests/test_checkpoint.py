@@ -215,3 +215,46 @@ def test_full_disk_leaves_the_old_checkpoint(net: detachnet.DetachableNet, tmp_p
 def test_unwritable_folder(net: detachnet.DetachableNet, tmp_path: Path) -> None:
     with pytest.raises(detachnet.CheckpointError, match="cannot write"):
         detachnet.save(net, tmp_path / "nowhere" / "family.safetensors")
+
+
+@pytest.mark.parametrize("name", ["base", "sub0", "sub1"])
+def test_one_model_alone(net: detachnet.DetachableNet, tmp_path: Path, name: str) -> None:
+    net.accuracy, net.trained = {"base": 0.5, "sub1": 0.25}, ("base", "sub1")
+    path = tmp_path / "alone.safetensors"
+    detachnet.save(net, path, which=name)
+    alone = detachnet.load(path)
+    assert not any(module.training for module in alone.modules())
+    assert torch.equal(alone(IMAGES), net(IMAGES, which=name))
+    header, tensors = checkpoint.read(path)
+    assert (header.detached, header.plan.names) == (name, tuple(dict.fromkeys(["base", name])))
+    assert header.accuracy == {model: value for model, value in net.accuracy.items() if model == name}
+    assert tensors.keys() == net.detach(name).state_dict().keys()
+
+
+def test_one_model_alone_of_a_users_own(tmp_path: Path) -> None:
+    net = detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), stepdown=shift).eval()
+    path = tmp_path / "alone.safetensors"
+    detachnet.save(net, path, which="sub0")
+    with pytest.raises(detachnet.CheckpointError, match=r"a model of the user's own, Plain"):
+        detachnet.load(path)
+    with pytest.raises(detachnet.CheckpointError, match=r"a user's own step-down"):
+        detachnet.load(path, models.Plain())
+    images = torch.randn(2, 3, 8, 8)
+    alone = detachnet.load(path, models.Plain(), stepdown=shift)
+    assert torch.equal(alone(images), net(images, which="sub0"))
+    with pytest.raises(detachnet.CheckpointError, match="was made from another model"):
+        detachnet.load(path, models.Skip(), stepdown=shift)
+
+
+def test_one_model_is_no_family(net: detachnet.DetachableNet, tmp_path: Path) -> None:
+    path = tmp_path / "alone.safetensors"
+    detachnet.save(net, path, which="sub1")
+    with pytest.raises(detachnet.CheckpointError, match=r"holds sub1 alone[\s\S]*the file of the whole family"):
+        checkpoint.load_family(path)
+    rewrite(path, {"detached": "sub7"})
+    with pytest.raises(
+        detachnet.CheckpointError, match=r"says something unknown[\s\S]*'sub7' is none of the models"
+    ):
+        detachnet.load(path)
+    with pytest.raises(detachnet.CutError, match="no model is called 'sub9'"):
+        detachnet.save(net, tmp_path / "other.safetensors", which="sub9")

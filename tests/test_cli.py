@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from detachnet_cli.app import app
 from typer.testing import CliRunner
@@ -47,6 +48,28 @@ def test_train_evaluate_resume(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "runs/quickstart/metrics.jsonl").read_text())
     assert scores == rows["test_accuracy"]
     assert "n = 100" in run("evaluate", "runs/quickstart/best.safetensors")[1]
+
+
+def test_detach_and_export(tmp_path: Path) -> None:
+    run("train", "quickstart", *OPTIONS, "--max-minutes", "0")
+    code, out = run("detach", "runs/quickstart", "--model", "sub1", "-o", "sub1.safetensors")
+    assert code == 0, out
+    assert "Read it: detachnet.load('sub1.safetensors')" in out
+    assert detachnet.load("sub1.safetensors")(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    for args, message in (
+        (["detach", "runs/quickstart", "--model", "sub1", "-o", "sub1.safetensors"], "exists already"),
+        (["detach", "runs/quickstart", "--model", "sub9", "-o", "9.safetensors"], "no model is called 'sub9'"),
+        (["evaluate", "sub1.safetensors"], "sub1.safetensors holds sub1 alone"),
+        (["export", "sub1.safetensors", "-o", "out"], "sub1.safetensors holds sub1 alone"),
+        (["export", "runs/quickstart", "-o", "runs"], "runs exists already"),
+        (["export", "runs/quickstart", "-o", "out", "--format", "tflite"], "'tflite' is not one of"),
+    ):
+        code, out = run(*args)
+        assert (code, message in out) == (2, True), out
+    code, out = run("export", "runs/quickstart", "-o", "out", "--model", "sub1", "--format", "pt2")
+    assert code == 0, out
+    assert re.search(r"sub1 +sub1.pt2 +\S+ [Mk]", out)
+    assert sorted(file.name for file in Path("out").iterdir()) == ["manifest.json", "sub1.pt2"]
 
 
 def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
@@ -138,7 +161,7 @@ def test_recipes_lists_every_shipped_one() -> None:
 
 def test_help_names_every_option_and_version() -> None:
     command = typer.main.get_command(app)
-    for name in ("train", "inspect", "evaluate", "recipes"):
+    for name in ("train", "inspect", "evaluate", "detach", "export", "recipes"):
         assert run(name, "--help")[0] == 0
         assert name in command.list_commands(None)  # type: ignore[attr-defined,arg-type]
     assert run("--version")[1] == f"detachnet {detachnet.__version__}\n"

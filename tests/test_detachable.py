@@ -1,6 +1,7 @@
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +190,31 @@ def test_plan_prints_and_round_trips(net: detachnet.DetachableNet) -> None:
     assert detachnet.DetachPlan.model_validate_json(net.plan.model_dump_json()) == net.plan
     text = str(net.plan)
     assert text == (Path(__file__).parent / "golden" / "plan.txt").read_text().rstrip("\n")
+
+
+AWKWARD: list[tuple[nn.Module, str, dict[str, Any]]] = [
+    (models.BatchAware(), "conv1", {}),
+    (models.Tokens(), "norm", {}),
+    (models.Gated(), "conv1", {}),
+    (models.UsesFunction(), "conv1", {"leaf_functions": [models.threshold]}),
+]
+
+
+@pytest.mark.parametrize(("model", "cut", "options"), AWKWARD)
+@torch.no_grad()
+def test_detached_models_are_plain_modules(model: nn.Module, cut: str, options: dict[str, Any]) -> None:
+    net = detachnet.make_detachable(model, [cut], (3, 8, 8), **options).eval()
+    detached = net.detach("sub0")
+    again = pickle.loads(pickle.dumps(detached))
+    assert not any(module.training for module in again.modules())
+    compiled = torch.compile(detached, backend="eager")
+    for one in (detached, again, pickle.loads(pickle.dumps(again)), copy.deepcopy(detached), compiled):
+        assert torch.equal(one(IMAGES), net(IMAGES, which="sub0"))
+    assert not isinstance(detached, torch.fx.GraphModule)
+    assert str(detached) == repr(detached) == repr(again)
+    assert str(detached).startswith("sub0(\n  (stepdown): ")
+    copy.deepcopy(detached).get_parameter("stepdown.bias" if cut != "norm" else "stepdown.conv.bias").data.add_(1)
+    assert torch.equal(detached(IMAGES), net(IMAGES, which="sub0"))
 
 
 @pytest.mark.filterwarnings("ignore")

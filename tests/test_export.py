@@ -1,0 +1,371 @@
+import importlib
+import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import detachnet
+from detachnet import graphs
+from detachnet.data import Split, describe_data, load_data
+from detachnet.export import Latency, Manifest, compare, export, read_manifest
+from tests import models
+from tests.test_checkpoint import disk_of
+
+exporting = importlib.import_module("detachnet.export")
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], list[str], tuple[int, ...]]] = {
+    "vgg": (
+        lambda: detachnet.create_model("detachnet:vgg16_cifar", width=0.05),
+        ["features.6", "features.23"],
+        (3, 32, 32),
+    ),
+    "resnet": (lambda: detachnet.create_model("timm:test_resnet", num_classes=7), ["layer1"], (3, 32, 32)),
+    "mobilenetv3": (
+        lambda: detachnet.create_model("timm:mobilenetv3_small_050", num_classes=7),
+        ["blocks.3"],
+        (3, 32, 32),
+    ),
+    "efficientnet": (
+        lambda: detachnet.create_model("timm:test_efficientnet", num_classes=7),
+        ["blocks.0"],
+        (3, 32, 32),
+    ),
+    "convnext": (lambda: detachnet.create_model("timm:test_convnext", num_classes=7), ["stages.1"], (3, 32, 32)),
+}
+
+
+def family(name: str) -> detachnet.DetachableNet:
+    """A family whose batch norms differ from model to model, as after training."""
+    make, cuts, size = FAMILIES[name]
+    net = detachnet.make_detachable(make(), cuts, size).eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.weight.data, module.bias.data):
+                assert tensor is not None
+                tensor.add_(0.1 * torch.randn_like(tensor))
+    return net
+
+
+@pytest.fixture(scope="module")
+def toy() -> detachnet.DetachableNet:
+    torch.manual_seed(0)
+    net = detachnet.make_detachable(models.Plain(), ["conv1", "pool"], (3, 8, 8)).eval()
+    net.accuracy = {"base": 0.5}
+    return net
+
+
+@pytest.fixture(scope="module")
+def exported(toy: detachnet.DetachableNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "toy"
+    export(toy, folder)
+    return folder
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pytorch_detached_reloaded_onnx_runtime_and_torch_export_agree(name: str, tmp_path: Path) -> None:
+    net = family(name)
+    detachnet.export(net, tmp_path / "onnx")
+    detachnet.export(net, tmp_path / "pt2", "pt2", models=net.names[-1:])
+    for model in net.names:
+        detachnet.save(net, tmp_path / model, which=model)
+        reloaded = detachnet.load(tmp_path / model)
+        session = onnxruntime.InferenceSession(tmp_path / "onnx" / f"{model}.onnx")
+        for batch in (1, 2, 5):
+            images = torch.randn(batch, 3, 32, 32)
+            with torch.no_grad():
+                wanted = net(images, which=model)
+                assert torch.equal(net.detach(model)(images), wanted)
+                assert torch.equal(reloaded(images), wanted)
+            close(torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), wanted)
+    close(graphs.open_graph(tmp_path / "pt2" / f"{model}.pt2")(images), wanted)
+    everything = sum(t.nbytes for t in net.state_dict().values())
+    weights = (tmp_path / "onnx" / "weights.bin").stat().st_size
+    assert weights <= 1.02 * everything  # what models share is there once, batch norms are not folded
+
+
+def test_a_family_is_hardly_larger_than_its_base(tmp_path: Path) -> None:
+    model = detachnet.create_model("detachnet:vgg16_cifar", width=0.5)
+    net = detachnet.make_detachable(model, ["features.6"]).eval()
+    sizes = {}
+    for name, chosen in (("family", None), ("alone", ["base"])):
+        detachnet.export(net, tmp_path / name, models=chosen)
+        sizes[name] = sum(file.stat().st_size for file in (tmp_path / name).iterdir())
+    assert sizes["family"] <= 1.02 * sizes["alone"]
+
+
+def test_manifest(toy: detachnet.DetachableNet, exported: Path) -> None:
+    manifest = read_manifest(exported)
+    assert manifest.names == ("base", "sub0", "sub1")
+    assert (manifest.format, manifest.precision, manifest.output) == ("onnx", "float32", "logits")
+    assert (manifest.input.name, manifest.input.shape, manifest.input.max_batch) == ("images", (3, 8, 8), None)
+    assert manifest["base"].accuracy == 0.5
+    assert manifest["sub1"].accuracy is None
+    for model in manifest.models:
+        plan = toy.plan[model.name]
+        assert (model.macs, model.num_params) == (plan.macs, plan.num_params)
+    assert sorted(file.name for file in exported.iterdir()) == [
+        "base.onnx",
+        "manifest.json",
+        "sub0.onnx",
+        "sub1.onnx",
+        "weights.bin",
+    ]
+
+
+def test_graphs_say_what_they_are_and_nothing_about_the_machine(tmp_path: Path) -> None:
+    net = family("vgg")
+    net.data = describe_data("cifar10-mini", load_data("cifar10-mini"))
+    manifest = export(net, tmp_path / "out", models=["sub1"])
+    assert manifest.labels == net.data.classes
+    assert (manifest.input.mean, manifest.input.std, manifest.num_test) == (net.data.mean, net.data.std, 1000)
+    path = tmp_path / "out" / "sub1.onnx"
+    said = {prop.key: prop.value for prop in onnx.load(path, load_external_data=False).metadata_props}
+    assert said["model"] == "sub1"
+    assert json.loads(said["labels"]) == list(net.data.classes)
+    assert json.loads(said["mean"]) == list(net.data.mean)
+    assert str(Path(torch.__file__).parent).encode() not in path.read_bytes()
+
+
+def test_some_models_and_their_latency(toy: detachnet.DetachableNet, tmp_path: Path) -> None:
+    latency = Latency(runtime="torch", device="cpu", batch=1, threads=1, n=9, p50_s=0.1, p90_s=0.2, p99_s=0.3)
+    manifest = export(toy, tmp_path / "out", "pt2", ["sub1", "base"], latency={"sub1": latency})
+    assert manifest.names == ("base", "sub1")
+    assert manifest.weights is None
+    assert [model.latency for model in manifest.models] == [None, latency]
+    assert read_manifest(tmp_path / "out") == manifest
+
+
+def test_the_family_comes_back_as_it_was(toy: detachnet.DetachableNet, tmp_path: Path) -> None:
+    net = detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8)).train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    state = torch.get_rng_state()
+    export(net, tmp_path / "out", models=["sub0"])
+    assert all(module.training for module in net.modules())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_name_stays_a_function() -> None:
+    assert callable(detachnet.export)
+    assert detachnet.export is exporting.export
+
+
+def test_int8(tmp_path: Path) -> None:
+    splits = load_data("cifar10-mini")
+    few = Split(splits[1].images[:64], splits[1].labels[:64], splits[1].classes)
+    net = family("vgg")
+    net.data, net.accuracy = describe_data("cifar10-mini", splits), {"sub1": 0.25}
+    whole = export(net, tmp_path / "float32", models=["sub1"])
+    manifest = export(net, tmp_path / "int8", models=["sub1"], int8=(splits[0], few))
+    model = manifest["sub1"]
+    assert (manifest.precision, manifest.num_test, model.float_accuracy) == ("int8", 64, 0.25)
+    assert model.num_bytes < 0.6 * whole["sub1"].num_bytes
+    session = onnxruntime.InferenceSession(tmp_path / "int8" / "sub1.onnx")
+    mean, std = (np.array(c, np.float32)[None, :, None, None] for c in (net.data.mean, net.data.std))
+    images = ((few.images.numpy() / 255 - mean) / std).astype(np.float32)
+    outputs = session.run(None, {"images": images})[0]
+    assert model.accuracy == np.mean(outputs.argmax(1) == few.labels.numpy())
+    with torch.no_grad():
+        wanted = net(torch.from_numpy(images), which="sub1").numpy()
+    assert np.abs(outputs - wanted).mean() < 0.2 * np.abs(wanted).mean()
+
+
+@pytest.mark.parametrize("name", ["base.onnx", "weights.bin"])
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:99] + bytes([b[99] ^ 4]) + b[100:]])
+def test_a_cut_or_flipped_file(
+    exported: Path, tmp_path: Path, name: str, damage: Callable[[bytes], bytes]
+) -> None:
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    with pytest.raises(detachnet.ExportError, match=f"{name} is damaged: its content does not match"):
+        read_manifest(folder)
+    (folder / name).unlink()
+    with pytest.raises(detachnet.ExportError, match=f"{name} cannot be read"):
+        read_manifest(folder)
+
+
+def rewrite(folder: Path, change: dict[str, object]) -> None:
+    """Change a manifest and give it a right checksum, as a malicious writer would."""
+    path = folder / "manifest.json"
+    fields = json.loads(path.read_text()) | change
+    del fields["sha256"]
+    path.write_text(json.dumps(fields | {"sha256": exporting._digest(fields)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "has format version 2; this version of detachnet reads 1"),
+        ({"run_this": "import os"}, "is no manifest of detachnet's"),
+        ({"weights": {"file": "../../etc/passwd", "num_bytes": 1, "sha256": ""}}, "is no manifest of detachnet's"),
+    ],
+)
+def test_a_manifest_that_says_something_unknown(
+    exported: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    rewrite(folder, change)
+    with pytest.raises(detachnet.ExportError, match=message):
+        read_manifest(folder)
+
+
+def test_a_damaged_or_missing_manifest(exported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace("0.5", "0.9"))
+    with pytest.raises(detachnet.ExportError, match="is damaged: its content does not match its checksum"):
+        read_manifest(folder)
+    (folder / "manifest.json").write_text(text[:50])
+    with pytest.raises(detachnet.ExportError, match="is no manifest of detachnet's"):
+        read_manifest(folder)
+    with pytest.raises(detachnet.ExportError, match=r"is no export folder: it has no manifest\.json"):
+        read_manifest(tmp_path)
+
+
+def fails(*_: object, **__: object) -> None:
+    raise RuntimeError("no such operator")
+
+
+def interrupts(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def wrong(*_: object) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda images: torch.zeros(len(images), 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "stand_in", "error", "message"),
+    [
+        ("onnx_model", fails, detachnet.ExportError, "base cannot be exported as onnx"),
+        ("onnx_model", interrupts, KeyboardInterrupt, "^$"),
+        ("open_graph", wrong, detachnet.ExportError, "the exported base does not compute what PyTorch does"),
+    ],
+)
+def test_nothing_is_left_of_an_export_that_failed(
+    toy: detachnet.DetachableNet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    stand_in: Callable[..., object],
+    error: type[BaseException],
+    message: str,
+) -> None:
+    monkeypatch.setattr(graphs, name, stand_in)
+    with pytest.raises(error, match=message):
+        export(toy, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk(toy: detachnet.DetachableNet, tmp_path: Path) -> None:
+    with disk_of(1000), pytest.raises(detachnet.ExportError, match="cannot write"):
+        export(toy, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_cannot_be_made(toy: detachnet.DetachableNet, tmp_path: Path) -> None:
+    with pytest.raises(detachnet.ExportError, match="exists already"):
+        export(toy, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(detachnet.ExportError, match=r"cannot write .*file/out"):
+        export(toy, tmp_path / "file" / "out")
+
+
+def test_what_cannot_be_asked_for(toy: detachnet.DetachableNet, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    splits = load_data("cifar10-mini")
+    for call, message in (
+        (lambda: export(toy, out, "onx"), r"unknown format 'onx'[\s\S]*'onnx'"),
+        (lambda: export(toy, out, "pt2", int8=splits), "int8 is for the format 'onnx' only"),
+        (lambda: export(toy, out, int8=splits), "int8 needs to know how images are normalized"),
+        (lambda: export(toy, out, models=[]), "no model to export was named"),
+    ):
+        with pytest.raises(detachnet.ExportError, match=message):
+            call()
+    with pytest.raises(detachnet.CutError, match="no model is called 'sub9'"):
+        export(toy, out, models=["sub9"])
+    half = detachnet.make_detachable(models.Plain().double(), ["pool"], (3, 8, 8))
+    with pytest.raises(detachnet.ExportError, match=r"weights in float64; export writes float32"):
+        export(half, out)
+    maps = detachnet.make_detachable(models.DictOutput(), ["conv1"], (3, 8, 8))
+    with pytest.raises(detachnet.ExportError, match="base returns a dict, not one tensor"):
+        export(maps, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("format", "extra"), [("onnx", "export"), ("pte", "executorch")])
+def test_a_missing_extra(
+    toy: detachnet.DetachableNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, extra: str
+) -> None:
+    monkeypatch.setattr(graphs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(detachnet.ExportError, match=rf"is not installed[\s\S]*pip install 'detachnet\[{extra}\]'"):
+        export(toy, tmp_path / "out", format)
+    with pytest.raises(detachnet.ExportError, match="is not installed"):
+        graphs.open_graph(f"base.{format}")
+
+
+def test_not_a_number_is_a_mismatch() -> None:
+    with pytest.raises(detachnet.ExportError, match="does not compute what PyTorch does"):
+        compare("base", nn.Identity(), lambda images: images * float("nan"), torch.ones(3, 2))
+    with pytest.raises(detachnet.ExportError, match="differ by inf"):
+        compare("base", nn.Identity(), lambda images: images[:, :1], torch.ones(3, 2))
+
+
+class Evil:
+    """Touches a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path("touched"),)  # type: ignore[return-value]
+
+
+def test_no_pt2_file_is_unpickled(
+    toy: detachnet.DetachableNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export(toy, tmp_path / "out", "pt2", ["sub1"])
+    path = tmp_path / "out" / "sub1.pt2"
+    with zipfile.ZipFile(path) as archive:
+        assert not [m for m in archive.infolist() if m.filename.endswith((".pt", ".pkl")) and m.file_size]
+        members = {name: archive.read(name) for name in archive.namelist()}
+    sample = next(name for name in members if name.endswith(".pt"))
+    config = next(name for name in members if name.endswith("weights_config.json"))
+    pickled = members[config].replace(b'"use_pickle": false', b'"use_pickle": true')
+    for change in ({sample: pickle.dumps(Evil())}, {config: pickled}, {"serialized_state_dict.pt": b"1"}):
+        with zipfile.ZipFile("evil.pt2", "w") as archive:
+            for name, content in (members | change).items():
+                archive.writestr(name, content)
+        with pytest.raises(detachnet.ExportError, match=r"evil\.pt2 holds pickled objects"):
+            graphs.open_graph("evil.pt2")
+    assert not Path("touched").exists()
+    Path("cut.pt2").write_bytes(path.read_bytes()[:500])
+    with pytest.raises(detachnet.ExportError, match="is no complete pt2 file"):
+        graphs.open_graph("cut.pt2")
+    with pytest.raises(detachnet.ExportError, match="is no graph of a known format"):
+        graphs.open_graph("model.h5")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_executorch(toy: detachnet.DetachableNet, tmp_path: Path) -> None:
+    pytest.importorskip("executorch", reason="executorch is not installed")
+    manifest = export(toy, tmp_path / "out", "pte", ["sub1"])
+    assert manifest.input.max_batch == 8
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        close(graphs.open_graph(tmp_path / "out" / "sub1.pte")(images), toy(images, which="sub1"))
+
+
+def test_manifest_is_its_own_json(exported: Path) -> None:
+    manifest = read_manifest(exported)
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
