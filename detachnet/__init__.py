@@ -20,16 +20,19 @@ if TYPE_CHECKING:
     from detachnet.cuts import CutPoint, find_cuts
     from detachnet.detachable import DetachableNet, make_detachable
     from detachnet.errors import (
+        BudgetError,
         CheckpointError,
         CutError,
         DataError,
         DetachNetError,
+        MeasurementError,
         ModelError,
         RecipeError,
         StepDownError,
         TraceError,
     )
     from detachnet.losses import MultiModelLoss
+    from detachnet.measure import Measurement, Profile, profile
     from detachnet.plan import DetachPlan
     from detachnet.recipe import Recipe, load_recipe
     from detachnet.trainer import train
@@ -40,16 +43,19 @@ _HOMES = {
     "cuts": ("CutPoint", "find_cuts"),
     "detachable": ("DetachableNet", "make_detachable"),
     "errors": (
+        "BudgetError",
         "CheckpointError",
         "CutError",
         "DataError",
         "DetachNetError",
+        "MeasurementError",
         "ModelError",
         "RecipeError",
         "StepDownError",
         "TraceError",
     ),
     "losses": ("MultiModelLoss",),
+    "measure": ("Measurement", "Profile", "profile"),
     "plan": ("DetachPlan",),
     "recipe": ("Recipe", "load_recipe"),
     "trainer": ("train",),
@@ -58,6 +64,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "BudgetError",
     "CheckpointError",
     "CutError",
     "CutPoint",
@@ -65,8 +72,11 @@ __all__ = [
     "DetachNetError",
     "DetachPlan",
     "DetachableNet",
+    "Measurement",
+    "MeasurementError",
     "ModelError",
     "MultiModelLoss",
+    "Profile",
     "Recipe",
     "RecipeError",
     "StepDownError",
@@ -76,6 +86,7 @@ __all__ = [
     "load",
     "load_recipe",
     "make_detachable",
+    "profile",
     "save",
     "train",
 ]
