@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detachnet.checkpoint import load, save
     from detachnet.cuts import CutPoint, find_cuts
+    from detachnet.deadline import DeadlineRunner
     from detachnet.detachable import DetachableNet, make_detachable
     from detachnet.errors import (
         BudgetError,
@@ -35,12 +36,14 @@ if TYPE_CHECKING:
     from detachnet.measure import Measurement, Profile, profile
     from detachnet.plan import DetachPlan
     from detachnet.recipe import Recipe, load_recipe
+    from detachnet.runtime import Family
     from detachnet.trainer import train
     from detachnet.zoo import create_model
 
 _HOMES = {
     "checkpoint": ("load", "save"),
     "cuts": ("CutPoint", "find_cuts"),
+    "deadline": ("DeadlineRunner",),
     "detachable": ("DetachableNet", "make_detachable"),
     "errors": (
         "BudgetError",
@@ -58,6 +61,7 @@ _HOMES = {
     "measure": ("Measurement", "Profile", "profile"),
     "plan": ("DetachPlan",),
     "recipe": ("Recipe", "load_recipe"),
+    "runtime": ("Family",),
     "trainer": ("train",),
     "zoo": ("create_model",),
 }
@@ -69,9 +73,11 @@ __all__ = [
     "CutError",
     "CutPoint",
     "DataError",
+    "DeadlineRunner",
     "DetachNetError",
     "DetachPlan",
     "DetachableNet",
+    "Family",
     "Measurement",
     "MeasurementError",
     "ModelError",

@@ -8,23 +8,25 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from detachnet.backends import Backend, Costs, Runtime, TorchBackend
 from detachnet.checkpoint import replace_file, save
 from detachnet.detachable import DetachableNet
 from detachnet.errors import MeasurementError
 from detachnet.peak import resident_peaks
-from detachnet.plan import BASE, align, si
+from detachnet.plan import align, si
 
-Runtime = Literal["torch", "onnx"]
+NOT_ASKED = "not asked for"
 
 
 class Measurement(BaseModel):
@@ -208,16 +210,6 @@ class _Settings:
         )
 
 
-class Costs(NamedTuple):
-    """What is known of a model without running it."""
-
-    model: str
-    macs: int
-    num_params: int
-    num_bytes: int
-    accuracy: float | None
-
-
 def find_device(name: str | torch.device) -> torch.device:
     """A device that works.
 
@@ -236,32 +228,44 @@ def find_device(name: str | torch.device) -> torch.device:
 
 def _profile_net(net: DetachableNet, settings: _Settings, peak_memory: bool) -> Profile:
     """Through torch, on a copy where the family lives on another device."""
-    device = settings.device
     here = next(net.parameters(), torch.empty(0)).device
+    device = settings.device
     if here.type != device.type or device.index not in (None, here.index):
         net = copy.deepcopy(net).to(device)
-    images = example(net, settings.batch)
-    with evaluating(net), num_threads(settings.threads), torch.no_grad():
-        runs = {name: _synchronized(net, name, images) for name in net.names}
-        seconds = alternate(runs, settings.n, settings.warmup)
-        peaks, how = _peaks(net, images, settings) if peak_memory else ({}, "not asked for")
-    rows = [settings.measurement("torch", costs(net, name), seconds[name], peaks.get(name)) for name in net.names]
-    return Profile(rows=tuple(rows), hardware=hardware(device), versions=versions("torch"), memory=how)
+    backend = TorchBackend(net, settings.threads)
+    with evaluating(net):
+        seconds = _alternate_models(backend, settings)
+        peaks, how = _net_peaks(backend, settings) if peak_memory else ({}, NOT_ASKED)
+    return _profile(backend, settings, seconds, peaks, how)
 
 
-def example(net: DetachableNet, batch: int) -> Tensor:
-    """Random images `(B, C, H, W)` of the family's size, type and device; the same each time."""
-    like = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
-    images = torch.randn(batch, *net.plan.input_size, generator=torch.Generator().manual_seed(0))
-    return images.to(like.device, like.dtype)
+def _alternate_models(backend: Backend, settings: _Settings) -> dict[str, list[float]]:
+    """Seconds of the runs of each model."""
+    images = example(backend, settings.batch)
+    runs = {name: partial(backend.run, name, images) for name in backend.names}
+    return alternate(runs, settings.n, settings.warmup)
 
 
-def costs(net: DetachableNet, name: str) -> Costs:
-    """What a model costs by counting."""
-    model = net.base if name == BASE else net.detach(name, share=True)
-    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
-    plan = net.plan[name]
-    return Costs(name, plan.macs, plan.num_params, sum(t.nbytes for t in tensors), net.accuracy.get(name))
+def _profile(
+    backend: Backend,
+    settings: _Settings,
+    seconds: Mapping[str, Sequence[float]],
+    peaks: Mapping[str, int],
+    how: str,
+) -> Profile:
+    """All that was measured, and on what."""
+    rows = tuple(
+        settings.measurement(backend.runtime, backend.costs(name), seconds[name], peaks.get(name))
+        for name in backend.names
+    )
+    library = {"torch": "torch", "onnx": "onnxruntime"}[backend.runtime]
+    return Profile(rows=rows, hardware=hardware(settings.device), versions=versions(library), memory=how)
+
+
+def example(backend: Backend, batch: int) -> Tensor:
+    """Random images `(B, C, H, W)` as a family takes them; the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    return backend.prepare(torch.randn(batch, *backend.input_size, generator=generator))
 
 
 def alternate(
@@ -283,18 +287,6 @@ def alternate(
     return seconds
 
 
-def _synchronized(net: nn.Module, name: str, images: Tensor) -> Callable[[], object]:
-    """Run one model to its end."""
-    if images.device.type != "cuda":
-        return lambda: net(images, which=name)
-
-    def run() -> None:
-        net(images, which=name)
-        torch.cuda.synchronize(images.device)
-
-    return run
-
-
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
     """Evaluation mode; each submodule's own mode comes back."""
@@ -305,17 +297,6 @@ def evaluating(net: nn.Module) -> Iterator[None]:
     finally:
         for module, training in was:
             module.training = training
-
-
-@contextmanager
-def num_threads(threads: int) -> Iterator[None]:
-    """So many threads in torch's operators."""
-    was = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(was)
 
 
 def hardware(device: torch.device) -> dict[str, str]:
@@ -340,14 +321,16 @@ def versions(*packages: str) -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def _peaks(net: DetachableNet, images: Tensor, settings: _Settings) -> tuple[dict[str, int], str]:
+def _net_peaks(backend: TorchBackend, settings: _Settings) -> tuple[dict[str, int], str]:
     """Peak memory of each model in bytes, and how it was measured."""
-    if images.device.type == "cuda":
+    net, device = backend.net, settings.device
+    if device.type == "cuda":
+        images = example(backend, settings.batch)
         return {name: _cuda_peak(net, name, images) for name in net.names}, "torch's CUDA allocator, model alone"
-    if images.device.type != "cpu":
-        return {}, f"not measured: no counter is known on {images.device.type}"
-    if net.source is None:
-        return {}, "not measured: a model of the user's own cannot be run in a process of its own"
+    if device.type != "cpu":
+        return {}, f"not measured: no counter is known on {device.type}"
+    if net.source is None or any(m.stepdown and m.stepdown.kind == "custom" for m in net.plan.models):
+        return {}, "not measured: a process of its own cannot build a model or step-down of the user's own"
     with TemporaryDirectory() as folder:
         path = Path(folder) / "family.safetensors"
         save(net, path)
@@ -359,7 +342,8 @@ def _cuda_peak(net: DetachableNet, name: str, images: Tensor) -> int:
     before = torch.cuda.memory_allocated(images.device)
     model = net.detach(name)
     torch.cuda.reset_peak_memory_stats(images.device)
-    model(images)
+    with torch.no_grad():
+        model(images)
     torch.cuda.synchronize(images.device)
     return torch.cuda.max_memory_allocated(images.device) - before
 
