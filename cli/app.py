@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from .cascade import cascade
 from .console import show_tracebacks
 from .evaluate import evaluate
 from .inspect import inspect
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One CNN, many devices: train a network and its detachable sub-models in one file.",
 )
-for command in (train, inspect, evaluate, profile, recipes):
+for command in (train, inspect, evaluate, profile, cascade, recipes):
     app.command()(command)
 
 
