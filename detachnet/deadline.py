@@ -17,7 +17,7 @@ from detachnet.runtime import Family, Picture
 
 HOLD = 25
 """Requests in a row for which a more accurate model must have had room before it is taken."""
-ROOM = 0.5
+ROOM = 0.7
 """What share of the target such a model may need for that."""
 WEIGHT = 1 / 32
 """Of a new observation in the moving estimates."""
