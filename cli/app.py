@@ -11,8 +11,11 @@ from typing import Annotated
 import typer
 
 from .cascade import cascade
+from .compare import compare
 from .console import show_tracebacks
+from .detach import detach
 from .evaluate import evaluate
+from .export import export
 from .inspect import inspect
 from .profile import profile
 from .recipes import recipes
@@ -24,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One CNN, many devices: train a network and its detachable sub-models in one file.",
 )
-for command in (train, inspect, evaluate, profile, cascade, recipes):
+for command in (train, inspect, evaluate, compare, detach, export, profile, cascade, recipes):
     app.command()(command)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .checkpoints import family_file
 from .console import friendly, print_json, table
 
 
@@ -23,14 +24,14 @@ def evaluate(
     """Measure the test accuracy of each trained model of a family."""
     import torch
 
-    from detachnet.checkpoint import load
+    from detachnet.checkpoint import load_family
     from detachnet.data import load_data
     from detachnet.errors import CheckpointError
     from detachnet.plan import si
     from detachnet.trainer import evaluate as score
 
-    path = checkpoint / "last.safetensors" if checkpoint.is_dir() else checkpoint
-    net = load(path)
+    path = family_file(checkpoint)
+    net = load_family(path)
     name = data or (net.data.name if net.data else None)
     if name is None:
         raise CheckpointError(

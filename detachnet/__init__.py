@@ -11,8 +11,10 @@
 Importing this package imports nothing heavy; each name is loaded when it is first used.
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
         CutError,
         DataError,
         DetachNetError,
+        ExportError,
         MeasurementError,
         ModelError,
         RecipeError,
         StepDownError,
         TraceError,
     )
+    from detachnet.export import export
     from detachnet.losses import MultiModelLoss
     from detachnet.measure import Measurement, Profile, profile
     from detachnet.plan import DetachPlan
@@ -51,12 +55,14 @@ _HOMES = {
         "CutError",
         "DataError",
         "DetachNetError",
+        "ExportError",
         "MeasurementError",
         "ModelError",
         "RecipeError",
         "StepDownError",
         "TraceError",
     ),
+    "export": ("export",),
     "losses": ("MultiModelLoss",),
     "measure": ("Measurement", "Profile", "profile"),
     "plan": ("DetachPlan",),
@@ -77,6 +83,7 @@ __all__ = [
     "DetachNetError",
     "DetachPlan",
     "DetachableNet",
+    "ExportError",
     "Family",
     "Measurement",
     "MeasurementError",
@@ -88,6 +95,7 @@ __all__ = [
     "StepDownError",
     "TraceError",
     "create_model",
+    "export",
     "find_cuts",
     "load",
     "load_recipe",
@@ -108,3 +116,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Package(ModuleType):
+    """Keeps `detachnet.export` the function: importing the file of that name would put the module there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        hides = name in _HOME_OF and isinstance(value, ModuleType)
+        super().__setattr__(name, getattr(value, name) if hides else value)
+
+
+sys.modules[__name__].__class__ = _Package

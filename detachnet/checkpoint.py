@@ -10,13 +10,13 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from detachnet.data import DataInfo
 from detachnet.detachable import DetachableNet, make_detachable
 from detachnet.errors import CheckpointError, DetachNetError, ModelError, TraceError
-from detachnet.plan import DetachPlan
-from detachnet.stepdown import StepDownBuilder
+from detachnet.plan import BASE, DetachPlan
+from detachnet.stepdown import Stem, StepDownBuilder
 from detachnet.tracer import NO_LEAVES, Leaves
 from detachnet.zoo import create_model
 
@@ -91,6 +91,8 @@ class Header(BaseModel):
         data: What it was trained on, if that is known.
         trained: The models that were trained; empty if that is not known.
         accuracy: Model → its test accuracy, in [0, 1], when it was last measured.
+        detached: The one model whose weights the file holds, under the names of the detached module; None for a
+            whole family.
         training: Present in the files a training goes on from.
     """
 
@@ -104,18 +106,35 @@ class Header(BaseModel):
     data: DataInfo | None = None
     trained: tuple[str, ...] = ()
     accuracy: dict[str, float] = {}
+    detached: str | None = None
     training: TrainingState | None = None
 
+    @model_validator(mode="after")
+    def _detached_is_one_of_the_models(self) -> Header:
+        if self.detached is not None and self.detached not in self.plan.names:
+            raise ValueError(f"detached = {self.detached!r} is none of the models {self.plan.names}")
+        return self
 
-def save(net: DetachableNet, path: str | Path) -> None:
-    """Write a family to one safetensors file.
+
+def save(net: DetachableNet, path: str | Path, which: str | None = None) -> None:
+    """Write a family, or one of its models alone, to one safetensors file.
 
     The file appears complete or not at all: it is written beside its place and renamed.
 
+    Args:
+        net: The family.
+        path: Where to.
+        which: A model to write alone, with only the weights it needs: `load` gives what `net.detach(which)` does.
+
     Raises:
+        CutError: No model is called `which`.
         CheckpointError: The file cannot be written, or the model's arguments cannot be stored.
     """
-    write(net, path)
+    if which is None:
+        write(net, path)
+    else:
+        module = net.detach(which, share=True)
+        _write(path, _alone(_header(net), which), module.state_dict(), {})
 
 
 def write(
@@ -125,8 +144,12 @@ def write(
     extra: Mapping[str, Tensor] | None = None,
 ) -> None:
     """`save`, with what a training needs to go on: its state and its tensors."""
-    tensors, tied = _untied(net.state_dict())
-    tensors |= {TRAINER + name: tensor.detach().cpu().contiguous() for name, tensor in (extra or {}).items()}
+    kept = {TRAINER + name: tensor.detach().cpu().contiguous() for name, tensor in (extra or {}).items()}
+    _write(path, _header(net).model_copy(update={"training": training}), net.state_dict(), kept)
+
+
+def _header(net: DetachableNet) -> Header:
+    """What a family's file says, but for its tensors."""
     try:
         source = Source(name=net.source.name, kwargs=net.source.kwargs) if net.source else None
     except ValidationError as error:
@@ -136,17 +159,34 @@ def write(
             hint="use numbers, strings and booleans only",
         ) from error
     dtype = next((t.dtype for t in net.state_dict().values() if t.is_floating_point()), torch.float32)
-    header = Header(
+    return Header(
         source=source,
         plan=net.plan,
         dtype=str(dtype).removeprefix("torch."),
-        tied=tied,
         data=net.data,
         trained=net.trained,
         accuracy=net.accuracy,
-        training=training,
-    ).model_dump_json()
-    metadata = _FORMAT | {KEY: header, "sha256": _digest(header, tensors)}
+    )
+
+
+def _alone(header: Header, name: str) -> Header:
+    """The same of one model of the family."""
+    models = tuple(model for model in header.plan.models if model.name in (BASE, name))
+    change = {
+        "plan": header.plan.model_copy(update={"models": models}),
+        "trained": tuple(model for model in header.trained if model == name),
+        "accuracy": {model: value for model, value in header.accuracy.items() if model == name},
+        "detached": name,
+    }
+    return header.model_copy(update=change)
+
+
+def _write(path: str | Path, header: Header, state: Mapping[str, Tensor], extra: Mapping[str, Tensor]) -> None:
+    """A header and the tensors it is about, with a checksum over both."""
+    tensors, tied = _untied(state)
+    tensors |= extra
+    text = header.model_copy(update={"tied": tied}).model_dump_json()
+    metadata = _FORMAT | {KEY: text, "sha256": _digest(text, tensors)}
     replace_file(Path(path), to_bytes(tensors, metadata))
 
 
@@ -177,8 +217,8 @@ def load(
     stepdown: StepDownBuilder | None = None,
     leaf_modules: Sequence[type[nn.Module]] = (),
     leaf_functions: Sequence[Callable[..., Any]] = (),
-) -> DetachableNet:
-    """Read a family from a file, on the CPU and in evaluation mode.
+) -> DetachableNet | Any:
+    """Read a family from a file, or the one model that was written alone; on the CPU, in evaluation mode.
 
     Args:
         path: What `save` wrote.
@@ -187,13 +227,27 @@ def load(
         leaf_modules: As given to `make_detachable`.
         leaf_functions: As given to `make_detachable`.
 
+    Returns:
+        The `DetachableNet`; from a file with one model the plain module, as `DetachableNet.detach` gives it.
+
     Raises:
         TraceError: `model` cannot be traced.
         CheckpointError: The file is missing, damaged, of an unknown kind, or does not fit `model`.
     """
     header, tensors = read(path)
     leaves = Leaves(tuple(leaf_modules), tuple(leaf_functions))
-    return build(header, tensors, path, model, stepdown, leaves)
+    if header.detached is None:
+        return build(header, tensors, path, model, stepdown, leaves)
+    return _build_detached(header, header.detached, tensors, path, model, stepdown, leaves)
+
+
+def load_family(path: str | Path) -> DetachableNet:
+    """`load`, where one model alone is not enough.
+
+    Raises:
+        CheckpointError: The file holds one model alone, or as `load`.
+    """
+    return build(*read(path), path)
 
 
 def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
@@ -240,24 +294,64 @@ def build(
     leaves: Leaves = NO_LEAVES,
 ) -> DetachableNet:
     """The family a header and its tensors describe."""
-    base = copy.deepcopy(model) if model is not None else _create(header, path)
-    base = base.to(getattr(torch, header.dtype)) if header.dtype in ("float16", "bfloat16", "float64") else base
-    plan = header.plan
-    kinds = {m.stepdown.kind for m in plan.models if m.stepdown is not None}
-    custom, identity = "custom" in kinds, "identity" in kinds
-    if custom and stepdown is None:
-        raise CheckpointError(f"{path} was made with a user's own step-down", hint="load(path, stepdown=it)")
-    try:
-        net = make_detachable(
-            base,
-            {m.name: m.cut or "" for m in plan.models[1:]},
-            plan.input_size,
-            norm=plan.norm,
-            stepdown=stepdown if custom and stepdown is not None else "identity" if identity else "conv",
-            leaf_modules=leaves.modules,
-            leaf_functions=leaves.functions,
+    if header.detached is not None:
+        raise CheckpointError(
+            f"{path} holds {header.detached} alone, detached from its family",
+            hint="give the file of the whole family; detachnet.load(path) reads this one as a plain module",
         )
+    base = _base(header, path, model, stepdown)
+    with _fits(base, path):
+        net = _family(header, base, stepdown, leaves)
         load_weights(net, header, tensors)
+    net.data, net.trained, net.accuracy = header.data, header.trained, dict(header.accuracy)
+    return net.eval()
+
+
+def _build_detached(
+    header: Header,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    model: nn.Module | None,
+    stepdown: StepDownBuilder | None,
+    leaves: Leaves,
+) -> nn.Module:
+    """The one model a header and its tensors describe."""
+    base = _base(header, path, model, stepdown)
+    with _fits(base, path):
+        module = _family(header, base, stepdown, leaves).detach(name)
+        module.load_state_dict(dict(tensors) | {name: tensors[kept] for name, kept in header.tied.items()})
+    return module
+
+
+def _base(
+    header: Header, path: str | Path, model: nn.Module | None, stepdown: StepDownBuilder | None
+) -> nn.Module:
+    """The base-model, the user's own or the zoo's, with weights to be replaced."""
+    base = copy.deepcopy(model) if model is not None else _create(header, path)
+    if stepdown is None and _asked_for(header.plan) == "custom":
+        raise CheckpointError(f"{path} was made with a user's own step-down", hint="load(path, stepdown=it)")
+    return base.to(getattr(torch, header.dtype)) if header.dtype in ("float16", "bfloat16", "float64") else base
+
+
+def _family(header: Header, base: nn.Module, stepdown: StepDownBuilder | None, leaves: Leaves) -> DetachableNet:
+    """The family a header describes, with weights to be replaced."""
+    return make_detachable(
+        base,
+        {m.name: m.cut or "" for m in header.plan.models[1:]},
+        header.plan.input_size,
+        norm=header.plan.norm,
+        stepdown=_asked_for(header.plan) if stepdown is None else stepdown,
+        leaf_modules=leaves.modules,
+        leaf_functions=leaves.functions,
+    )
+
+
+@contextmanager
+def _fits(base: nn.Module, path: str | Path) -> Iterator[None]:
+    """Say of whatever fails inside that the file is of another model."""
+    try:
+        yield
     except TraceError:
         raise
     except (DetachNetError, RuntimeError, KeyError) as error:
@@ -265,8 +359,12 @@ def build(
             f"{path} does not fit {type(base).__name__}: it was made from another model",
             what=_one_line(error),
         ) from error
-    net.data, net.trained, net.accuracy = header.data, header.trained, dict(header.accuracy)
-    return net.eval()
+
+
+def _asked_for(plan: DetachPlan) -> str | Stem:
+    """What `stepdown=` was when a family was made; flat features get a linear layer whatever that was."""
+    entries = [model.stepdown for model in plan.models if model.stepdown and model.stepdown.kind != "linear"]
+    return next((entry.stem or entry.kind for entry in entries), "conv")
 
 
 def load_weights(net: DetachableNet, header: Header, tensors: Mapping[str, Tensor]) -> None:

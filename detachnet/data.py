@@ -101,6 +101,24 @@ def load_data(name: str, root: str | Path | None = None, download: bool = False)
     return _LOADERS[name](_places(root), download)
 
 
+def select(splits: tuple[Split, Split], num_train: int = 0, holdout: int = 0) -> tuple[Split, Split]:
+    """The first `num_train` training images, 0 for all; and the last `holdout` in place of the test images.
+
+    Raises:
+        DataError: There are not as many.
+    """
+    train, test = splits
+    rest = len(train) - holdout
+    count = num_train or rest
+    if not 0 < count <= rest:
+        raise DataError(f"{len(train)} training images are not enough for {count} and {holdout} held out")
+    return _part(train, slice(count)), _part(train, slice(rest, None)) if holdout else test
+
+
+def _part(split: Split, which: slice) -> Split:
+    return Split(split.images[which], split.labels[which], split.classes)
+
+
 def data_names() -> list[str]:
     """The data sets `load_data` knows."""
     return list(_LOADERS)

@@ -9,7 +9,8 @@
     ├── DataError         a data set that is missing or damaged
     ├── CheckpointError   a checkpoint file or a run folder
     ├── MeasurementError  a measurement that is missing, or cannot be made as asked
-    └── BudgetError       a budget that no model of the family keeps
+    ├── BudgetError       a budget that no model of the family keeps
+    └── ExportError       a model that a format cannot express, or an export folder
 
 The first line of a message is complete in itself; up to four lines with fixed labels follow it: `what`
 (the underlying message), `where` (node, submodule, file), `try` (what to do) and `nearest` (known names).
@@ -90,6 +91,10 @@ class MeasurementError(DetachNetError, ValueError):
 
 class BudgetError(DetachNetError, ValueError):
     """A budget that no model of the family keeps, or that makes no sense."""
+
+
+class ExportError(DetachNetError):
+    """A model that cannot be exported, or an export folder that is missing, damaged or in the way."""
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:

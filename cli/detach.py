@@ -1,0 +1,35 @@
+"""`detachnet detach`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from detachnet.errors import CheckpointError
+
+from .checkpoints import family_file
+from .console import friendly, note
+
+
+@friendly
+def detach(
+    checkpoint: Annotated[Path, typer.Argument(help="A family's file, or the folder of a run.")],
+    model: Annotated[str, typer.Option(help="The model to take out: base, sub0, …")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new file.")],
+) -> None:
+    """Write one model of a family to a file of its own, with only the weights it needs."""
+    if out.exists():
+        raise CheckpointError(f"{out} exists already", hint="name a new file, or remove this one")
+    from detachnet.checkpoint import load_family, save
+    from detachnet.plan import si
+
+    path = family_file(checkpoint)
+    net = load_family(path)
+    save(net, out, which=model)
+    plan, sizes = net.plan[model], (out.stat().st_size / 1e6, path.stat().st_size / 1e6)
+    note(
+        f"{model}: {si(plan.macs)} MACs, {si(plan.num_params)} parameters; {sizes[0]:.2f} MB of {sizes[1]:.2f} MB"
+    )
+    note(f"Read it: detachnet.load({str(out)!r})")
