@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .checkpoints import family_file
 from .console import friendly, note, print_json, table
 
 
@@ -34,7 +35,7 @@ def cascade(
     from detachnet.data import load_data
     from detachnet.errors import CheckpointError
 
-    path = checkpoint / "last.safetensors" if checkpoint.is_dir() else checkpoint
+    path = family_file(checkpoint)
     net = load(path)
     if net.data is None:
         raise CheckpointError(f"{path} does not say what it was trained on", hint="use a file that train wrote")

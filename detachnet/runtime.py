@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 from torch import Tensor, nn
 
-from detachnet.backends import Backend, Costs, TorchBackend
+from detachnet.backends import Backend, Costs, OnnxBackend, TorchBackend, is_export
 from detachnet.budget import Candidate, check, choose
 from detachnet.checkpoint import load
 from detachnet.errors import BudgetError, CutError, DataError, MeasurementError, nearest
@@ -65,22 +65,27 @@ class Family:
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None, device: str = "cpu") -> Family:
-        """Read a checkpoint and the profile beside it.
+        """Read a checkpoint or an export folder, and the profile that belongs to it.
 
         Args:
-            path: A family's file, or the folder of a run.
+            path: A family's file or the folder of a run (torch), or a folder that `export` wrote (ONNX Runtime).
             model: A user's own architecture, as `detachnet.load` takes it.
-            device: `cpu` or `cuda`.
+            device: `cpu` or `cuda`; an export folder runs on the CPU.
 
         Raises:
             CheckpointError: The file is missing or damaged.
+            ExportError: The folder is damaged or not of ONNX graphs, or ONNX Runtime is not installed.
             MeasurementError: The profile is damaged or of another family, or there is no such device.
         """
         path = Path(path)
-        path = path / "last.safetensors" if path.is_dir() else path
-        net = load(path, model).to(find_device(device))
+        path = path / "last.safetensors" if path.is_dir() and not is_export(path) else path
         measured = read_profile(path)
-        return cls(TorchBackend(net, measured.rows[0].threads if measured else None), path, measured)
+        threads = measured.rows[0].threads if measured else None
+        if not is_export(path):
+            return cls(TorchBackend(load(path, model).to(find_device(device)), threads), path, measured)
+        if device != "cpu":
+            raise MeasurementError(f"the ONNX graphs of {path} run on the CPU here, not on {device}")
+        return cls(OnnxBackend(path, threads), path, measured)
 
     def choose(
         self,

@@ -1,9 +1,13 @@
 import logging
+import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from detachnet_cli.app import app
 from PIL import Image
+from typer.testing import CliRunner
 
 import detachnet
 from detachnet.backends import TorchBackend
@@ -227,3 +231,59 @@ def test_all_models_in_memory_cost_the_base_and_the_stepdowns(norm: str, tmp_pat
     assert storage_bytes(*tensors) == base + stepdowns + norms
     assert (norms == 0) == (norm == "shared")
     assert storage_bytes(*tensors) < 1.05 * base
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, detachnet.DetachableNet]:
+    pytest.importorskip("onnxruntime")
+    net, folder = make(), tmp_path_factory.mktemp("export") / "family"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's libraries about each other
+        detachnet.export(net, folder, models=["base", "sub1"])
+    return folder, net
+
+
+def test_an_export_is_profiled_chosen_from_and_run(exported: tuple[Path, detachnet.DetachableNet]) -> None:
+    folder, net = exported
+    done = CliRunner().invoke(
+        app, ["profile", str(folder), "--n", "3", "--warmup", "1", "--threads", "1", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    family = Family.load(folder)
+    assert family.profile is not None
+    assert [row.runtime for row in family.profile.rows] == ["onnx", "onnx"]
+    assert family.profile["sub1"].accuracy == ACCURACY["sub1"]
+    if Path("/proc/self/clear_refs").exists():
+        assert (family.profile["base"].peak_memory_bytes or 0) > 0
+    images = torch.randn(2, 3, 32, 32)
+    for budget, model in (({"latency_ms": 1e6}, "base"), ({"macs": net.plan["sub1"].macs}, "sub1")):
+        answer = family.run(images, family.choose(**budget))
+        torch.testing.assert_close(answer.output, net(images, which=model), rtol=1e-4, atol=1e-5)
+    Image.new("RGB", (32, 32)).save(folder.parent / "black.png")
+    assert family.run(folder.parent / "black.png").output.shape == (10,)
+
+
+def test_what_an_export_refuses(exported: tuple[Path, detachnet.DetachableNet], tmp_path: Path) -> None:
+    folder, net = exported
+    with pytest.raises(detachnet.MeasurementError, match="run on the CPU here, not on cuda"):
+        Family.load(folder, device="cuda")
+    with pytest.raises(detachnet.MeasurementError, match="ONNX graphs are measured on the CPU, not on meta"):
+        detachnet.profile(folder, device="meta")
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    content = (broken / "weights.bin").read_bytes()
+    (broken / "weights.bin").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(detachnet.ExportError, match=r"weights\.bin is damaged"):
+        Family.load(broken)
+    detachnet.save(net, tmp_path / "f.safetensors")
+    for path, runtime, message in (
+        (folder, "torch", "is an export; torch runs a checkpoint"),
+        (tmp_path / "f.safetensors", "onnx", "ONNX Runtime runs an export, not"),
+    ):
+        done = CliRunner().invoke(app, ["profile", str(path), "--runtime", runtime])
+        assert (done.exit_code, message in done.output) == (2, True)
+
+
+def test_only_onnx_graphs_are_run(exported: tuple[Path, detachnet.DetachableNet], tmp_path: Path) -> None:
+    detachnet.export(make(), tmp_path / "pt2", "pt2", models=["sub1"])
+    with pytest.raises(detachnet.ExportError, match=r"holds graphs of format 'pt2'[\s\S]*--format onnx"):
+        Family.load(tmp_path / "pt2")
