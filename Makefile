@@ -24,6 +24,7 @@ zoo: .venv/dev ## every model of torchvision and timm against tests/zoo/table.cs
 
 bench: .venv/dev ## the quick benchmarks
 	$(BIN)/python benchmarks/surgery.py --quick
+	$(BIN)/python benchmarks/deadline.py --quick
 
 clean:
 	rm -rf .venv site build *.egg-info

@@ -10,12 +10,14 @@ from typing import Annotated
 
 import typer
 
+from .cascade import cascade
 from .compare import compare
 from .console import show_tracebacks
 from .detach import detach
 from .evaluate import evaluate
 from .export import export
 from .inspect import inspect
+from .profile import profile
 from .recalibrate import recalibrate
 from .recipes import recipes
 from .train import train
@@ -26,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One CNN, many devices: train a network and its detachable sub-models in one file.",
 )
-for command in (train, inspect, evaluate, compare, recalibrate, detach, export, recipes):
+for command in (train, inspect, evaluate, compare, recalibrate, detach, export, profile, cascade, recipes):
     app.command()(command)
 
 

@@ -20,13 +20,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detachnet.checkpoint import load, save
     from detachnet.cuts import CutPoint, find_cuts
+    from detachnet.deadline import DeadlineRunner
     from detachnet.detachable import DetachableNet, make_detachable
     from detachnet.errors import (
+        BudgetError,
         CheckpointError,
         CutError,
         DataError,
         DetachNetError,
         ExportError,
+        MeasurementError,
         ModelError,
         RecipeError,
         StepDownError,
@@ -34,9 +37,11 @@ if TYPE_CHECKING:
     )
     from detachnet.export import export
     from detachnet.losses import MultiModelLoss
+    from detachnet.measure import Measurement, Profile, profile
     from detachnet.plan import DetachPlan
     from detachnet.recalibration import recalibrate
     from detachnet.recipe import Recipe, load_recipe
+    from detachnet.runtime import Family
     from detachnet.stepdown import Stem
     from detachnet.trainer import train
     from detachnet.zoo import create_model
@@ -44,13 +49,16 @@ if TYPE_CHECKING:
 _HOMES = {
     "checkpoint": ("load", "save"),
     "cuts": ("CutPoint", "find_cuts"),
+    "deadline": ("DeadlineRunner",),
     "detachable": ("DetachableNet", "make_detachable"),
     "errors": (
+        "BudgetError",
         "CheckpointError",
         "CutError",
         "DataError",
         "DetachNetError",
         "ExportError",
+        "MeasurementError",
         "ModelError",
         "RecipeError",
         "StepDownError",
@@ -58,9 +66,11 @@ _HOMES = {
     ),
     "export": ("export",),
     "losses": ("MultiModelLoss",),
+    "measure": ("Measurement", "Profile", "profile"),
     "plan": ("DetachPlan",),
     "recalibration": ("recalibrate",),
     "recipe": ("Recipe", "load_recipe"),
+    "runtime": ("Family",),
     "stepdown": ("Stem",),
     "trainer": ("train",),
     "zoo": ("create_model",),
@@ -68,16 +78,22 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "BudgetError",
     "CheckpointError",
     "CutError",
     "CutPoint",
     "DataError",
+    "DeadlineRunner",
     "DetachNetError",
     "DetachPlan",
     "DetachableNet",
     "ExportError",
+    "Family",
+    "Measurement",
+    "MeasurementError",
     "ModelError",
     "MultiModelLoss",
+    "Profile",
     "Recipe",
     "RecipeError",
     "Stem",
@@ -89,6 +105,7 @@ __all__ = [
     "load",
     "load_recipe",
     "make_detachable",
+    "profile",
     "recalibrate",
     "save",
     "train",

@@ -1,16 +1,20 @@
-"""net -> models that run, behind the face that every runtime has."""
+"""net or export folder -> models that run, behind the face that every runtime has."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from detachnet.data import DataInfo
 from detachnet.detachable import DetachableNet
+from detachnet.errors import ExportError
+from detachnet.export import MANIFEST, read_manifest
+from detachnet.graphs import check_installed
 from detachnet.losses import logits
 from detachnet.plan import BASE
 
@@ -92,6 +96,76 @@ class TorchBackend:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return output
+
+
+class OnnxBackend:
+    """A family in an export folder, through ONNX Runtime on the CPU.
+
+    Every file is checked against its checksum first.
+
+    Args:
+        folder: What `export` wrote.
+        threads: Threads per run; torch's present number by default.
+        models: Those to open; all by default.
+
+    Raises:
+        ExportError: The folder is no complete export to ONNX, or ONNX Runtime is not installed.
+    """
+
+    runtime: Runtime = "onnx"
+
+    def __init__(
+        self, folder: str | Path, threads: int | None = None, models: Sequence[str] | None = None
+    ) -> None:
+        self.folder, self.manifest = Path(folder), read_manifest(folder)
+        if self.manifest.format != "onnx":
+            raise ExportError(
+                f"{folder} holds graphs of format {self.manifest.format!r}; here only 'onnx' is run",
+                hint="detachnet export CHECKPOINT -o DIR --format onnx",
+            )
+        check_installed("onnx")
+        self.threads = threads or torch.get_num_threads()
+        self.device = torch.device("cpu")
+        image = self.manifest.input
+        self.names, self.input_size = self.manifest.names, image.shape
+        self.data = self._data()
+        self._sessions = {name: self._open(name) for name in models or self.names}
+
+    def costs(self, name: str) -> Costs:
+        """What the manifest says a model costs."""
+        model = self.manifest[name]
+        return Costs(name, model.macs, model.num_params, model.num_bytes, model.accuracy)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)`, float32 on the CPU."""
+        return images.detach().to("cpu", torch.float32)
+
+    def run(self, name: str, images: Tensor) -> Tensor:
+        """Output `(B, num_classes)` of a model."""
+        output = self._sessions[name].run([self.manifest.output], {self.manifest.input.name: images.numpy()})[0]
+        return torch.from_numpy(output)
+
+    def _data(self) -> DataInfo | None:
+        """What is known of the data: all but its name."""
+        manifest, image = self.manifest, self.manifest.input
+        if not image.mean:
+            return None
+        return DataInfo(
+            name="", classes=manifest.labels, mean=image.mean, std=image.std, num_test=manifest.num_test
+        )
+
+    def _open(self, name: str) -> Any:
+        import onnxruntime  # an extra, and slow to import
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        path = self.folder / self.manifest[name].file
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def is_export(path: str | Path) -> bool:
+    """Whether a path is that of an export folder."""
+    return (Path(path) / MANIFEST).exists()
 
 
 @contextmanager

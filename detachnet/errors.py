@@ -9,6 +9,7 @@
     ├── DataError         a data set that is missing or damaged
     ├── CheckpointError   a checkpoint file or a run folder
     ├── MeasurementError  a measurement that is missing, or cannot be made as asked
+    ├── BudgetError       a budget that no model of the family keeps
     └── ExportError       a model that a format cannot express, or an export folder
 
 The first line of a message is complete in itself; up to four lines with fixed labels follow it: `what`
@@ -86,6 +87,10 @@ class CheckpointError(DetachNetError):
 
 class MeasurementError(DetachNetError, ValueError):
     """A measurement that is missing, damaged, of another family, or cannot be made as asked."""
+
+
+class BudgetError(DetachNetError, ValueError):
+    """A budget that no model of the family keeps, or that makes no sense."""
 
 
 class ExportError(DetachNetError):

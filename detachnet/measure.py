@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from detachnet.backends import Backend, Costs, Runtime, TorchBackend
+from detachnet.backends import Backend, Costs, OnnxBackend, Runtime, TorchBackend
 from detachnet.checkpoint import replace_file, save
 from detachnet.detachable import DetachableNet
 from detachnet.errors import MeasurementError
@@ -138,7 +138,7 @@ class Profile(BaseModel):
 
 
 def profile(
-    family: DetachableNet,
+    family: DetachableNet | str | Path,
     device: str | torch.device = "cpu",
     batch: int = 1,
     threads: int | None = None,
@@ -159,7 +159,7 @@ def profile(
     `Profile.memory` says why.
 
     Args:
-        family: A net.
+        family: A net, or a folder that `export` wrote in ONNX.
         device: `cpu` or `cuda`.
         batch: Images per run.
         threads: Threads of the CPU; torch's present number by default.
@@ -169,8 +169,12 @@ def profile(
 
     Raises:
         MeasurementError: The device is not there, or a number is out of range.
+        ExportError: The folder is no complete export to ONNX, or ONNX Runtime is not installed.
     """
-    return _profile_net(family, _Settings(device, batch, threads, n, warmup), peak_memory)
+    settings = _Settings(device, batch, threads, n, warmup)
+    if isinstance(family, DetachableNet):
+        return _profile_net(family, settings, peak_memory)
+    return _profile_export(Path(family), settings, peak_memory)
 
 
 class _Settings:
@@ -236,6 +240,18 @@ def _profile_net(net: DetachableNet, settings: _Settings, peak_memory: bool) -> 
     with evaluating(net):
         seconds = _alternate_models(backend, settings)
         peaks, how = _net_peaks(backend, settings) if peak_memory else ({}, NOT_ASKED)
+    return _profile(backend, settings, seconds, peaks, how)
+
+
+def _profile_export(folder: Path, settings: _Settings, peak_memory: bool) -> Profile:
+    """Through ONNX Runtime."""
+    if settings.device.type != "cpu":
+        raise MeasurementError(f"ONNX graphs are measured on the CPU, not on {settings.device}")
+    backend = OnnxBackend(folder, settings.threads)
+    seconds = _alternate_models(backend, settings)
+    if not peak_memory:
+        return _profile(backend, settings, seconds, {}, NOT_ASKED)
+    peaks, how = resident_peaks("onnx", folder, backend.names, settings.batch, settings.threads)
     return _profile(backend, settings, seconds, peaks, how)
 
 

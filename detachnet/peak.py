@@ -95,10 +95,27 @@ def _torch(path: str, model: str, batch: int, threads: int) -> int:
         return measure_here(prepare)
 
 
+def _onnx(folder: str, model: str, batch: int, threads: int) -> int:
+    import onnxruntime  # noqa: F401  # what loading it takes is not the model's
+    import torch
+
+    from detachnet.backends import OnnxBackend
+    from detachnet.export import read_manifest
+
+    images = torch.randn(batch, *read_manifest(folder).input.shape)
+
+    def prepare() -> Run:
+        backend = OnnxBackend(folder, threads, [model])
+        return lambda: backend.run(model, images)
+
+    return measure_here(prepare)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Measure one model and write the number for the process that asked."""
-    _runtime, path, model, batch, threads = arguments
-    sys.stdout.write(f"{_torch(path, model, int(batch), int(threads))}\n")
+    runtime, path, model, batch, threads = arguments
+    measure = {"torch": _torch, "onnx": _onnx}[runtime]
+    sys.stdout.write(f"{measure(path, model, int(batch), int(threads))}\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""`detachnet profile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from detachnet.errors import MeasurementError
+
+from .checkpoints import family_file
+from .console import friendly, note, print_json, table
+
+
+@friendly
+def profile(
+    family: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A family's file, or the folder of a run.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    runtime: Annotated[
+        Literal["torch", "onnx"] | None, typer.Option(help="What runs it: torch a checkpoint, onnx an export.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per run.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the CPU; torch's choice if not given.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Timed runs per model.")] = 100,
+    warmup: Annotated[int, typer.Option(min=0, help="Runs per model before these.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Measure latency, throughput, peak memory and size of each model on this machine."""
+    from detachnet.backends import is_export
+    from detachnet.checkpoint import load
+    from detachnet.measure import profile as measure
+    from detachnet.measure import write_profile
+
+    found = "onnx" if is_export(family) else "torch"
+    if runtime not in (None, found):
+        raise _other_runtime(family, runtime)
+    path = family if found == "onnx" else family_file(family)
+    measured = measure(path if found == "onnx" else load(path), device, batch, threads, n, warmup)
+    written = write_profile(measured, path)
+    if as_json:
+        print_json(measured.model_dump(mode="json"))
+        return
+    table(measured.title, measured.header, measured.cells())
+    note(f"\nPeak MB: {measured.memory}.")
+    note(f"Written to {written}, from where models are chosen.")
+
+
+def _other_runtime(family: Path, runtime: str | None) -> MeasurementError:
+    if runtime == "torch":
+        return MeasurementError(f"{family} is an export; torch runs a checkpoint", hint="give the checkpoint")
+    return MeasurementError(
+        f"ONNX Runtime runs an export, not {family}", hint=f"detachnet export {family} -o DIR, then profile DIR"
+    )
