@@ -121,6 +121,12 @@ def describe_data(name: str, splits: tuple[Split, Split], normalize: str = "chan
     return DataInfo(name=name, classes=train.classes, num_test=len(test), **constants)
 
 
+def scale_and_shift(info: DataInfo) -> tuple[Tensor, Tensor]:
+    """What `uint8 * scale - shift` normalizes each channel with; both `(1, C, 1, 1)`, float32."""
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (info.mean, info.std))
+    return (1 / (255 * std)).float(), (mean / std).float()
+
+
 class Batches:
     """A split on a device, cut into batches of normalized float images.
 
@@ -156,10 +162,7 @@ class Batches:
             raise DataError(f"{len(split)} training images do not fill a batch of {batch_size}")
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
-        shape = (1, -1, 1, 1)
-        self.scale = (1 / (255 * torch.tensor(info.std, dtype=torch.float64))).float().view(shape).to(device)
-        mean = torch.tensor(info.mean, dtype=torch.float64) / torch.tensor(info.std, dtype=torch.float64)
-        self.shift = mean.float().view(shape).to(device)
+        self.scale, self.shift = (constant.to(device) for constant in scale_and_shift(info))
         self.batch_size = batch_size
         self.pad, self.flip, self.shuffle, self.seed, self.share = pad, flip, shuffle, seed, share
 
