@@ -70,7 +70,8 @@ def read_image(source: str | Path | BinaryIO | Image.Image, name: str | None = N
         known = ", ".join(sorted(set(_formats())))
         raise DataError(f"{name} is not an image", hint=f"formats that are read: {known}") from error
     except Exception as error:  # a decoder raises anything on damaged bytes
-        raise DataError(f"{name} cannot be read: it is truncated or damaged", what=_one_line(error)) from error
+        reason = "" if isinstance(error, OSError) and error.errno else ": it is truncated or damaged"
+        raise DataError(f"{name} cannot be read{reason}", what=_one_line(error)) from error
 
 
 def to_tensor(image: Image.Image, data: DataInfo, input_size: tuple[int, ...]) -> Tensor:

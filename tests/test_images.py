@@ -156,7 +156,7 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     with pytest.raises(detachnet.DataError, match=r"there is no file .*note\.png\n  nearest +'.*notes\.png'"):
         read_image(tmp_path / "note.png")
     (tmp_path / "sub").mkdir()
-    with pytest.raises(detachnet.DataError, match=r"sub cannot be read"):
+    with pytest.raises(detachnet.DataError, match=r"sub cannot be read\n  what .*Is a directory"):
         read_image(tmp_path / "sub")
     with pytest.raises(detachnet.DataError, match="standard input is not an image"):
         read_image(io.BytesIO(b""), name="standard input")
@@ -180,13 +180,13 @@ def test_a_decompression_bomb(tmp_path: Path, side: int) -> None:
         read_image(tmp_path / "bomb.png")
 
 
-@pytest.mark.parametrize(("damage", "size"), [(b"II*", (2, 3)), (b"??*", (3, 2))])
+@pytest.mark.parametrize(("damage", "size"), [(b"MM\0*", (2, 3)), (b"??\0*", (3, 2))])
 def test_a_picture_with_damaged_exif_is_taken_as_it_is_stored(damage: bytes, size: tuple[int, int]) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     content = encoded(Image.new("RGB", (3, 2)), "JPEG", exif=exif)
-    assert content.count(b"II*") == 1
-    assert read_image(io.BytesIO(content.replace(b"II*", damage))).size == size
+    assert content.count(b"MM\0*") == 1
+    assert read_image(io.BytesIO(content.replace(b"MM\0*", damage))).size == size
 
 
 @pytest.mark.parametrize(
