@@ -13,6 +13,7 @@ import typer
 from .console import show_tracebacks
 from .evaluate import evaluate
 from .inspect import inspect
+from .predict import predict
 from .recipes import recipes
 from .train import train
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One CNN, many devices: train a network and its detachable sub-models in one file.",
 )
-for command in (train, inspect, evaluate, recipes):
+for command in (train, inspect, evaluate, predict, recipes):
     app.command()(command)
 
 
