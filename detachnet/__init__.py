@@ -18,55 +18,71 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detachnet.checkpoint import load, save
     from detachnet.cuts import CutPoint, find_cuts
+    from detachnet.deadline import DeadlineRunner
     from detachnet.detachable import DetachableNet, make_detachable
     from detachnet.errors import (
+        BudgetError,
         CheckpointError,
         CutError,
         DataError,
         DetachNetError,
+        MeasurementError,
         ModelError,
         RecipeError,
         StepDownError,
         TraceError,
     )
     from detachnet.losses import MultiModelLoss
+    from detachnet.measure import Measurement, Profile, profile
     from detachnet.plan import DetachPlan
     from detachnet.recipe import Recipe, load_recipe
+    from detachnet.runtime import Family
     from detachnet.trainer import train
     from detachnet.zoo import create_model
 
 _HOMES = {
     "checkpoint": ("load", "save"),
     "cuts": ("CutPoint", "find_cuts"),
+    "deadline": ("DeadlineRunner",),
     "detachable": ("DetachableNet", "make_detachable"),
     "errors": (
+        "BudgetError",
         "CheckpointError",
         "CutError",
         "DataError",
         "DetachNetError",
+        "MeasurementError",
         "ModelError",
         "RecipeError",
         "StepDownError",
         "TraceError",
     ),
     "losses": ("MultiModelLoss",),
+    "measure": ("Measurement", "Profile", "profile"),
     "plan": ("DetachPlan",),
     "recipe": ("Recipe", "load_recipe"),
+    "runtime": ("Family",),
     "trainer": ("train",),
     "zoo": ("create_model",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "BudgetError",
     "CheckpointError",
     "CutError",
     "CutPoint",
     "DataError",
+    "DeadlineRunner",
     "DetachNetError",
     "DetachPlan",
     "DetachableNet",
+    "Family",
+    "Measurement",
+    "MeasurementError",
     "ModelError",
     "MultiModelLoss",
+    "Profile",
     "Recipe",
     "RecipeError",
     "StepDownError",
@@ -76,6 +92,7 @@ __all__ = [
     "load",
     "load_recipe",
     "make_detachable",
+    "profile",
     "save",
     "train",
 ]

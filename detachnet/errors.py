@@ -7,7 +7,9 @@
     ├── StepDownError     a feature map that no step-down can produce
     ├── RecipeError       a recipe file or an override
     ├── DataError         a data set that is missing or damaged
-    └── CheckpointError   a checkpoint file or a run folder
+    ├── CheckpointError   a checkpoint file or a run folder
+    ├── MeasurementError  a measurement that is missing, or cannot be made as asked
+    └── BudgetError       a budget that no model of the family keeps
 
 The first line of a message is complete in itself; up to four lines with fixed labels follow it: `what`
 (the underlying message), `where` (node, submodule, file), `try` (what to do) and `nearest` (known names).
@@ -80,6 +82,14 @@ class DataError(DetachNetError):
 
 class CheckpointError(DetachNetError):
     """A checkpoint that is missing, damaged, or does not fit what it is used for."""
+
+
+class MeasurementError(DetachNetError, ValueError):
+    """A measurement that is missing, damaged, of another family, or cannot be made as asked."""
+
+
+class BudgetError(DetachNetError, ValueError):
+    """A budget that no model of the family keeps, or that makes no sense."""
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:

@@ -1,0 +1,105 @@
+"""model, alone in a process -> the most resident memory it takes.
+
+Linux keeps the highest resident memory of a process (`VmHWM`) and resets it on demand. A process of its own loads
+the family, gives back what loading left behind, notes its resident memory, makes the one model, resets the highest
+value and runs the model; the difference is what holding and running that model takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+HOW = "highest resident memory of a process with this model alone, less that before the model was made"
+RUNS = 5
+Run = Callable[[], object]
+
+
+def resident_peaks(
+    runtime: str, path: Path, models: Sequence[str], batch: int, threads: int
+) -> tuple[dict[str, int], str]:
+    """Peak memory of each model in bytes, each in a process of its own, and how it was measured.
+
+    Args:
+        runtime: `torch` or `onnx`.
+        path: A checkpoint (`torch`) or an export folder (`onnx`).
+        models: Names of models.
+        batch: Images per run.
+        threads: Threads per run.
+
+    Returns:
+        Nothing and the reason where the system cannot tell or a process failed.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return {}, "not measured: only Linux tells the highest resident memory of a part of a process"
+    peaks = {}
+    for model in models:
+        task = [runtime, str(path), model, str(batch), str(threads)]
+        command = [sys.executable, "-m", "detachnet.peak", *task]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+            return {}, f"not measured: the process of {model} failed: {last[0]}"
+        peaks[model] = int(json.loads(done.stdout.splitlines()[-1]))
+    return peaks, HOW
+
+
+def measure_here(prepare: Callable[[], Run]) -> int:
+    """Bytes that making something and running it add to this process's resident memory at their highest."""
+    gc.collect()
+    _give_back()
+    before = _resident("VmRSS")
+    run = prepare()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    for _ in range(RUNS):
+        run()
+    return _resident("VmHWM") - before
+
+
+def _give_back() -> None:
+    """Return what the C library has kept of freed memory, where it can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _resident(field: str) -> int:
+    """A field of `/proc/self/status`, in bytes."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return 1024 * int(value.split()[0])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _torch(path: str, model: str, batch: int, threads: int) -> int:
+    import torch
+
+    from detachnet.checkpoint import load
+
+    torch.set_num_threads(threads)
+    net = load(path)
+    images = torch.randn(batch, *net.plan.input_size, dtype=next(net.parameters()).dtype)
+
+    def prepare() -> Run:
+        alone = net.detach(model)
+        return lambda: alone(images)
+
+    with torch.inference_mode():
+        torch.nn.Conv2d(3, 8, 3)(torch.randn(1, 3, 32, 32))  # what the library sets up once is not the model's
+        return measure_here(prepare)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure one model and write the number for the process that asked."""
+    _runtime, path, model, batch, threads = arguments
+    sys.stdout.write(f"{_torch(path, model, int(batch), int(threads))}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
