@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from .compare import compare
 from .console import show_tracebacks
 from .evaluate import evaluate
 from .inspect import inspect
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One CNN, many devices: train a network and its detachable sub-models in one file.",
 )
-for command in (train, inspect, evaluate, predict, profile, recipes):
+for command in (train, inspect, evaluate, compare, predict, profile, recipes):
     app.command()(command)
 
 

@@ -25,7 +25,7 @@ from detachnet.data import DataInfo
 from detachnet.detachable import DetachableNet, make_detachable
 from detachnet.errors import CheckpointError, DetachNetError, ModelError, TraceError
 from detachnet.plan import DetachPlan
-from detachnet.stepdown import StepDownBuilder
+from detachnet.stepdown import Stem, StepDownBuilder
 from detachnet.tracer import NO_LEAVES, Leaves
 from detachnet.zoo import create_model
 
@@ -243,9 +243,8 @@ def build(
     base = copy.deepcopy(model) if model is not None else _create(header, path)
     base = base.to(getattr(torch, header.dtype)) if header.dtype in ("float16", "bfloat16", "float64") else base
     plan = header.plan
-    kinds = {m.stepdown.kind for m in plan.models if m.stepdown is not None}
-    custom, identity = "custom" in kinds, "identity" in kinds
-    if custom and stepdown is None:
+    entry = _asked_for(plan) if stepdown is None else stepdown
+    if entry == "custom":
         raise CheckpointError(f"{path} was made with a user's own step-down", hint="load(path, stepdown=it)")
     try:
         net = make_detachable(
@@ -253,7 +252,7 @@ def build(
             {m.name: m.cut or "" for m in plan.models[1:]},
             plan.input_size,
             norm=plan.norm,
-            stepdown=stepdown if custom and stepdown is not None else "identity" if identity else "conv",
+            stepdown=entry,
             leaf_modules=leaves.modules,
             leaf_functions=leaves.functions,
         )
@@ -267,6 +266,12 @@ def build(
         ) from error
     net.data, net.trained, net.accuracy = header.data, header.trained, dict(header.accuracy)
     return net.eval()
+
+
+def _asked_for(plan: DetachPlan) -> str | Stem:
+    """What `stepdown=` was when a family was made; flat features get a linear layer whatever that was."""
+    entries = [model.stepdown for model in plan.models if model.stepdown and model.stepdown.kind != "linear"]
+    return next((entry.stem or entry.kind for entry in entries), "conv")
 
 
 def load_weights(net: DetachableNet, header: Header, tensors: Mapping[str, Tensor]) -> None:

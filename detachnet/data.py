@@ -101,6 +101,24 @@ def load_data(name: str, root: str | Path | None = None, download: bool = False)
     return _LOADERS[name](_places(root), download)
 
 
+def select(splits: tuple[Split, Split], num_train: int = 0, holdout: int = 0) -> tuple[Split, Split]:
+    """The first `num_train` training images, 0 for all; and the last `holdout` in place of the test images.
+
+    Raises:
+        DataError: There are not as many.
+    """
+    train, test = splits
+    rest = len(train) - holdout
+    count = num_train or rest
+    if not 0 < count <= rest:
+        raise DataError(f"{len(train)} training images are not enough for {count} and {holdout} held out")
+    return _part(train, slice(count)), _part(train, slice(rest, None)) if holdout else test
+
+
+def _part(split: Split, which: slice) -> Split:
+    return Split(split.images[which], split.labels[which], split.classes)
+
+
 def data_names() -> list[str]:
     """The data sets `load_data` knows."""
     return list(_LOADERS)
@@ -187,20 +205,29 @@ class Batches:
 
     def _prepare(self, images: Tensor, epoch: int, step: int) -> Tensor:
         if self.pad or self.flip:
-            seed = mix(self.seed, "augment", epoch, step, self.share[0])
-            images = augment(images, self.pad, self.flip, torch.Generator(images.device).manual_seed(seed))
+            seed = mix(self.seed, "augment", epoch, step, 0)  # one stream for all processes
+            generator = torch.Generator(images.device).manual_seed(seed)
+            images = augment(images, self.pad, self.flip, generator, self.share)
         return images.float() * self.scale - self.shift
 
 
-def augment(images: Tensor, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Random crop after zero padding, and random mirroring, drawn for each image; `(B, C, H, W)` to the same."""
+def augment(
+    images: Tensor, pad: int, flip: bool, generator: torch.Generator, share: tuple[int, int] = (0, 1)
+) -> Tensor:
+    """Random crop after zero padding, and random mirroring, drawn for each image; `(B, C, H, W)` to the same.
+
+    `share` says which images of a batch these are, where it is dealt out to several processes: an image is
+    augmented alike whatever their number.
+    """
     batch, _, height, width = images.shape
     device = images.device
-    top, left = torch.randint(0, 2 * pad + 1, (2, batch, 1), generator=generator, device=device)
+    index, count = share
+    corners = torch.randint(0, 2 * pad + 1, (2, batch * count, 1), generator=generator, device=device)
+    top, left = corners[:, index::count]
     rows = top + torch.arange(height, device=device)
     columns = torch.arange(width, device=device).expand(batch, width)
     if flip:
-        mirrored = torch.rand(batch, 1, generator=generator, device=device) < 0.5
+        mirrored = torch.rand(batch * count, 1, generator=generator, device=device)[index::count] < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     columns = left + columns
     padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)

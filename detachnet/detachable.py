@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from detachnet.data import DataInfo
 from detachnet.errors import CutError, StepDownError, nearest
 from detachnet.plan import BASE, Cuts, DetachPlan, Norm, make_plan
-from detachnet.stepdown import StepDownBuilder, by
+from detachnet.stepdown import Stem, StepDownBuilder, by
 from detachnet.trace import TracedModel, copies_of_computed_tensors, copy_model, trace, unwrap
 from detachnet.tracer import PREFIX, Leaves, attribute
 from detachnet.views import NORMS, STEPDOWNS, JointError, ViewSource, build_view
@@ -69,7 +69,7 @@ class DetachableNet(nn.Module):
         """Derive from a trace what is needed to build views; nothing of it is saved or copied."""
         self._example, self._leaves = traced.eval.image.example(), traced.leaves
         self._sources = _view_sources(traced, self.plan)
-        self._views: dict[tuple[tuple[str, ...], bool], Run] = {}
+        self._views: dict[tuple[tuple[str, ...], bool, bool], Run] = {}
         for name, value in traced.constants.items():
             like = next(self.base.parameters(), value)
             self.register_buffer(name, value.to(like.device), persistent=False)
@@ -94,16 +94,19 @@ class DetachableNet(nn.Module):
         self._check(name)
         self._active = name
 
-    def forward(self, x: Tensor, which: str | Sequence[str] | None = None) -> Any:
+    def forward(self, x: Tensor, which: str | Sequence[str] | None = None, features: bool = False) -> Any:
         """Run one model, or several in one pass.
 
         Args:
             x: Images, `(B, C, H, W)`.
             which: A model's name; a sequence of names, or `"all"`: a dict from name to output. By default the
                 active model.
+            features: Also return, for each sub-model that runs together with the base-model, the base-model's
+                feature at its cut and the step-down's output, two tensors of the same shape.
 
         Returns:
             What the base-model returns, `(B, num_classes)` for a classifier; for several models a dict of that.
+            With `features` a pair of that and a dict from sub-model to its two tensors.
 
         Raises:
             CutError: No model has that name.
@@ -116,25 +119,27 @@ class DetachableNet(nn.Module):
                 f"the family is made for images {by(self.plan.input_size)}, not {by(tuple(x.shape[1:]))}",
                 hint="make_detachable(model, cuts, input_size=...) makes one for another size",
             )
+        if features:
+            return self._view(models, True)(self, x)
         out = self._view(models)(self, x)
         return out if single is not None or len(models) > 1 else {models[0]: out}
 
-    def _view(self, models: tuple[str, ...]) -> Run:
-        key = (models, self.training)
+    def _view(self, models: tuple[str, ...], features: bool = False) -> Run:
+        key = (models, self.training, features)
         if key not in self._views:
-            self._views[key] = self._build(models)
+            self._views[key] = self._build(models, features)
         return self._views[key]
 
-    def _build(self, models: tuple[str, ...]) -> Run:
+    def _build(self, models: tuple[str, ...], features: bool) -> Run:
         """The function that runs `models`; separate passes where they cannot share one batch."""
         for name in models:
             self._check(name)
         if not models or list(models) != sorted(set(models), key=self.names.index):
             raise CutError(f"name each model once and in order, {list(self.names)}, not {list(models)}")
         try:
-            return _compile(build_view(self._sources[self.training], models), models, self.training)
+            return _compile(build_view(self._sources[self.training], models, features), models, self.training)
         except JointError as error:
-            if len(models) == 1:
+            if len(models) == 1 or features:
                 raise
             logger.warning("%s models run one after another, not in one pass: %s", self.plan.model, error)
             singles = {name: self._view((name,)) for name in models}
@@ -203,6 +208,17 @@ class DetachableNet(nn.Module):
         detached.training = False
         return detached
 
+    def with_private_norms(self) -> DetachableNet:
+        """A copy in which each sub-model has batch norms of its own, equal to those it had."""
+        if self.plan.norm == "private":
+            return copy.deepcopy(self)
+        memo = copies_of_computed_tensors(self)
+        stepdowns = {name: copy.deepcopy(self.stepdowns.get_submodule(name), memo) for name in self.names[1:]}
+        plan = self.plan.model_copy(update={"norm": "private"})
+        net = DetachableNet(copy_model(self.base), plan, stepdowns, self._trace())
+        net.data, net.trained = self.data, self.trained
+        return net
+
     def train(self, mode: bool = True) -> DetachableNet:
         """Set the mode; a private batch norm follows the layer of the base-model it was copied from."""
         super().train(mode)
@@ -221,10 +237,14 @@ class DetachableNet(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._attach(self._trace())
+
+    def _trace(self) -> TracedModel:
+        """The base-model's trace, made anew."""
         example = self._example
         # The family may have another dtype by now; what is no floating-point input has not.
         example_input = None if example.is_floating_point() else example
-        self._attach(trace(self.base, tuple(example.shape[1:]), example_input, self._leaves))
+        return trace(self.base, tuple(example.shape[1:]), example_input, self._leaves)
 
     def extra_repr(self) -> str:
         """The names of the models and the active one."""
@@ -237,7 +257,7 @@ def make_detachable(
     input_size: tuple[int, ...] | None = None,
     *,
     norm: Norm = "private",
-    stepdown: str | StepDownBuilder = "conv",
+    stepdown: str | Stem | StepDownBuilder = "conv",
     example_input: Tensor | None = None,
     leaf_modules: Sequence[type[nn.Module]] = (),
     leaf_functions: Sequence[Callable[..., Any]] = (),
@@ -254,8 +274,8 @@ def make_detachable(
             of the base-model's MACs to keep, such as `[0.7, 0.3]`.
         input_size: Shape of one image, `(C, H, W)`; by default what the model declares.
         norm: `private` gives each sub-model its own batch norms; `shared` is the paper's.
-        stepdown: `conv`; `identity`, the flattened image itself where the feature has its size; or a function
-            `(image shape, feature shape) -> module`.
+        stepdown: `conv`; `stem` or a `detachnet.Stem`, several convolutions with norms; `identity`, the flattened
+            image itself where the feature has its size; or a function `(image shape, feature shape) -> module`.
         example_input: A batch `(B, ...)` instead of `input_size`.
         leaf_modules: Classes of modules to keep whole, as those that cannot be traced must be.
         leaf_functions: Functions to keep whole, which a traced module calls by a global name.
@@ -274,9 +294,9 @@ def make_detachable(
     """
     if norm not in ("private", "shared"):
         raise CutError(f"norm is 'private' or 'shared', not {norm!r}")
-    if isinstance(stepdown, str) and stepdown not in ("conv", "identity"):
+    if isinstance(stepdown, str) and stepdown not in ("conv", "stem", "identity"):
         raise CutError(
-            f"stepdown is 'conv', 'identity' or a function (image shape, feature shape) -> module, "
+            f"stepdown is 'conv', 'stem', 'identity' or a function (image shape, feature shape) -> module, "
             f"not {stepdown!r}"
         )
     model = unwrap(model)

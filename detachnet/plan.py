@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from detachnet.cuts import CutAnalysis, choose_cuts, spread
 from detachnet.errors import CutError
-from detachnet.stepdown import StepDown, StepDownBuilder, build_custom, build_stepdown, plan_stepdown
+from detachnet.stepdown import Stem, StepDown, StepDownBuilder, build_custom, build_stepdown, plan_stepdown
 from detachnet.trace import TracedModel
 
 BASE = "base"
@@ -122,7 +122,7 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def make_plan(
-    traced: TracedModel, cuts: Cuts, norm: Norm, stepdown: str | StepDownBuilder = "conv"
+    traced: TracedModel, cuts: Cuts, norm: Norm, stepdown: str | Stem | StepDownBuilder = "conv"
 ) -> tuple[DetachPlan, dict[str, nn.Module]]:
     """Check the cuts and work out what each sub-model will be.
 
@@ -130,7 +130,7 @@ def make_plan(
         traced: The model.
         cuts: As `make_detachable` takes them.
         norm: `private` or `shared`.
-        stepdown: `conv`, `identity` or a user's own.
+        stepdown: `conv`, `stem`, a `Stem`, `identity` or a user's own.
 
     Returns:
         The plan, and each sub-model's step-down, newly initialized.
@@ -149,7 +149,7 @@ def make_plan(
     modules: dict[str, nn.Module] = {}
     hints: list[str] = []
     for name, node in nodes.items():
-        if isinstance(stepdown, str):
+        if isinstance(stepdown, str | Stem):
             entry = plan_stepdown(image, analysis.shape(node), stepdown)
             modules[name] = build_stepdown(entry)
         else:

@@ -12,6 +12,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from detachnet.errors import RecipeError, nearest
+from detachnet.stepdown import Stem
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -37,8 +38,10 @@ class FamilyTable(_Table):
     """Names of nodes, front to back; or own names of sub-models to them."""
     norm: Literal["private", "shared"] = "private"
     """Batch norms: each sub-model's own, or the base-model's (the paper)."""
-    stepdown: Literal["conv", "identity"] = "conv"
-    """`identity` feeds the flattened image to features of its size (NSN)."""
+    stepdown: Literal["conv", "stem", "identity"] = "conv"
+    """One convolution (the paper); several with batch norms; the flattened image as it is (NSN)."""
+    stem: Stem = Stem()
+    """Its `depth` and `width`, if `stepdown` is `stem`."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -54,6 +57,10 @@ class DataTable(_Table):
     """A data set of `load_data`."""
     pad: Annotated[int, Field(ge=0)] = 0
     """Zero padding in pixels before a random crop of the image's size; 0 for no crop."""
+    num_train: Annotated[int, Field(ge=0)] = 0
+    """Train on the first so many images; 0 for all."""
+    holdout: Annotated[int, Field(ge=0)] = 0
+    """Evaluate on the last so many training images, which are not trained on, instead of the test images."""
     flip: bool = False
     """Mirror each image left to right with probability one half."""
     normalize: Literal["channel", "none"] = "channel"
@@ -73,6 +80,8 @@ class OptimizerTable(_Table):
     """L2 penalty on every parameter."""
     weight_decay_alone: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Model → its weight decay when `train.models` names it alone."""
+    own_lr: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the learning rate of what one sub-model has for itself: its step-down and private norms."""
 
 
 class ScheduleTable(_Table):
@@ -105,6 +114,14 @@ class LossTable(_Table):
     """Model → weight of its loss; 1 where none is given (the paper's sum), and for a model trained alone."""
     label_smoothing: Share = 0.0
     """Of the cross entropy."""
+    distillation: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the divergence of each sub-model's prediction from its teacher's; there is none alone."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Both predictions' logits are divided by it."""
+    teacher: Literal["base", "larger"] = "base"
+    """Of each sub-model: the base-model, or the next larger model."""
+    hint: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the squared error of each step-down's output against the base-model's feature at the cut."""
 
 
 class TrainTable(_Table):
@@ -118,6 +135,12 @@ class TrainTable(_Table):
     """The models that are trained; empty for all. `["base"]` is the baseline, `["sub1"]` that sub-model alone."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides the weights, the order of the images and the augmentation."""
+    init: str = ""
+    """A family's file whose base-model's weights and statistics all models start from."""
+    freeze_base: bool = False
+    """Train only step-downs and private norms: the base-model stays bit for bit as it is."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average of the weights that is evaluated and saved; 0 for the weights themselves."""
     precision: Literal["float32", "bf16"] = "float32"
     """`bf16` runs under bfloat16 autocast."""
 

@@ -67,7 +67,7 @@ class RunFolder:
         if not self.recipe.exists():
             raise CheckpointError(f"there is no run in {self.path} to resume", hint="start it without --resume")
         for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)  # another process may be faster
         if self.recipe.read_text(encoding="utf-8") != recipe.to_toml():
             raise RecipeError(
                 f"the run in {self.path} was started with another recipe",

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from detachnet.errors import StepDownError
@@ -25,12 +25,38 @@ MAX_PREFIX = 8
 """The most tokens besides a grid (class, distillation, registers) that are looked for."""
 
 
+class Stem(BaseModel):
+    """A deeper entry than one convolution: stages of 3×3 convolutions with batch norm and ReLU, halving the size.
+
+    Attributes:
+        depth: Convolutions per stage; the first of them has stride 2.
+        width: Channels of all stages but the last, as a multiple of those that double up to the feature's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    depth: Annotated[int, Field(gt=0)] = 1
+    width: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Convolution(BaseModel):
+    """One convolution of a stem; kernel, stride and padding per spatial axis, in pixels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_chs: int
+    size: Shape
+    kernel: Shape
+    stride: Shape
+    padding: Shape
+
+
 class StepDown(BaseModel):
     """What a step-down will be, before it is built.
 
     Attributes:
-        kind: `conv` (a convolution), `linear` (a fully connected layer on the flattened image), `identity` (the
-            flattened image itself) or `custom`.
+        kind: `conv` (a convolution), `stem` (several), `linear` (a fully connected layer on the flattened image),
+            `identity` (the flattened image itself) or `custom`.
         image: Shape of the image, `(C, H, W)`.
         feature: Shape of the feature map at the cut.
         kernel: Kernel size per spatial axis, in pixels; empty unless `kind` is `conv`.
@@ -38,13 +64,15 @@ class StepDown(BaseModel):
         padding: Zero padding on both sides per spatial axis, in pixels.
         layout: Where the convolution's channels go: `(C, h, w)`, `(h, w, C)`, `(N, C)` or `(C, N)` with N = h·w.
         prefix: Learned tokens in front of those made from the image, such as a class token.
+        stem: How the stem was asked for; None unless `kind` is `stem`.
+        stages: The stem's convolutions.
         macs: Multiply-accumulates for one image.
         num_params: Number of parameters.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["conv", "linear", "identity", "custom"]
+    kind: Literal["conv", "stem", "linear", "identity", "custom"]
     image: Shape
     feature: Shape
     kernel: Shape = ()
@@ -52,24 +80,31 @@ class StepDown(BaseModel):
     padding: Shape = ()
     layout: Layout = "channels_first"
     prefix: int = 0
+    stem: Stem | None = None
+    stages: tuple[Convolution, ...] = ()
     macs: int = 0
     num_params: int = 0
 
     @property
     def reduction(self) -> float | None:
         """Pixels of the image per position of the feature map, along its first axis; None where it has no axes."""
+        if self.stages:
+            return math.prod(stage.stride[0] for stage in self.stages)
         return self.stride[0] if self.stride else None
 
     def __str__(self) -> str:
-        if self.kind != "conv":
+        if self.kind not in ("conv", "stem"):
             return self.kind
-        text = f"{by(self.kernel)} stride {by(self.stride)}"
-        text += f" pad {by(self.padding)}" if any(self.padding) else ""
+        if self.stages:
+            text = "stem " + "→".join(str(stage.num_chs) for stage in self.stages)
+        else:
+            text = f"{by(self.kernel)} stride {by(self.stride)}"
+            text += f" pad {by(self.padding)}" if any(self.padding) else ""
         return text + (f" + {self.prefix} tokens" if self.prefix else "")
 
 
 @lru_cache(maxsize=4096)
-def plan_stepdown(image: Shape, feature: Shape, kind: str = "conv") -> StepDown:
+def plan_stepdown(image: Shape, feature: Shape, kind: str | Stem = "conv") -> StepDown:
     """Size the step-down from an image straight to a feature.
 
     A feature map with spatial axes, channels first or last, gets one convolution that covers the whole image and
@@ -79,7 +114,7 @@ def plan_stepdown(image: Shape, feature: Shape, kind: str = "conv") -> StepDown:
     Args:
         image: `(C, H, W)`, or `(C, T, H, W)` for video.
         feature: `(C, h, w)`, `(h, w, C)`, `(N, C)`, `(C, N)` or `(F,)`.
-        kind: `conv`, or `identity` for nothing but flattening.
+        kind: `conv`; `stem` or a `Stem` for several convolutions; `identity` for nothing but flattening.
 
     Raises:
         StepDownError: The feature map is larger than the image, or of a shape no step-down is known for.
@@ -100,8 +135,10 @@ def plan_stepdown(image: Shape, feature: Shape, kind: str = "conv") -> StepDown:
             f"no step-down is known from an image {by(image)} to a feature of shape {by(feature)}",
             hint="pass stepdown=a function (image shape, feature shape) -> module",
         )
-    axes = [solve(size, h) for size, h in zip(image[1:], grid, strict=True)]
-    kernel, stride, padding = (tuple(axis[i] for axis in axes) for i in range(3))
+    if kind != "conv":
+        stem = kind if isinstance(kind, Stem) else Stem()
+        return _plan_stem(stem, image, feature, layout, grid, num_chs, prefix)
+    kernel, stride, padding = _solve_axes(image[1:], grid)
     weights = image[0] * num_chs * math.prod(kernel)
     return StepDown(
         kind="conv",
@@ -115,6 +152,49 @@ def plan_stepdown(image: Shape, feature: Shape, kind: str = "conv") -> StepDown:
         macs=weights * math.prod(grid),
         num_params=weights + num_chs + prefix * num_chs,
     )
+
+
+def _plan_stem(
+    stem: Stem, image: Shape, feature: Shape, layout: Layout, grid: Shape, num_chs: int, prefix: int
+) -> StepDown:
+    """Stages that each halve the size, the last of which has exactly the feature's; channels double up to its."""
+    size, before = image[1:], image[0]
+    count = max(1, round(math.log2(max(n / h for n, h in zip(size, grid, strict=True)))))
+    stages: list[Convolution] = []
+    macs = num_params = 0
+    for i in range(count):
+        left = count - 1 - i
+        chs = max(1, round(num_chs * stem.width / 2**left)) if left else num_chs
+        for _ in range(stem.depth):
+            first = len(stages) == i * stem.depth
+            halved = tuple(max(h, -(-n // 2)) for n, h in zip(size, grid, strict=True))
+            after = size if not first else halved if left else grid
+            kernel, stride, padding = _solve_axes(size, after, smallest=3)
+            stages.append(Convolution(num_chs=chs, size=after, kernel=kernel, stride=stride, padding=padding))
+            weights = before * chs * math.prod(kernel)
+            macs += weights * math.prod(after)
+            num_params += weights + 2 * chs
+            size, before = after, chs
+    if layout != "channels_first":
+        num_params -= num_chs  # the last convolution has a bias where the others have a norm
+    return StepDown(
+        kind="stem",
+        image=image,
+        feature=feature,
+        layout=layout,
+        prefix=prefix,
+        stem=stem,
+        stages=tuple(stages),
+        macs=macs,
+        num_params=num_params + prefix * num_chs,
+    )
+
+
+def _solve_axes(size: Shape, out: Shape, smallest: int = 1) -> tuple[Shape, Shape, Shape]:
+    """`solve` for each axis: kernels, strides, paddings."""
+    axes = [solve(n, h, smallest) for n, h in zip(size, out, strict=True)]
+    kernel, stride, padding = zip(*axes, strict=True)
+    return kernel, stride, padding
 
 
 def _identity(image: Shape, feature: Shape) -> StepDown:
@@ -176,18 +256,18 @@ def _grid(size: Shape, count: int) -> Shape | None:
     return best if best is not None and _distortion(size, best) <= 1 / 3 else None
 
 
-def solve(size: int, out: int) -> tuple[int, int, int]:
+def solve(size: int, out: int, smallest: int = 1) -> tuple[int, int, int]:
     """Kernel, stride and padding of a convolution from `size` pixels to exactly `out`, along one axis.
 
     `floor((size + 2·padding - kernel) / stride) + 1 == out`, no pixel unread, every window on at least one
-    pixel; of all such the smallest kernel, then the smallest padding. Where `out` divides `size` that is
-    kernel = stride = size / out without padding, the paper's step-down.
+    pixel; of all such the smallest kernel (not under `smallest`), then the smallest padding. Where `out` divides
+    `size` that is kernel = stride = size / out without padding, the paper's step-down.
 
     Examples:
         >>> solve(32, 4), solve(299, 35)
         ((8, 8, 0), (9, 9, 8))
     """
-    for kernel in range(1, size + 1):
+    for kernel in range(min(smallest, size), size + 1):
         best: tuple[int, int, int] | None = None
         for stride in range(kernel, 0, -1):
             span = (out - 1) * stride + kernel
@@ -207,7 +287,7 @@ class ConvStepDown(nn.Module):
     def __init__(self, plan: StepDown) -> None:
         super().__init__()
         num_chs = plan.feature[0] if plan.layout in ("channels_first", "tokens_last") else plan.feature[-1]
-        self.conv = _convolution(plan, num_chs)
+        self.conv = _stem(plan) if plan.stages else _convolution(plan, num_chs)
         self.layout = plan.layout
         self.prefix = nn.Parameter(torch.zeros(1, plan.prefix, num_chs)) if plan.prefix else None
 
@@ -223,9 +303,27 @@ class ConvStepDown(nn.Module):
         return x if self.prefix is None else torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], 1)
 
 
+_CONVOLUTIONS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_NORMS: dict[int, Callable[..., nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
 def _convolution(plan: StepDown, num_chs: int) -> nn.Module:
-    conv: Callable[..., nn.Module] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(plan.kernel)]
+    conv = _CONVOLUTIONS[len(plan.kernel)]
     return conv(plan.image[0], num_chs, plan.kernel, plan.stride, plan.padding)
+
+
+def _stem(plan: StepDown) -> nn.Module:
+    """Convolution, batch norm and ReLU per stage; in front of tokens and channels-last maps the last is linear."""
+    layers: list[nn.Module] = []
+    before = plan.image[0]
+    for i, stage in enumerate(plan.stages, start=1):
+        axes = len(stage.kernel)
+        linear = i == len(plan.stages) and plan.layout != "channels_first"
+        conv = _CONVOLUTIONS[axes]
+        layers.append(conv(before, stage.num_chs, stage.kernel, stage.stride, stage.padding, bias=linear))
+        layers += [] if linear else [_NORMS[axes](stage.num_chs), nn.ReLU(inplace=True)]
+        before = stage.num_chs
+    return nn.Sequential(*layers)
 
 
 def build_stepdown(plan: StepDown) -> nn.Module:
@@ -234,9 +332,10 @@ def build_stepdown(plan: StepDown) -> nn.Module:
         return nn.Flatten()
     if plan.kind == "linear":
         return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(plan.image), plan.feature[0]))
-    if plan.kind == "conv":
-        plain = plan.layout == "channels_first"
-        return _convolution(plan, plan.feature[0]) if plain else ConvStepDown(plan)
+    if plan.kind in ("conv", "stem"):
+        if plan.layout != "channels_first":
+            return ConvStepDown(plan)
+        return _stem(plan) if plan.stages else _convolution(plan, plan.feature[0])
     raise StepDownError("a custom step-down is built by its own function", hint="pass stepdown=that function")
 
 

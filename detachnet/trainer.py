@@ -18,20 +18,25 @@ from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from detachnet.checkpoint import TRAINER, Header, TrainingState, load_weights, replace_file, write
-from detachnet.data import Batches, Split, describe_data, load_data, mix
+from detachnet.checkpoint import TRAINER, Header, TrainingState, load_weights, read, replace_file, write
+from detachnet.data import Batches, Split, describe_data, load_data, mix, select
 from detachnet.detachable import DetachableNet, make_detachable
-from detachnet.errors import CheckpointError
+from detachnet.errors import CheckpointError, RecipeError
 from detachnet.losses import MultiModelLoss, logits
 from detachnet.recipe import Recipe
 from detachnet.report import COLUMNS, markdown, result_cells, result_rows
 from detachnet.runs import RunFolder
+from detachnet.views import NORMS, STEPDOWNS
 from detachnet.zoo import create_model
 
 SAVE_EVERY_S = 60.0
 """Seconds between two checkpoints; one is written at the end in any case."""
+
+AGREE_EVERY = 20
+"""Steps after which several processes agree whether to save or to stop."""
 
 EVAL_BATCH = 500
 """Images per batch of an evaluation."""
@@ -96,7 +101,7 @@ def train(
     """
     folder = RunFolder(out)
     restored = folder.reopen(recipe) if resume else None
-    splits = load_data(recipe.data.name, data_root, download)
+    splits = select(load_data(recipe.data.name, data_root, download), recipe.data.num_train, recipe.data.holdout)
     with torch.random.fork_rng():
         trainer = _Trainer(recipe, folder, splits, listener or Listener())
         if not resume and trainer.accelerator.is_main_process:
@@ -126,15 +131,29 @@ class _Trainer:
         self.accelerator = Accelerator(mixed_precision=precision)
         self.device = self.accelerator.device
         self.net = build_family(recipe, tuple(splits[0].images.shape[1:]))
+        if self.accelerator.num_processes > 1 and self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.net)  # type: ignore[no-untyped-call]
+        if recipe.train.init:
+            start_from(self.net, recipe.train.init)
         self.net.data = describe_data(recipe.data.name, splits, recipe.data.normalize)
         self.parameters = self.net.parameters_of(recipe.models)
         for name, parameter in self.net.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name in self.parameters)
+            frozen = recipe.train.freeze_base and name.startswith("base.")
+            parameter.requires_grad_(parameter.requires_grad and name in self.parameters and not frozen)
         self.batches, self.test = self._batches(*splits)
         self.optimizer = self._optimizer()
         self.schedule = self._schedule()
         self.model, self.prepared = self.accelerator.prepare(self.net, self.optimizer)
-        self.loss = MultiModelLoss(recipe.loss_weights, recipe.loss.label_smoothing)
+        table = recipe.loss
+        self.loss = MultiModelLoss(
+            recipe.loss_weights,
+            table.label_smoothing,
+            table.distillation,
+            table.temperature,
+            table.teacher,
+            table.hint,
+        )
+        self.ema = ModelEmaV3(self.net, decay=recipe.train.ema, use_warmup=True) if recipe.train.ema else None
         self.sums = torch.zeros(len(recipe.models), dtype=torch.float64, device=self._sum_device)
         self.saved_at = time.monotonic()
 
@@ -145,6 +164,8 @@ class _Trainer:
     def _batches(self, train_split: Split, test_split: Split) -> tuple[Batches, Batches]:
         data, info = self.recipe.data, self.net.data
         share = (self.accelerator.process_index, self.accelerator.num_processes)
+        if (size := self.recipe.train.batch_size) % share[1]:
+            raise RecipeError(f"train.batch_size = {size} is no multiple of {share[1]} processes")
         if info is None:
             raise ValueError("the data is described before batches are made")
         batches = Batches(
@@ -163,13 +184,24 @@ class _Trainer:
     def _optimizer(self) -> torch.optim.Optimizer:
         table = self.recipe.optimizer
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            [p for p in self.parameters.values() if p.requires_grad],
+            self._groups(),
             opt=_OPTIMIZERS[table.name],
             lr=table.lr,
             momentum=table.momentum,
             weight_decay=self.recipe.weight_decay,
         )
         return optimizer
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """What models share, and what one sub-model has for itself."""
+        shared: dict[str, Any] = {"params": []}
+        own: dict[str, Any] = {"params": [], "lr_scale": self.recipe.optimizer.own_lr}
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad:
+                (own if name.startswith((STEPDOWNS, NORMS)) else shared)["params"].append(parameter)
+        if not (groups := [group for group in (shared, own) if group["params"]]):
+            raise RecipeError("train.freeze_base leaves nothing to train: no step-down has weights")
+        return groups
 
     def _schedule(self) -> Scheduler:
         table, steps = self.recipe.schedule, len(self.batches)
@@ -210,7 +242,7 @@ class _Trainer:
                 complete = self._train_epoch(deadline, interrupted)
                 if complete:
                     self._end_epoch()
-                if interrupted.is_set() or time.monotonic() > deadline:
+                if self._must_stop(deadline, interrupted):
                     break
                 self._save_if_due()
         self._save()
@@ -220,6 +252,8 @@ class _Trainer:
     def _train_epoch(self, deadline: float, interrupted: threading.Event) -> bool:
         """The rest of the current epoch; False if it was stopped."""
         self.model.train()
+        if self.recipe.train.freeze_base:
+            self.net.base.eval()
         steps = len(self.batches)
         began = time.monotonic()
         for images, labels in self.batches.epoch(self.at.epoch, self.at.step):
@@ -229,20 +263,36 @@ class _Trainer:
             began = time.monotonic()
             self.listener.on_step(self.at.epoch, len(images) * self.accelerator.num_processes, losses)
             if self.at.step < steps:
-                if interrupted.is_set() or time.monotonic() > deadline:
+                if self._must_stop(deadline, interrupted):
                     return False
                 self._save_if_due()
         return True
+
+    def _must_stop(self, deadline: float, interrupted: threading.Event) -> bool:
+        return self._agreed(interrupted.is_set() or time.monotonic() > deadline)
+
+    def _agreed(self, wish: bool) -> bool:
+        """What one process wishes, all do; several look at each other's wishes every few steps only."""
+        if self.accelerator.num_processes == 1:
+            return wish
+        if self.at.step % AGREE_EVERY:
+            return False
+        return bool(self.accelerator.reduce(torch.tensor(float(wish), device=self.device), "sum"))
 
     def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One update; each model's loss."""
         update = self.at.epoch * len(self.batches) + self.at.step
         torch.manual_seed(mix(self.recipe.train.seed, "model", update, self.accelerator.process_index))
         self.schedule.step_update(update)
-        losses = self.loss.per_model(self.model(images, which=self.recipe.models), labels)
+        wants_features = bool(self.recipe.loss.hint) and len(self.recipe.models) > 1
+        outputs = self.model(images, which=self.recipe.models, features=wants_features)
+        outputs, features = outputs if wants_features else (outputs, None)
+        losses = self.loss.per_model(outputs, labels, features)
         self.accelerator.backward(self.loss.total(losses))
         self.prepared.step()
         self.prepared.zero_grad()
+        if self.ema:
+            self.ema.update(self.net, update + 1)
         self.sums += torch.stack([loss.detach() for loss in losses.values()]).to(self._sum_device, torch.float64)
         return losses
 
@@ -270,16 +320,17 @@ class _Trainer:
         self.listener.on_epoch(self.at.rows[-1])
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
-        totals = score_batches(self.model, self.test, self.recipe.models)
+        totals = score_batches(self.ema.module if self.ema else self.model, self.test, self.recipe.models)
         return _scores(self.accelerator.reduce(totals, "sum"), self.recipe.models)
 
     def _save_if_due(self) -> None:
-        if time.monotonic() - self.saved_at > SAVE_EVERY_S:
+        if self._agreed(time.monotonic() - self.saved_at > SAVE_EVERY_S):
             self._save()
 
     def _save(self) -> None:
         """Write the checkpoint the training goes on from."""
         self.saved_at = time.monotonic()
+        self.sums = self.accelerator.reduce(self.sums, "mean")
         if not self.accelerator.is_main_process:
             return
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.parameters.items()}
@@ -317,9 +368,35 @@ def build_family(recipe: Recipe, input_size: tuple[int, ...]) -> DetachableNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         model = create_model(recipe.model.name, **recipe.model.kwargs)
-        net = make_detachable(model, trained, input_size, norm=recipe.family.norm, stepdown=recipe.family.stepdown)
+        table = recipe.family
+        stepdown = table.stem if table.stepdown == "stem" else table.stepdown
+        net = make_detachable(model, trained, input_size, norm=table.norm, stepdown=stepdown)
     net.trained = recipe.models
     return net
+
+
+def start_from(net: DetachableNet, path: str | Path) -> None:
+    """Give all models of a family the weights and statistics of a trained base-model; step-downs stay new.
+
+    Args:
+        net: The family; a sub-model's private norms become copies of the base-model's.
+        path: The file of a family with the same base-model.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or of another base-model.
+    """
+    header, tensors = read(path)
+    tensors |= {name: tensors[kept] for name, kept in header.tied.items()}
+    state = net.state_dict()
+    for name in state:
+        source = name
+        if name.startswith(f"{NORMS}."):
+            source = "base." + name.split(".", 2)[2]
+        if source.startswith("base."):
+            if source not in tensors or tensors[source].shape != state[name].shape:
+                raise CheckpointError(f"{path} cannot be started from: it has no {source!r} of that shape")
+            state[name] = tensors[source]
+    net.load_state_dict(state)
 
 
 def evaluate(net: DetachableNet, split: Split, device: torch.device | str = "cpu") -> dict[str, dict[str, float]]:

@@ -75,16 +75,18 @@ class ViewSource:
         return self.traced.propagate(PROBE_BATCH + 1).values
 
 
-def build_view(source: ViewSource, models: Sequence[str]) -> fx.Graph:
+def build_view(source: ViewSource, models: Sequence[str], features: bool = False) -> fx.Graph:
     """The graph that runs `models` (in the family's order) on one image batch.
 
     Its targets refer to a `DetachableNet`. With one model it returns what that model returns; with several, a
     dict from name to that. An output a sub-model cannot have (an auxiliary head in front of its cut) is None.
+    With `features` it returns a pair of that and a dict from each sub-model to two tensors of the shape at its
+    cut: the base-model's, and what its step-down made.
 
     Raises:
         JointError: The models cannot share one batch.
     """
-    return _ViewBuilder(source, models).build()
+    return _ViewBuilder(source, models, features).build()
 
 
 def sees_whole_batch(module: nn.Module, training: bool) -> bool:
@@ -113,7 +115,7 @@ def _has_batch(value: Any) -> bool:
 class _ViewBuilder:
     """Walks the traced graph once, front to back, and keeps for each node what stands for it in the view."""
 
-    def __init__(self, source: ViewSource, models: Sequence[str]) -> None:
+    def __init__(self, source: ViewSource, models: Sequence[str], features: bool) -> None:
         self.source = source
         self.traced = source.traced
         self.models = tuple(models)
@@ -125,6 +127,7 @@ class _ViewBuilder:
         """Traced value that depends on the pixels -> its counterpart, and how many batches it holds."""
         self.remade: dict[tuple[fx.Node, int], Any] = {}
         """Any other traced value, and for how many batches -> its counterpart."""
+        self.features: dict[str, Any] | None = {} if features else None
         self.entries = {node: name for name, node in source.cuts.items() if name in self.models}
 
     def build(self) -> fx.Graph:
@@ -135,7 +138,8 @@ class _ViewBuilder:
             if node.op == "placeholder":
                 self.made[node] = (self._own_image(node), 1)
             elif node.op == "output":
-                self.graph.output(self._output(node.args[0]))
+                outputs = self._output(node.args[0])
+                self.graph.output(outputs if self.features is None else (outputs, self.features))
             elif node in self.traced.readers and (count := self._count(node)):
                 coupled = count > 1 and self._is_coupled(node, count)
                 self.made[node] = (
@@ -181,6 +185,10 @@ class _ViewBuilder:
     def _enter(self, node: fx.Node, name: str) -> None:
         """A cut: from here on the batch of `name` is stacked below the others."""
         fed = self.graph.call_module(f"{STEPDOWNS}.{name}", (self.image,))
+        if self.features is not None and self.stack[:1] == [BASE]:
+            feature, count = self.made[node]
+            chunks = self.graph.call_function(torch.chunk, (feature, count))
+            self.features[name] = (self.graph.call_function(getitem, (chunks, 0)), fed)
         if self.stack:
             fed = self.graph.call_function(torch.cat, ([self.made[node][0], fed],))
         self.stack.append(name)

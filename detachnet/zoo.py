@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import cfgs as vgg_cfgs
 from torchvision.models.vgg import make_layers
 
@@ -58,6 +59,57 @@ class VGG16Cifar(nn.Module):
         return logits
 
 
+class ResNetCifar(nn.Module):
+    """A residual network for 32×32 images: three stages of basic blocks with 16, 32 and 64 channels.
+
+    `layer1` and `layer2` are the places to cut. The blocks are torchvision's; where a stage changes the size, the
+    shortcut is a 1×1 convolution.
+
+    Args:
+        num_classes: Size of the output, `(B, num_classes)`.
+        depth: Number of weight layers, 6n + 2: 20, 32, 44, 56, ….
+        width: Multiplies every number of channels.
+
+    Raises:
+        ValueError: `depth` is not 6n + 2.
+
+    Source: He et al., arXiv 1512.03385, section 4.2, with its shortcuts of option B.
+    """
+
+    def __init__(self, num_classes: int = 10, depth: int = 20, width: float = 1.0) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth is 6n + 2, such as 20 or 56, not {depth}")
+        small, middle, large = (max(1, round(n * width)) for n in (16, 32, 64))
+        count = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, small, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(small)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _stage(small, small, count, stride=1)
+        self.layer2 = _stage(small, middle, count, stride=2)
+        self.layer3 = _stage(middle, large, count, stride=2)
+        self.fc = nn.Linear(large, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `(B, num_classes)` of images `(B, 3, 32, 32)`."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
+def _stage(in_chs: int, out_chs: int, count: int, stride: int) -> nn.Sequential:
+    """`count` basic blocks, the first of which changes the size and the number of channels."""
+    shortcut = None
+    if stride != 1 or in_chs != out_chs:
+        shortcut = nn.Sequential(nn.Conv2d(in_chs, out_chs, 1, stride, bias=False), nn.BatchNorm2d(out_chs))
+    blocks = [BasicBlock(in_chs, out_chs, stride, shortcut)]
+    return nn.Sequential(*blocks, *(BasicBlock(out_chs, out_chs) for _ in range(count - 1)))
+
+
 class NSN(nn.Module):
     """An MLP whose hidden layers are as wide as the image has pixels, so that each can take in the image itself.
 
@@ -85,6 +137,7 @@ class NSN(nn.Module):
 
 _OWN: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "vgg16_cifar": (VGG16Cifar, (3, 32, 32)),
+    "resnet_cifar": (ResNetCifar, (3, 32, 32)),
     "nsn": (NSN, (1, 28, 28)),
 }
 

@@ -26,3 +26,30 @@ def test_auxiliary_outputs_are_passed_over() -> None:
 def test_a_weight_without_a_model() -> None:
     with pytest.raises(detachnet.RecipeError, match="a loss weight for 'sub9', but no such model"):
         detachnet.MultiModelLoss({"sub9": 1.0})({"base": torch.randn(1, 2)}, torch.tensor([0]))
+
+
+def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The mean over images of sum(p log(p/q)), times the temperature squared."""
+    p, q = (torch.softmax(x / temperature, 1) for x in (teacher, student))
+    return (p * (p / q).log()).sum(1).mean() * temperature**2
+
+
+@pytest.mark.parametrize("teacher", ["base", "larger"])
+def test_distillation(teacher: str) -> None:
+    target = torch.tensor([0, 2, 1])
+    outputs = {name: torch.randn(3, 4, requires_grad=True) for name in ("base", "sub0", "sub1")}
+    loss = detachnet.MultiModelLoss(distillation=0.7, temperature=2.0, teacher=teacher)  # type: ignore[arg-type]
+    losses = loss.per_model(outputs, target)
+    teachers = {"sub0": "base", "sub1": "base" if teacher == "base" else "sub0"}
+    torch.testing.assert_close(losses["base"], F.cross_entropy(outputs["base"], target))
+    for name, above in teachers.items():
+        expected = F.cross_entropy(outputs[name], target) + 0.7 * divergence(outputs[name], outputs[above], 2.0)
+        torch.testing.assert_close(losses[name], expected)
+    (losses["sub0"] + losses["sub1"]).backward()
+    assert outputs["base"].grad is None
+
+
+def test_a_model_alone_has_no_teacher() -> None:
+    out, target = torch.randn(3, 4), torch.tensor([0, 2, 1])
+    loss = detachnet.MultiModelLoss(distillation=1.0)({"sub1": out}, target)
+    torch.testing.assert_close(loss, F.cross_entropy(out, target))

@@ -3,9 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import detachnet
-from detachnet.stepdown import build_stepdown, plan_stepdown, solve
+from detachnet.stepdown import Stem, build_stepdown, plan_stepdown, solve
 from tests import models
 
 
@@ -32,6 +33,38 @@ def test_modules_map_images_to_features(size: tuple[int, int], data: st.DataObje
     module = build_stepdown(plan)
     assert module(torch.zeros(2, 3, *size)).shape == (2, *feature)
     assert plan.num_params == sum(p.numel() for p in module.parameters())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(st.integers(4, 40), st.integers(4, 40)),
+    st.sampled_from([Stem(), Stem(depth=2), Stem(width=0.5), Stem(depth=3, width=2)]),
+    st.sampled_from(["map", "channels last", "tokens"]),
+    st.data(),
+)
+def test_stems_map_images_to_features(size: tuple[int, int], stem: Stem, kind: str, data: st.DataObject) -> None:
+    grid = tuple(max(1, n // data.draw(st.sampled_from([1, 2, 3, 4, 8]))) for n in size)
+    feature = {"map": (24, *grid), "channels last": (*grid, 24), "tokens": (grid[0] * grid[1], 24)}[kind]
+    try:
+        plan = plan_stepdown((3, *size), feature, stem)
+    except detachnet.StepDownError:
+        assert kind != "map"  # a grid far from the image's proportions is not recognized
+        return
+    module = build_stepdown(plan).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        assert module(torch.zeros(2, 3, *size)).shape == (2, *feature)
+    assert plan.macs == counter.get_total_flops() // 4
+    assert plan.num_params == sum(p.numel() for p in module.parameters())
+
+
+def test_a_stem_halves_the_size_and_doubles_the_channels() -> None:
+    plan = plan_stepdown((3, 32, 32), (64, 4, 4), "stem")
+    assert [(s.num_chs, s.size, s.kernel, s.stride) for s in plan.stages] == [
+        (16, (16, 16), (3, 3), (2, 2)),
+        (32, (8, 8), (3, 3), (2, 2)),
+        (64, (4, 4), (3, 3), (2, 2)),
+    ]
+    assert (str(plan), plan.reduction) == ("stem 16→32→64", 8)
 
 
 def test_flat_feature_gets_a_linear_layer() -> None:
@@ -82,5 +115,5 @@ def test_own_stepdown_of_the_wrong_shape() -> None:
 
 
 def test_unknown_stepdown() -> None:
-    with pytest.raises(detachnet.CutError, match="stepdown is 'conv', 'identity' or a function"):
+    with pytest.raises(detachnet.CutError, match="stepdown is 'conv', 'stem', 'identity' or a function"):
         detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), stepdown="magic")

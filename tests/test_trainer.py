@@ -16,7 +16,7 @@ import detachnet
 from detachnet import trainer
 from detachnet.data import Split, load_data
 from detachnet.recipe import Recipe, load_recipe
-from detachnet.trainer import Listener, build_family, evaluate, train
+from detachnet.trainer import Listener, build_family, evaluate, start_from, train
 from tests.test_checkpoint import disk_of
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
@@ -294,3 +294,68 @@ def record_rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_evaluating_an_untrained_family() -> None:
     with pytest.raises(detachnet.CheckpointError, match="does not know how its images are normalized"):
         evaluate(build_family(recipe(), (3, 32, 32)), tenth()[1])
+
+
+def test_held_out_training_images_stand_in_for_the_test_images(tmp_path: Path) -> None:
+    chosen = recipe("data.num_train=300", "data.holdout=100", "train.epochs=1")
+    result = train(chosen, tmp_path / "run")
+    net = detachnet.load(result.folder.last)
+    assert net.data is not None
+    assert net.data.num_test == 100
+    train_split, _ = tenth()
+    held_out = Split(train_split.images[-100:], train_split.labels[-100:], train_split.classes)
+    assert {name: score["accuracy"] for name, score in evaluate(net, held_out).items()} == net.accuracy
+
+
+def test_more_images_than_there_are(tmp_path: Path) -> None:
+    with pytest.raises(detachnet.DataError, match="400 training images are not enough for 350 and 100 held out"):
+        train(recipe("data.num_train=350", "data.holdout=100"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def base_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a base-model trained alone."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    return train(recipe('train.models=["base"]', "train.epochs=1"), folder).folder.last
+
+
+def test_all_models_start_from_a_trained_base_model(base_file: Path) -> None:
+    before = detachnet.load(base_file)
+    net = build_family(recipe(), (3, 32, 32))
+    start_from(net, base_file)
+    for name, tensor in before.base.state_dict().items():
+        assert torch.equal(tensor, net.base.state_dict()[name]), name
+    for name, tensor in net.norms.state_dict().items():
+        assert torch.equal(tensor, net.base.state_dict()[name.partition(".")[2]]), name
+
+
+def test_a_start_that_does_not_fit(base_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(detachnet.CheckpointError, match="cannot be started from: it has no 'base"):
+        train(recipe("model.kwargs.width=0.1", f"train.init={base_file}"), tmp_path / "run")
+    with pytest.raises(detachnet.CheckpointError, match="there is no file"):
+        train(recipe("train.init=nothing.safetensors"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("norm", ["private", "shared"])
+def test_a_frozen_base_model_stays_bit_for_bit(base_file: Path, tmp_path: Path, norm: str) -> None:
+    chosen = recipe(f"train.init={base_file}", "train.freeze_base=true", f"family.norm={norm}", "train.epochs=2")
+    before = build_family(chosen, (3, 32, 32))
+    start_from(before, base_file)
+    result = train(chosen, tmp_path / "run")
+    after = detachnet.load(result.folder.last)
+    changed = {n for n, tensor in after.state_dict().items() if not torch.equal(tensor, before.state_dict()[n])}
+    assert not {name for name in changed if name.startswith("base.")}
+    assert {name.split(".")[0] for name in changed} == (
+        {"stepdowns", "norms"} if norm == "private" else {"stepdowns"}
+    )
+    accuracies = [
+        row["test_accuracy"]["base"] for row in map(json.loads, result.folder.metrics.read_text().splitlines())
+    ]
+    assert len(set(accuracies)) == 1
+
+
+def test_nothing_left_to_train(tmp_path: Path) -> None:
+    with pytest.raises(detachnet.RecipeError, match="freeze_base leaves nothing to train"):
+        train(recipe("train.freeze_base=true", 'train.models=["base"]'), tmp_path / "run")

@@ -61,3 +61,12 @@ def test_unknown_models() -> None:
         detachnet.create_model("timm:resnet_18")
     with pytest.raises(detachnet.ModelError, match="timm:resnet18 cannot be built with"):
         detachnet.create_model("timm:resnet18", nothing=1)
+    with pytest.raises(detachnet.ModelError, match=r"cannot be built with[\s\S]*depth is 6n \+ 2"):
+        detachnet.create_model("detachnet:resnet_cifar", depth=21)
+
+
+def test_resnets_for_small_images_have_the_papers_size() -> None:
+    sizes = {20: 0.27, 56: 0.85}  # millions of parameters, He et al., table 6
+    for depth, millions in sizes.items():
+        model = detachnet.create_model("detachnet:resnet_cifar", depth=depth)
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == pytest.approx(millions, abs=0.011)

@@ -90,7 +90,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
         try:
             with torch.device("meta"):
                 return detachnet.create_model(name, **kwargs)
-        except (NotImplementedError, RuntimeError):
+        except (NotImplementedError, RuntimeError, detachnet.ModelError):
             return detachnet.create_model(name, **kwargs)
 
 

@@ -1,0 +1,192 @@
+"""runs -> one table: the paper's Table 1, with seeds, the baseline and each sub-model trained alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detachnet.errors import CheckpointError
+from detachnet.plan import BASE, si
+from detachnet.recipe import Recipe, load_recipe
+from detachnet.runs import RunFolder
+
+COLUMNS = (
+    *("run", "model", "MACs", "of base", "parameters", "seeds"),
+    *("best accuracy", "last accuracy", "to baseline", "to alone"),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of one experiment, over its seeds.
+
+    Attributes:
+        run: The experiment's name: that of its folders, without the seed.
+        model: The model's name.
+        macs: Multiply-accumulates for one image.
+        macs_of_base: The same as a share of the base-model's.
+        num_params: Number of parameters.
+        best: Each seed's best accuracy over its epochs, in [0, 1]: chosen on the images it is measured on.
+        last: Each seed's accuracy after its last epoch, in [0, 1].
+        to_baseline: Mean of `last` less that of the base-model trained alone; None if no such run was given.
+        to_alone: The same, less that of the same model trained alone.
+    """
+
+    run: str
+    model: str
+    macs: int
+    macs_of_base: float
+    num_params: int
+    best: tuple[float, ...]
+    last: tuple[float, ...]
+    to_baseline: float | None = None
+    to_alone: float | None = None
+
+
+@dataclass(frozen=True)
+class _Experiment:
+    """Runs of one recipe with different seeds."""
+
+    name: str
+    recipe: Recipe
+    results: list[list[dict[str, Any]]]
+
+    def last(self, model: str) -> tuple[float, ...]:
+        """A model's accuracy after the last epoch, per seed."""
+        return tuple(row["last_accuracy"] for rows in self.results for row in rows if row["model"] == model)
+
+    def is_alone(self, model: str, other: _Experiment) -> bool:
+        """Whether this is `model` of another experiment alone: same network, step-down, data and epochs."""
+        mine, theirs = self.recipe, other.recipe
+        if mine.models != (model,) or (mine.model, mine.data) != (theirs.model, theirs.data):
+            return False
+        same_entry = model == BASE or _entry(mine) == _entry(theirs)
+        return same_entry and mine.train.epochs == theirs.train.epochs
+
+
+def _entry(recipe: Recipe) -> tuple[Any, ...]:
+    """What decides a sub-model's network."""
+    family = recipe.family
+    return family.cuts, family.stepdown, family.stem if family.stepdown == "stem" else None
+
+
+def compare(paths: Sequence[str | Path]) -> list[Entry]:
+    """Put finished runs side by side.
+
+    Runs whose recipes differ in nothing but the seed are one experiment. A run that trained the base-model only is
+    the baseline; one that trained a sub-model only is what that sub-model reaches alone.
+
+    Args:
+        paths: Folders of runs, in the order of the table.
+
+    Raises:
+        CheckpointError: A folder holds no finished run.
+    """
+    experiments = _experiments([RunFolder(path) for path in paths])
+    return [
+        _entry_of(experiment, i, experiments)
+        for experiment in experiments
+        for i in range(len(experiment.results[0]))
+    ]
+
+
+def _experiments(folders: Sequence[RunFolder]) -> list[_Experiment]:
+    """Runs grouped by their recipe without its seed."""
+    groups: dict[str, _Experiment] = {}
+    for folder in folders:
+        if not folder.results.exists():
+            raise CheckpointError(
+                f"{folder.path} holds no finished run", hint="finish it: detachnet train ... --resume"
+            )
+        recipe = load_recipe(folder.recipe)
+        train = recipe.train.model_copy(update={"seed": 0})
+        key = recipe.model_copy(update={"train": train}).model_dump_json()
+        name = re.sub(r"[-_](seed[-_]?)?\d+$", "", folder.path.resolve().name) or folder.path.name
+        group = groups.setdefault(key, _Experiment(name, recipe, []))
+        group.results.append(json.loads(folder.results.read_text(encoding="utf-8")))
+    return list(groups.values())
+
+
+def _entry_of(experiment: _Experiment, i: int, experiments: Sequence[_Experiment]) -> Entry:
+    """The row of an experiment's model number `i`."""
+    rows = [rows[i] for rows in experiment.results]
+    model = str(rows[0]["model"])
+    last = experiment.last(model)
+
+    def difference(other: str) -> float | None:
+        alone = next((e for e in experiments if e.is_alone(other, experiment)), None)
+        if alone is None or alone is experiment:
+            return None
+        return statistics.fmean(last) - statistics.fmean(alone.last(other))
+
+    return Entry(
+        run=experiment.name,
+        model=model,
+        macs=rows[0]["macs"],
+        macs_of_base=rows[0]["macs_of_base"],
+        num_params=rows[0]["num_params"],
+        best=tuple(row["best_accuracy"] for row in rows),
+        last=last,
+        to_baseline=difference(BASE),
+        to_alone=difference(model),
+    )
+
+
+def cells(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
+    """The entries as text, in the order of `COLUMNS`: means, and sample standard deviations over seeds."""
+    return [
+        (
+            entry.run,
+            entry.model,
+            si(entry.macs),
+            f"{100 * entry.macs_of_base:.0f} %",
+            si(entry.num_params),
+            str(len(entry.last)),
+            _spread(entry.best),
+            _spread(entry.last),
+            _signed(entry.to_baseline),
+            _signed(entry.to_alone),
+        )
+        for entry in entries
+    ]
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{100 * statistics.fmean(values):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f} %" if len(values) > 1 else f"{mean} %"
+
+
+def _signed(difference: float | None) -> str:
+    return "" if difference is None else f"{100 * difference:+.2f}"
+
+
+def figure(entries: Sequence[Entry], path: str | Path) -> None:
+    """Draw accuracy after the last epoch against MACs, one line per experiment, to a `.png`, `.svg` or `.pdf`.
+
+    Raises:
+        CheckpointError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CheckpointError("a figure needs matplotlib", hint="pip install 'detachnet[plot]'") from error
+    picture = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = picture.subplots()
+    for name in dict.fromkeys(entry.run for entry in entries):
+        own = sorted((entry for entry in entries if entry.run == name), key=lambda entry: entry.macs)
+        means = [100 * statistics.fmean(entry.last) for entry in own]
+        errors = [100 * statistics.stdev(entry.last) if len(entry.last) > 1 else 0.0 for entry in own]
+        axes.errorbar([entry.macs / 1e6 for entry in own], means, errors, label=name, marker="o", capsize=3)
+    axes.set_xlabel("MACs per image (millions)")
+    axes.set_ylabel("accuracy after the last epoch (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        picture.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot write the figure {path}", what=str(error)) from error

@@ -1,0 +1,72 @@
+"""Train everything docs/study.md compares, one run after another, and print the table.
+
+    python scripts/study.py [--data-root DIR] [--out runs/study] [--seeds 3] [NAME ...]
+
+Runs that are finished are skipped and interrupted ones resumed, so it can be stopped at any time. About two hours
+on two CPU cores with three seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from detachnet.comparison import COLUMNS, cells, compare, figure
+from detachnet.recipe import Recipe, load_recipe
+from detachnet.report import markdown
+from detachnet.runs import RunFolder
+from detachnet.trainer import Listener, train
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "study_cifar10.toml"
+NO_WEIGHTS = "loss.weights={}"
+NO_DISTILLATION = "loss.distillation=0"
+CONV = "family.stepdown=conv"
+SHARED = "family.norm=shared"
+
+RUNS: dict[str, tuple[str, ...]] = {
+    "all": (),
+    "base-alone": ('train.models=["base"]',),
+    "sub0-alone": ('train.models=["sub0"]',),
+    "sub1-alone": ('train.models=["sub1"]',),
+    "paper": (SHARED, CONV, NO_WEIGHTS, NO_DISTILLATION),
+    "sub0-alone-conv": (CONV, 'train.models=["sub0"]'),
+    "sub1-alone-conv": (CONV, 'train.models=["sub1"]'),
+    "private": (CONV, NO_WEIGHTS, NO_DISTILLATION),
+    "private+stem": (NO_WEIGHTS, NO_DISTILLATION),
+    "private+distillation": (CONV, NO_WEIGHTS),
+    "private+weights": (CONV, NO_DISTILLATION),
+}
+"""Name -> what is overridden in the recipe, which has all levers together."""
+
+
+def run(name: str, seed: int, out: Path, data_root: str | None) -> Path:
+    """Train one network or family, unless that is done; its folder."""
+    recipe: Recipe = load_recipe(RECIPE, [*RUNS[name], f"train.seed={seed}"])
+    folder = RunFolder(out / f"{name}-{seed}")
+    if not folder.results.exists():
+        print(f"{name}, seed {seed}", flush=True)
+        train(recipe, folder.path, resume=folder.recipe.exists(), data_root=data_root, listener=Listener())
+    return folder.path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train everything the study compares.")
+    parser.add_argument("names", nargs="*", choices=[[], *RUNS], help="only these; all if none is named")
+    parser.add_argument("--data-root", help="where CIFAR-10 is")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    options = parser.parse_args()
+    names = options.names or list(RUNS)
+    for seed in range(options.seeds):
+        for name in names:
+            run(name, seed, options.out, options.data_root)
+    finished = [options.out / f"{name}-{seed}" for name in RUNS for seed in range(options.seeds)]
+    entries = compare([path for path in finished if RunFolder(path).results.exists()])
+    table = markdown(COLUMNS, cells(entries))
+    (options.out / "table.md").write_text(table)
+    figure(entries, options.out / "accuracy.svg")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
