@@ -34,17 +34,24 @@ def predict(
         typer.Argument(metavar="IMAGE...", help="Image files, folders of them, or - for standard input."),
     ],
     model: Annotated[str | None, typer.Option(help="The model to run; the largest if not given.")] = None,
+    budget_ms: Annotated[
+        float | None,
+        typer.Option(help="Run the most accurate model that takes at most so long here, as profile measured it."),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Say what is on pictures. Those that cannot be read are named and skipped, and the exit code is then 1."""
     from detachnet.predictions import known_data, trained_model
 
+    if model is not None and budget_ms is not None:
+        raise typer.BadParameter("name the model or give a budget, not both", param_hint="--budget-ms")
     path, net = open_family(checkpoint)
-    name = trained_model(net, model)
+    net.to(fastest_device())
+    name = trained_model(net, model) if budget_ms is None else _within(budget_ms, path, net)
     known_data(net)
     reader = _Reader(net)
-    answers = list(_answers(net.to(fastest_device()), name, top, reader.tensors(images)))
+    answers = list(_answers(net, name, top, reader.tensors(images)))
     if as_json:
         print_json(
             {
@@ -58,6 +65,17 @@ def predict(
         _print_answers(f"{name} of {path}", answers)
     if reader.skipped:
         raise typer.Exit(1 if answers else 2)
+
+
+def _within(budget_ms: float, path: Path, net: DetachableNet) -> str:
+    """The most accurate model that keeps a budget by the profile beside the checkpoint."""
+    from detachnet.backends import TorchBackend
+    from detachnet.measure import read_profile
+    from detachnet.runtime import Family
+
+    measured = read_profile(path)
+    family = Family(TorchBackend(net, measured.rows[0].threads if measured else None), path, measured)
+    return family.choose(latency_ms=budget_ms)
 
 
 class _Reader:

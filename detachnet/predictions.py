@@ -39,9 +39,9 @@ def predict(net: DetachableNet, images: Tensor, model: str, top: int = 5) -> lis
         CheckpointError: The family does not know its classes.
     """
     classes = known_data(net).classes
-    device = next(net.parameters()).device
+    like = next(p for p in net.parameters() if p.is_floating_point())
     with torch.inference_mode():
-        shares = logits(net(images.to(device), which=model)).float().softmax(1)
+        shares = logits(net(images.to(like.device, like.dtype), which=model)).float().softmax(1)
     if shares.shape[1] != len(classes):
         raise CheckpointError(f"{model} has {shares.shape[1]} outputs, but {len(classes)} classes are named")
     best, indices = shares.topk(min(top, len(classes)))
