@@ -17,6 +17,7 @@ from .inspect import inspect
 from .predict import predict
 from .profile import profile
 from .recipes import recipes
+from .report import report
 from .train import train
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One CNN, many devices: train a network and its detachable sub-models in one file.",
 )
-for command in (train, inspect, evaluate, compare, predict, profile, recipes):
+for command in (train, inspect, evaluate, compare, predict, profile, report, recipes):
     app.command()(command)
 
 

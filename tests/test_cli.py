@@ -138,7 +138,7 @@ def test_recipes_lists_every_shipped_one() -> None:
 
 def test_help_names_every_option_and_version() -> None:
     command = typer.main.get_command(app)
-    for name in ("train", "inspect", "evaluate", "predict", "profile", "recipes"):
+    for name in ("train", "inspect", "evaluate", "predict", "profile", "report", "recipes"):
         assert run(name, "--help")[0] == 0
         assert name in command.list_commands(None)  # type: ignore[attr-defined,arg-type]
     assert run("--version")[1] == f"detachnet {detachnet.__version__}\n"
