@@ -215,14 +215,14 @@ def _marker(x: float, y: float, style: int, title: str) -> Markup:
 
 def _labels(places: Sequence[tuple[float, float, str]]) -> list[Markup]:
     """Each point's name beside it, where it covers no other point or name; left out where there is no room."""
-    taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y, _ in places]
+    taken: list[Box] = [(x - 10, y - 8, x + 10, y + 8) for x, y, _ in places]
     parts = []
     for x, y, label in places:
         size = _CHAR * len(label)
         tries = (
-            (x + 10, y + 4, "start", x + 10),
-            (x - 10, y + 4, "end", x - 10 - size),
-            (x, y - 11, "middle", x - size / 2),
+            (x + 11, y + 4, "start", x + 11),
+            (x - 11, y + 4, "end", x - 11 - size),
+            (x, y - 12, "middle", x - size / 2),
             (x, y + 20, "middle", x - size / 2),
         )
         for at, baseline, anchor, left in tries:

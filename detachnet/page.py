@@ -298,7 +298,11 @@ def _together(runs: Sequence[RunRecord]) -> Markup:
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
     """Hardware, versions and times, as `run.json` has them."""
     units = {"train_s": "training, s", "images_per_s": "images/s in training", "cpu_cores": "CPU cores"}
-    return [(units.get(name, name), str(value)) for name, value in run.info.items() if value is not None]
+    facts = [(units.get(name, name), str(value)) for name, value in run.info.items() if value is not None]
+    if run.profile is not None:
+        measured = [*run.profile.hardware.values(), *(f"{k} {v}" for k, v in run.profile.versions.items())]
+        facts.append(("latency measured on", ", ".join(measured)))
+    return facts
 
 
 def _test_images(run: RunRecord, data_root: str | Path | None) -> Split:
@@ -329,7 +333,7 @@ def _pictures(run: RunRecord, split: Split) -> list[dict[str, Any]]:
 
 
 def _answer(model: str, answer: Prediction, truth: str) -> dict[str, Any]:
-    text = f"{answer.labels[0]} {100 * answer.probabilities[0]:.0f} %"
+    text = f"{answer.labels[0]} {100 * answer.probabilities[0]:.0f}\N{NO-BREAK SPACE}%"
     return {"model": model, "right": answer.labels[0] == truth, "text": text}
 
 

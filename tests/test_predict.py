@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import detachnet
 from detachnet.data import DataInfo
 from detachnet.images import read_image, to_tensor
+from detachnet.measure import profile, write_profile
 from detachnet.predictions import known_data, predict, trained_model
 
 CLASSES = ("red", "green", "blue")
@@ -179,6 +180,29 @@ def test_mistakes_get_a_message_and_exit_code_2(checkpoint: Path, args: list[str
     code, out, err = run(str(checkpoint), *args, stdin=b"")
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_a_budget_chooses_by_what_was_measured(checkpoint: Path) -> None:
+    net = detachnet.load(checkpoint)
+    net.accuracy = {"base": 0.9, "sub0": 0.8}
+    detachnet.save(net, checkpoint)
+    code, _, err = run(str(checkpoint), "red.png", "--budget-ms", "5")
+    assert (code, f"try      detachnet profile {checkpoint}" in err) == (2, True)
+    measured = profile(net, n=2, warmup=0, peak_memory=False)
+    seconds = {"base": 0.008, "sub0": 0.003}
+    rows = tuple(row.model_copy(update={"p90_s": seconds[row.model]}) for row in measured.rows)
+    write_profile(measured.model_copy(update={"rows": rows}), checkpoint)
+    for budget, model in (("8", "base"), ("7.9", "sub0")):
+        assert json.loads(run(str(checkpoint), "red.png", "--budget-ms", budget, "--json")[1])["model"] == model
+    code, _, err = run(str(checkpoint), "red.png", "--budget-ms", "2")
+    assert (code, "Error: no model keeps latency_ms=2: sub0 comes nearest" in err) == (2, True)
+    code, _, err = run(str(checkpoint), "red.png", "--budget-ms", "2", "--model", "sub0")
+    assert (code, "not both" in err) == (2, True)
+
+
+def test_half_precision(net: detachnet.DetachableNet) -> None:
+    image = to_tensor(Image.new("RGB", (9, 9), "#0f0"), INFO, (3, 8, 8))[None]
+    assert predict(net.to(torch.bfloat16), image, "base")[0].labels[0] == "green"
 
 
 def test_a_folder_that_is_no_run(checkpoint: Path) -> None:
