@@ -17,9 +17,11 @@ from .detach import detach
 from .evaluate import evaluate
 from .export import export
 from .inspect import inspect
+from .predict import predict
 from .profile import profile
 from .recalibrate import recalibrate
 from .recipes import recipes
+from .report import report
 from .train import train
 
 app = typer.Typer(
@@ -28,7 +30,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One CNN, many devices: train a network and its detachable sub-models in one file.",
 )
-for command in (train, inspect, evaluate, compare, recalibrate, detach, export, profile, cascade, recipes):
+for command in (
+    train,
+    inspect,
+    evaluate,
+    compare,
+    recalibrate,
+    detach,
+    export,
+    profile,
+    cascade,
+    predict,
+    report,
+    recipes,
+):
     app.command()(command)
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .checkpoints import family_file
 from .console import friendly, note, print_json, table
+from .family import fastest_device, open_family
 
 
 @friendly
@@ -28,20 +28,15 @@ def cascade(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Run small models first and larger ones where those are not confident: what that costs and gains."""
-    import torch
-
     from detachnet.cascade import calibrate
-    from detachnet.checkpoint import load
     from detachnet.data import load_data
     from detachnet.errors import CheckpointError
 
-    path = family_file(checkpoint)
-    net = load(path)
+    path, net = open_family(checkpoint)
     if net.data is None:
         raise CheckpointError(f"{path} does not say what it was trained on", hint="use a file that train wrote")
     test = load_data(net.data.name, data_root, download)[1]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    curve = calibrate(net, test, target_accuracy, target_macs, device)
+    curve = calibrate(net, test, target_accuracy, target_macs, fastest_device())
     if as_json:
         beaten = [curve.better_single(point) for point in curve.points]
         print_json({"checkpoint": str(path), "data": net.data.name, **curve.model_dump(), "worse_than": beaten})

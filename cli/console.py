@@ -49,14 +49,19 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
         except DetachNetError as error:
             if _settings["traceback"]:
                 raise
-            first, *rest = str(error).splitlines()
-            out = console(stderr=True)
-            out.print(f"[bold red]Error:[/] {_escape(first)}", soft_wrap=True)
-            for line in rest:
-                out.print(f"[dim]{_escape(line[:11])}[/]{_escape(line[11:])}", soft_wrap=True)
+            show_error(error)
             raise typer.Exit(2) from None
 
     return run
+
+
+def show_error(error: DetachNetError, label: str = "Error") -> None:
+    """Print an error's message on standard error."""
+    first, *rest = str(error).splitlines()
+    out = console(stderr=True)
+    out.print(f"[bold red]{label}:[/] {_escape(first)}", soft_wrap=True)
+    for line in rest:
+        out.print(f"[dim]{_escape(line[:11])}[/]{_escape(line[11:])}", soft_wrap=True)
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:

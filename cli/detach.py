@@ -9,8 +9,8 @@ import typer
 
 from detachnet.errors import CheckpointError
 
-from .checkpoints import family_file
 from .console import friendly, note
+from .family import open_family
 
 
 @friendly
@@ -22,11 +22,10 @@ def detach(
     """Write one model of a family to a file of its own, with only the weights it needs."""
     if out.exists():
         raise CheckpointError(f"{out} exists already", hint="name a new file, or remove this one")
-    from detachnet.checkpoint import load_family, save
+    from detachnet.checkpoint import save
     from detachnet.plan import si
 
-    path = family_file(checkpoint)
-    net = load_family(path)
+    path, net = open_family(checkpoint)
     save(net, out, which=model)
     plan, sizes = net.plan[model], (out.stat().st_size / 1e6, path.stat().st_size / 1e6)
     note(

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .checkpoints import family_file
 from .console import friendly, print_json, table
+from .family import fastest_device, open_family
 
 
 @friendly
@@ -22,24 +22,19 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Measure the test accuracy of each trained model of a family."""
-    import torch
-
-    from detachnet.checkpoint import load_family
     from detachnet.data import load_data
     from detachnet.errors import CheckpointError
     from detachnet.plan import si
     from detachnet.trainer import evaluate as score
 
-    path = family_file(checkpoint)
-    net = load_family(path)
+    path, net = open_family(checkpoint)
     name = data or (net.data.name if net.data else None)
     if name is None:
         raise CheckpointError(
             f"{path} does not say what it was trained on", hint="evaluate a file that train wrote"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     split = load_data(name, data_root, download)[1]
-    scores = score(net, split, device)
+    scores = score(net, split, fastest_device())
     rows: list[dict[str, Any]] = [
         {
             "model": model,

@@ -12,8 +12,8 @@ import typer
 
 from detachnet.errors import CheckpointError
 
-from .checkpoints import family_file
 from .console import friendly, note, table
+from .family import open_family
 
 if TYPE_CHECKING:
     from detachnet.data import Split
@@ -42,11 +42,9 @@ def export(
     download: Annotated[bool, typer.Option("--download", help="Fetch a data set that is not found.")] = False,
 ) -> None:
     """Write the models of a family as graphs for another runtime, each one checked against PyTorch."""
-    from detachnet.checkpoint import load_family
     from detachnet.export import export as write
 
-    path = family_file(checkpoint)
-    net = load_family(path)
+    path, net = open_family(checkpoint)
     splits = _splits(net, path, data_root, download) if int8 else None
     with _only_our_words():
         manifest = write(net, out, format, model, int8=splits, latency=_latency(path))

@@ -9,8 +9,8 @@ import typer
 
 from detachnet.errors import MeasurementError
 
-from .checkpoints import family_file
 from .console import friendly, note, print_json, table
+from .family import open_family
 
 
 @friendly
@@ -30,15 +30,14 @@ def profile(
 ) -> None:
     """Measure latency, throughput, peak memory and size of each model on this machine."""
     from detachnet.backends import is_export
-    from detachnet.checkpoint import load
     from detachnet.measure import profile as measure
     from detachnet.measure import write_profile
 
     found = "onnx" if is_export(family) else "torch"
     if runtime not in (None, found):
         raise _other_runtime(family, runtime)
-    path = family if found == "onnx" else family_file(family)
-    measured = measure(path if found == "onnx" else load(path), device, batch, threads, n, warmup)
+    path, subject = (family, family) if found == "onnx" else open_family(family)
+    measured = measure(subject, device, batch, threads, n, warmup)
     written = write_profile(measured, path)
     if as_json:
         print_json(measured.model_dump(mode="json"))

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .checkpoints import family_file
 from .console import friendly, note, table
+from .family import open_family
 
 
 @friendly
@@ -21,14 +21,13 @@ def recalibrate(
     images: Annotated[int, typer.Option(min=1, help="Training images to measure on.")] = 5000,
 ) -> None:
     """Give each model batch norms of its own, with statistics measured anew."""
-    from detachnet.checkpoint import load_family, save
+    from detachnet.checkpoint import save
     from detachnet.data import Batches, load_data, select
     from detachnet.errors import CheckpointError
     from detachnet.recalibration import recalibrate as measure
     from detachnet.trainer import EVAL_BATCH, evaluate
 
-    path = family_file(checkpoint)
-    net = load_family(path)
+    path, net = open_family(checkpoint)
     if net.data is None:
         raise CheckpointError(
             f"{path} does not say what it was trained on", hint="recalibrate a file that train wrote"

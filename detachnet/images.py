@@ -38,7 +38,7 @@ _DETOURS = {"La": "LA", "LAB": "RGB"}
 
 
 def read_image(source: str | Path | BinaryIO | Image.Image, name: str | None = None) -> Image.Image:
-    """Read one picture completely, upright.
+    """Read one picture completely, upright, with 8 bits per channel.
 
     Of an animation it is the first frame. A picture turned by its EXIF orientation is turned back; one whose EXIF
     data is damaged is taken as it is stored.
@@ -48,7 +48,8 @@ def read_image(source: str | Path | BinaryIO | Image.Image, name: str | None = N
         name: What errors call it; the file's name if not given.
 
     Raises:
-        DataError: There is no such file, or it is no picture, truncated, damaged or too large.
+        DataError: There is no such file, or it is no picture, truncated, damaged or too large, or its values have
+            no known range.
     """
     name = name or str(source if isinstance(source, str | Path) else getattr(source, "name", "the image"))
     try:
@@ -56,10 +57,11 @@ def read_image(source: str | Path | BinaryIO | Image.Image, name: str | None = N
             warnings.simplefilter("ignore")  # Pillow's about metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
-                return ImageOps.exif_transpose(source)
-            with Image.open(source, formats=_formats()) as image:
-                image.load()
-                return ImageOps.exif_transpose(image)
+                upright = ImageOps.exif_transpose(source)
+            else:
+                with Image.open(source, formats=_formats()) as image:
+                    image.load()
+                    upright = ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
         raise DataError(f"there is no file {name}", nearest=_neighbours(name)) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -72,6 +74,7 @@ def read_image(source: str | Path | BinaryIO | Image.Image, name: str | None = N
     except Exception as error:  # a decoder raises anything on damaged bytes
         reason = "" if isinstance(error, OSError) and error.errno else ": it is truncated or damaged"
         raise DataError(f"{name} cannot be read{reason}", what=_one_line(error)) from error
+    return _common(upright, name)
 
 
 def to_tensor(image: Image.Image, data: DataInfo, input_size: tuple[int, ...]) -> Tensor:
@@ -100,7 +103,7 @@ def to_tensor(image: Image.Image, data: DataInfo, input_size: tuple[int, ...]) -
             hint="pictures become (1, H, W) or (3, H, W)",
         )
     height, width = input_size[1:]
-    plain = _opaque(_common(image)).convert(_MODES[num_chs])
+    plain = _opaque(_common(image, "the image")).convert(_MODES[num_chs])
     if plain.size != (width, height):
         plain = ImageOps.fit(plain, (width, height), Image.Resampling.BICUBIC)
     values = torch.from_numpy(np.array(plain)).view(1, height, width, num_chs).permute(0, 3, 1, 2)
@@ -133,7 +136,7 @@ def _formats() -> tuple[str, ...]:
     return tuple(dict.fromkeys(f for f in SUFFIXES.values() if f in Image.OPEN))
 
 
-def _common(image: Image.Image) -> Image.Image:
+def _common(image: Image.Image, name: str) -> Image.Image:
     """A picture of 16-bit or floating-point values, or of a rare mode, as a common one of 8 bits."""
     if image.mode in _DETOURS:
         return image.convert(_DETOURS[image.mode])
@@ -143,7 +146,7 @@ def _common(image: Image.Image) -> Image.Image:
     top = 1.0 if image.mode == "F" else 65535.0
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
         raise DataError(
-            f"an image of mode {image.mode!r} has values from {values.min():g} to {values.max():g}",
+            f"{name} of mode {image.mode!r} has values from {values.min():g} to {values.max():g}",
             hint=f"save it with values from 0 to {top:g}, or with 8 bits per channel",
         )
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))

@@ -101,6 +101,24 @@ class RunFolder:
         replace_file(self.info, (json.dumps(info, indent=1) + "\n").encode())
 
 
+def family_file(path: str | Path) -> Path:
+    """A family's file: the one given, or the last checkpoint of the run in a folder.
+
+    Raises:
+        CheckpointError: A folder without a run.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    last = RunFolder(path).last
+    if not last.exists():
+        raise CheckpointError(
+            f"there is no family in the folder {path}: it has no {last.name}",
+            nearest=[str(found) for found in sorted(path.glob("**/*.safetensors"))[:3]],
+        )
+    return last
+
+
 def _first_difference(old: str, new: str) -> str:
     """The first lines in which two recipes differ."""
     pairs = zip(old.splitlines(), new.splitlines(), strict=False)

@@ -159,20 +159,15 @@ def test_recipes_lists_every_shipped_one() -> None:
         assert path.stem in out
 
 
+COMMANDS = (
+    *("train", "inspect", "evaluate", "compare", "recalibrate", "detach"),
+    *("export", "profile", "cascade", "predict", "report", "recipes"),
+)
+
+
 def test_help_names_every_option_and_version() -> None:
     command = typer.main.get_command(app)
-    for name in (
-        "train",
-        "inspect",
-        "evaluate",
-        "compare",
-        "recalibrate",
-        "detach",
-        "export",
-        "profile",
-        "cascade",
-        "recipes",
-    ):
+    for name in COMMANDS:
         assert run(name, "--help")[0] == 0
         assert name in command.list_commands(None)  # type: ignore[attr-defined,arg-type]
     assert run("--version")[1] == f"detachnet {detachnet.__version__}\n"

@@ -1,0 +1,30 @@
+"""`detachnet report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import friendly, note
+
+
+@friendly
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    data_root: Annotated[
+        Path | None, typer.Option(help="Where data sets are; then $DETACHNET_DATA, then ./data.")
+    ] = None,
+) -> None:
+    """Put runs on one HTML page: results, curves, trade-offs, the family, predictions, hardware and recipe."""
+    from detachnet.checkpoint import replace_file
+    from detachnet.page import make_page
+
+    page = make_page(runs, data_root)
+    content = page.html.encode()
+    replace_file(out, content)
+    for sentence in page.missing:
+        note(sentence)
+    note(f"{out}: {len(content) / 1e3:.0f} kB, needs no other file and no network")

@@ -1,0 +1,345 @@
+"""runs -> one HTML page that needs nothing else: curves, trade-offs, table, family, predictions, recipe."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+from torch import Tensor
+
+from detachnet.checkpoint import load_family
+from detachnet.data import Batches, Split, load_data, select
+from detachnet.detachable import DetachableNet
+from detachnet.errors import CheckpointError, DataError
+from detachnet.figures import Axis, Point, Series, bar, chart, key, percent
+from detachnet.measure import Profile, read_profile
+from detachnet.plan import si
+from detachnet.predictions import Prediction, known_data, predict
+from detachnet.recipe import Recipe, load_recipe
+from detachnet.report import result_rows
+from detachnet.runs import RunFolder, family_file
+
+NUM_PICTURES = 12
+"""Test images that are shown; evenly spaced through the test images, so not chosen by what came out."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page and what could not be shown on it.
+
+    Attributes:
+        html: The whole page.
+        missing: What is missing and why, a sentence each; the page says it too.
+    """
+
+    html: str
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that a run's folder says.
+
+    Attributes:
+        name: The folder's, or its path where two are called alike.
+        recipe: The resolved recipe.
+        toml: The same, as it is written.
+        info: Hardware, versions and seconds; empty if the run did not get so far.
+        metrics: One row per epoch.
+        net: The family at its last epoch.
+        profile: What was measured, if anything.
+    """
+
+    name: str
+    recipe: Recipe
+    toml: str
+    info: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    net: DetachableNet
+    profile: Profile | None
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """The final table; empty before the first epoch is complete."""
+        return result_rows(self.net.plan, self.recipe.models, self.metrics) if self.metrics else []
+
+
+def read_run(path: str | Path, name: str | None = None) -> RunRecord:
+    """Read a run's folder.
+
+    Raises:
+        CheckpointError: There is no run, or one of its files is damaged.
+        RecipeError: Its recipe is damaged.
+    """
+    folder = RunFolder(path)
+    if not folder.recipe.exists():
+        raise CheckpointError(f"there is no run in {path}", hint="give the folder that detachnet train --out made")
+    return RunRecord(
+        name=name or folder.path.resolve().name,
+        recipe=load_recipe(folder.recipe),
+        toml=folder.recipe.read_text(encoding="utf-8"),
+        info=next(iter(_json_lines(folder.info, whole=True)), {}),
+        metrics=_json_lines(folder.metrics),
+        net=load_family(family_file(folder.path)),
+        profile=read_profile(folder.path),
+    )
+
+
+def make_page(paths: Sequence[str | Path], data_root: str | Path | None = None) -> Page:
+    """Put one or more runs on a page.
+
+    Args:
+        paths: Folders of runs; with several, a figure with all of them comes first.
+        data_root: Where the images for predictions are looked for first.
+
+    Raises:
+        DetachNetError: A folder holds no run, or a damaged one.
+    """
+    runs = [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    missing: list[str] = []
+    sections = [_section(run, data_root, missing) for run in runs]
+    together = _together(runs) if len(runs) > 1 else None
+    html = _template().render(
+        title=_title(runs), sections=sections, together=together, key=key, legend=_legend(runs)
+    )
+    return Page(html, tuple(missing))
+
+
+def _template() -> Any:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(resources.files("detachnet").joinpath("page.html").read_text(encoding="utf-8"))
+
+
+def _names(paths: Sequence[str | Path]) -> list[str]:
+    """The folders' names; their paths where these are not different."""
+    names = [Path(path).resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _title(runs: Sequence[RunRecord]) -> str:
+    return runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+
+
+def _legend(runs: Sequence[RunRecord]) -> list[tuple[int, str]]:
+    return [(i, run.name) for i, run in enumerate(runs)]
+
+
+def _json_lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one per line or the whole file; none if there is no file."""
+    if not path.exists():
+        return []
+    try:
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(part) for part in ([text] if whole else text.splitlines())]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged", what=str(error)) from error
+
+
+def _section(run: RunRecord, data_root: str | Path | None, missing: list[str]) -> dict[str, Any]:
+    """What the template shows of one run."""
+    plan, table = run.net.plan, run.table
+    notes: list[str] = []
+    pictures: list[dict[str, Any]] = []
+    if not table:
+        notes.append("No epoch is complete yet: there are no curves and no accuracies.")
+    if not run.info:
+        notes.append("There is no run.json: the hardware and the versions are not known.")
+    if run.profile is None:
+        notes.append("Latency was not measured: detachnet profile does that.")
+    try:
+        pictures = _pictures(run, _test_images(run, data_root))
+    except DataError as error:
+        notes.append(f"No predictions: {error.summary}.")
+    missing += [f"{run.name}: {note}" for note in notes]
+    return {
+        "run": run,
+        "plan": plan,
+        "epochs": f"{len(run.metrics)} of {run.recipe.train.epochs} epochs",
+        "tested": _tested(run),
+        "rows": [_row(row) for row in table],
+        "bars": [_bar(run, name) for name in plan.names],
+        "legend": list(enumerate(run.recipe.models)),
+        "figures": _figures(run, table),
+        "pictures": pictures,
+        "facts": _facts(run),
+        "notes": notes,
+    }
+
+
+def _tested(run: RunRecord) -> str:
+    """What accuracies are measured on."""
+    count = run.net.data.num_test if run.net.data else 0
+    kind = "held-out training" if run.recipe.data.holdout else "test"
+    return (
+        f"{count:,} {kind} images of {run.recipe.data.name}"
+        if count
+        else f"{kind} images of {run.recipe.data.name}"
+    )
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row of the final table, as text."""
+    return {
+        "model": row["model"],
+        "macs": si(row["macs"]),
+        "of_base": f"{100 * row['macs_of_base']:.0f} %",
+        "num_params": si(row["num_params"]),
+        "best": f"{100 * row['best_accuracy']:.2f} %",
+        "epoch": str(row["best_epoch"]),
+        "last": f"{100 * row['last_accuracy']:.2f} %",
+    }
+
+
+def _bar(run: RunRecord, name: str) -> dict[str, Any]:
+    """A model's bar in the diagram of the family, and the words above it."""
+    plan, model = run.net.plan, run.net.plan[name]
+    entry = model.stepdown
+    if entry is None:
+        words = "the whole network"
+    else:
+        feature = "×".join(map(str, entry.feature))
+        words = f"enters behind {model.cut} through its step-down ({entry}), which makes {feature} of the image"
+    share = f"{100 * model.macs / max(1, plan.models[0].macs):.0f} %"
+    return {"name": name, "macs": si(model.macs), "share": share, "words": words, "svg": bar(plan, model)}
+
+
+def _figures(run: RunRecord, table: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Markup, bool]]:
+    """Heading, sentence, drawing, and whether the legend of models belongs to it."""
+    if not table:
+        return []
+    figures = [
+        (
+            "Accuracy against MACs",
+            "After the last epoch; up and to the left is better.",
+            _trade_off(_MACS, [_macs_points(table, i) for i in range(len(table))], [r["model"] for r in table]),
+            False,
+        )
+    ]
+    if run.profile is not None:
+        figures.append(
+            ("Accuracy against latency", f"Measured: {run.profile.title}.", _latency(run.profile), False)
+        )
+    epochs = [row["epoch"] for row in run.metrics]
+    for heading, field, axis in (
+        ("Test accuracy", "test_accuracy", Axis("epoch", _whole)),
+        ("Training loss", "train_loss", Axis("epoch", _whole)),
+    ):
+        curves = _curves(run, field, epochs)
+        y = Axis("", percent if field == "test_accuracy" else "{:g}".format)
+        description = f"{heading} of {', '.join(run.recipe.models)} over {len(epochs)} epochs."
+        figures.append((heading, "One line per model.", chart(heading, description, axis, y, curves, False), True))
+    return figures
+
+
+def _whole(value: float) -> str:
+    """Ticks between two epochs have no number."""
+    return f"{value:.0f}" if value == int(value) else ""
+
+
+_MACS = Axis("million MACs for one image", "{:g}".format, from_zero=True)
+_MS = Axis("median milliseconds", "{:g}".format, from_zero=True)
+
+
+def _curves(run: RunRecord, field: str, epochs: Sequence[int]) -> list[Series]:
+    """A metric of each model over the epochs."""
+    return [
+        Series(name, tuple(Point(x, row[field][name]) for x, row in zip(epochs, run.metrics, strict=True)), i)
+        for i, name in enumerate(run.recipe.models)
+    ]
+
+
+def _macs_points(table: Sequence[Mapping[str, Any]], i: int) -> tuple[Point, ...]:
+    row = table[i]
+    return (_point(row["model"], row["macs"] / 1e6, row["last_accuracy"], f"{si(row['macs'])} MACs"),)
+
+
+def _point(model: str, x: float, accuracy: float, cost: str) -> Point:
+    return Point(x, accuracy, model, f"{model}: {100 * accuracy:.2f} %, {cost}")
+
+
+def _trade_off(axis: Axis, points: Sequence[tuple[Point, ...]], names: Sequence[str]) -> Markup:
+    series = [Series(name, group, i) for i, (name, group) in enumerate(zip(names, points, strict=True))]
+    words = "; ".join(point.title for group in points for point in group) + "."
+    return chart(f"Accuracy against {axis.label}", words, axis, Axis("accuracy", percent), series, True)
+
+
+def _latency(profile: Profile) -> Markup:
+    """Accuracy against the measured median; models whose accuracy is not known are left out."""
+    known = [row for row in profile.rows if row.accuracy is not None]
+    points = [
+        (_point(row.model, 1e3 * row.p50_s, row.accuracy or 0.0, f"{1e3 * row.p50_s:.3f} ms"),) for row in known
+    ]
+    return _trade_off(_MS, points, [row.model for row in known])
+
+
+def _together(runs: Sequence[RunRecord]) -> Markup:
+    """Every run's models over their MACs; a line connects those of one run."""
+    groups = []
+    for run in runs:
+        rows = sorted(run.table, key=lambda row: float(row["macs"]))
+        points = (
+            _point(row["model"], row["macs"] / 1e6, row["last_accuracy"], f"{si(row['macs'])} MACs")
+            for row in rows
+        )
+        groups.append(tuple(points))
+    return _trade_off(_MACS, groups, [run.name for run in runs])
+
+
+def _facts(run: RunRecord) -> list[tuple[str, str]]:
+    """Hardware, versions and times, as `run.json` has them."""
+    units = {"train_s": "training, s", "images_per_s": "images/s in training", "cpu_cores": "CPU cores"}
+    facts = [(units.get(name, name), str(value)) for name, value in run.info.items() if value is not None]
+    if run.profile is not None:
+        measured = [*run.profile.hardware.values(), *(f"{k} {v}" for k, v in run.profile.versions.items())]
+        facts.append(("latency measured on", ", ".join(measured)))
+    return facts
+
+
+def _test_images(run: RunRecord, data_root: str | Path | None) -> Split:
+    """The images accuracies were measured on.
+
+    Raises:
+        DataError: They are not on this machine.
+    """
+    data = run.recipe.data
+    return select(load_data(data.name, data_root), data.num_train, data.holdout)[1]
+
+
+def _pictures(run: RunRecord, split: Split) -> list[dict[str, Any]]:
+    """Some test images with what each trained model says about them."""
+    count = min(NUM_PICTURES, len(split))
+    chosen = torch.arange(count) * len(split) // count
+    part = Split(split.images[chosen], split.labels[chosen], split.classes)
+    images, labels = next(Batches(part, known_data(run.net), count).epoch())
+    answers = {name: predict(run.net, images, name, top=1) for name in run.recipe.models}
+    return [
+        {
+            "png": _png(part.images[i]),
+            "truth": split.classes[label],
+            "answers": [_answer(name, said[i], split.classes[label]) for name, said in answers.items()],
+        }
+        for i, label in enumerate(labels.tolist())
+    ]
+
+
+def _answer(model: str, answer: Prediction, truth: str) -> dict[str, Any]:
+    text = f"{answer.labels[0]} {100 * answer.probabilities[0]:.0f}\N{NO-BREAK SPACE}%"
+    return {"model": model, "right": answer.labels[0] == truth, "text": text}
+
+
+def _png(image: Tensor) -> str:
+    """A picture `(C, H, W)`, uint8, as a data URL."""
+    array = image.permute(1, 2, 0).numpy()
+    file = io.BytesIO()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
