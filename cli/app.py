@@ -30,20 +30,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One CNN, many devices: train a network and its detachable sub-models in one file.",
 )
-for command in (
-    train,
-    inspect,
-    evaluate,
-    compare,
-    recalibrate,
-    detach,
-    export,
-    profile,
-    cascade,
-    predict,
-    report,
-    recipes,
-):
+COMMANDS = (
+    *(train, inspect, evaluate, compare, recalibrate, detach),
+    *(export, profile, cascade, predict, report, recipes),
+)
+for command in COMMANDS:
     app.command()(command)
 
 

@@ -241,13 +241,13 @@ def load(
     return _build_detached(header, header.detached, tensors, path, model, stepdown, leaves)
 
 
-def load_family(path: str | Path) -> DetachableNet:
+def load_family(path: str | Path, model: nn.Module | None = None) -> DetachableNet:
     """`load`, where one model alone is not enough.
 
     Raises:
         CheckpointError: The file holds one model alone, or as `load`.
     """
-    return build(*read(path), path)
+    return build(*read(path), path, model)
 
 
 def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:

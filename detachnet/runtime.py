@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detachnet.backends import Backend, Costs, OnnxBackend, TorchBackend, is_export
 from detachnet.budget import Candidate, check, choose
-from detachnet.checkpoint import load
+from detachnet.checkpoint import load_family
 from detachnet.errors import BudgetError, CutError, DataError, MeasurementError, nearest
 from detachnet.images import read_image, to_tensor
 from detachnet.measure import Profile, find_device, hardware, profile_path, read_profile
@@ -82,7 +82,7 @@ class Family:
         measured = read_profile(path)
         threads = measured.rows[0].threads if measured else None
         if not is_export(path):
-            return cls(TorchBackend(load(path, model).to(find_device(device)), threads), path, measured)
+            return cls(TorchBackend(load_family(path, model).to(find_device(device)), threads), path, measured)
         if device != "cpu":
             raise MeasurementError(f"the ONNX graphs of {path} run on the CPU here, not on {device}")
         return cls(OnnxBackend(path, threads), path, measured)
