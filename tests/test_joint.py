@@ -1,5 +1,7 @@
 """The joint graph is separate passes: outputs, gradients and batch-norm state, in float64."""
 
+import copy
+
 import pytest
 import torch
 
@@ -137,3 +139,29 @@ def test_frozen_norms_stay_frozen() -> None:
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     net(torch.randn(4, 3, 8, 8), which="all")
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_features_are_the_base_models_at_the_cut_and_the_step_downs(training: bool) -> None:
+    model = detachnet.create_model("detachnet:vgg16_cifar", width=0.1).double()
+    net = detachnet.make_detachable(model, ["features.6", "features.23"], (3, 32, 32)).train(training)
+    images = torch.randn(4, 3, 32, 32, dtype=torch.double)
+    expected = copy.deepcopy(net)(images, which="all")
+    seen: dict[str, torch.Tensor] = {}
+    alone = copy.deepcopy(net)
+    for name, cut in (("sub0", "6"), ("sub1", "23")):
+        layer = alone.base.get_submodule(f"features.{cut}")
+        layer.register_forward_hook(lambda _m, _args, out, name=name: seen.setdefault(name, out))
+    alone(images, which="base")
+    outputs, features = net(images, which="all", features=True)
+    for name, (feature, made) in features.items():
+        torch.testing.assert_close(outputs[name], expected[name], rtol=0, atol=0)
+        torch.testing.assert_close(feature, seen[name], rtol=0, atol=0)
+        torch.testing.assert_close(made, net.stepdowns.get_submodule(name)(images), rtol=0, atol=0)
+    assert list(features) == ["sub0", "sub1"]
+
+
+def test_no_features_without_one_pass() -> None:
+    net = detachnet.make_detachable(models.OddBatch(), ["conv1"], (3, 8, 8))
+    with pytest.raises(detachnet.DetachNetError, match="in no simple way"):
+        net(torch.zeros(2, 3, 8, 8), which="all", features=True)

@@ -53,3 +53,15 @@ def test_a_model_alone_has_no_teacher() -> None:
     out, target = torch.randn(3, 4), torch.tensor([0, 2, 1])
     loss = detachnet.MultiModelLoss(distillation=1.0)({"sub1": out}, target)
     torch.testing.assert_close(loss, F.cross_entropy(out, target))
+
+
+def test_the_hint_is_the_relative_squared_error_of_the_feature() -> None:
+    target = torch.tensor([0, 2, 1])
+    outputs = {"base": torch.randn(3, 4), "sub0": torch.randn(3, 4)}
+    feature, made = (torch.randn(3, 5, 2, 2, requires_grad=True) for _ in range(2))
+    losses = detachnet.MultiModelLoss(hint=0.5).per_model(outputs, target, {"sub0": (feature, made)})
+    error = (feature - made).pow(2).sum() / feature.pow(2).sum()
+    torch.testing.assert_close(losses["sub0"], F.cross_entropy(outputs["sub0"], target) + 0.5 * error)
+    losses["sub0"].backward()
+    assert feature.grad is None
+    assert made.grad is not None

@@ -359,3 +359,13 @@ def test_a_frozen_base_model_stays_bit_for_bit(base_file: Path, tmp_path: Path, 
 def test_nothing_left_to_train(tmp_path: Path) -> None:
     with pytest.raises(detachnet.RecipeError, match="freeze_base leaves nothing to train"):
         train(recipe("train.freeze_base=true", 'train.models=["base"]'), tmp_path / "run")
+
+
+def test_stems_and_distillation_resume_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    chosen = recipe("family.stepdown=stem", "loss.distillation=1", "loss.hint=0.5", "loss.weights={sub1=0.2}")
+    assert train(chosen, tmp_path / "whole").status == "finished"
+    with pytest.raises(Killed):
+        train(chosen, tmp_path / "killed", listener=KillAfter(11))
+    train(chosen, tmp_path / "killed", resume=True)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
