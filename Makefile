@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint docs zoo bench clean
+.PHONY: quickstart test lint docs zoo study bench clean
 
 quickstart: .venv/package ## train a small family on embedded data, a few minutes on two cores
 	rm -rf runs/quickstart
@@ -21,6 +21,9 @@ docs: .venv/docs ## build the pages into site/, strictly
 
 zoo: .venv/dev ## every model of torchvision and timm against tests/zoo/table.csv, up to 20 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.check
+
+study: .venv/dev ## docs/study.md's runs, some hours on two cores; DATA=folder of CIFAR-10
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/study.py --data-root $(DATA)
 
 bench: .venv/dev ## the quick benchmarks
 	$(BIN)/python benchmarks/surgery.py --quick
