@@ -145,7 +145,7 @@ class TrainingDisplay:
         """Print the epoch's accuracies."""
         accuracy = "  ".join(f"{name} {100 * value:5.2f} %" for name, value in row["test_accuracy"].items())
         loss = " ".join(f"{value:.3f}" for value in row["train_loss"].values())
-        line = f"epoch {row['epoch']:>3}  test accuracy  {accuracy}  training loss {loss}"
+        line = f"epoch {row['epoch']:>3}  accuracy  {accuracy}  training loss {loss}"
         (self.progress.console if self.progress else console()).print(line)
 
     def close(self) -> None:

@@ -56,12 +56,13 @@ def train(
         display.close()
     if result.table:
         epochs = f"{result.epochs} of {checked.train.epochs} epochs"
+        images = "held-out" if checked.data.holdout else "test"
         table(
-            f"{checked.data.name} test accuracy, {epochs}, seed {checked.train.seed}",
+            f"{checked.data.name} {images} accuracy, {epochs}, seed {checked.train.seed}",
             COLUMNS,
             result_cells(result.table),
         )
-        note("\nBest is over the test accuracies of all epochs, as in the paper; last is the last epoch's.")
+        note("\nBest is over the accuracies of all epochs, as in the paper; last is the last epoch's.")
     if result.status == "finished":
         note(f"Run: {result.folder.path}  Best family: {result.folder.best}")
         return

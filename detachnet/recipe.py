@@ -60,7 +60,8 @@ class DataTable(_Table):
     num_train: Annotated[int, Field(ge=0)] = 0
     """Train on the first so many images; 0 for all."""
     holdout: Annotated[int, Field(ge=0)] = 0
-    """Evaluate on the last so many training images, which are not trained on, instead of the test images."""
+    """Evaluate on the last so many training images, which are not trained on, instead of the test images: for
+    choosing settings. Files of such a run quote no accuracy; `test_*` in its metrics is of the held-out images."""
     flip: bool = False
     """Mirror each image left to right with probability one half."""
     normalize: Literal["channel", "none"] = "channel"

@@ -134,7 +134,8 @@ class _Trainer:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.net)  # type: ignore[no-untyped-call]
         if recipe.train.init:
             start_from(self.net, recipe.train.init)
-        self.net.data = describe_data(recipe.data.name, splits, recipe.data.normalize)
+        info = describe_data(recipe.data.name, splits, recipe.data.normalize)
+        self.net.data = info.model_copy(update={"num_test": 0}) if recipe.data.holdout else info
         self.parameters = self.net.parameters_of(recipe.models)
         for name, parameter in self.net.named_parameters():
             frozen = recipe.train.freeze_base and name.startswith("base.")
@@ -297,7 +298,8 @@ class _Trainer:
                 "test_accuracy": {name: score["accuracy"] for name, score in scores.items()},
             }
         )
-        self.net.accuracy = dict(self.at.rows[-1]["test_accuracy"])
+        if not self.recipe.data.holdout:
+            self.net.accuracy = dict(self.at.rows[-1]["test_accuracy"])
         self.at.epoch, self.at.step = self.at.epoch + 1, 0
         self.sums.zero_()
         means = [sum(row["test_accuracy"].values()) for row in self.at.rows]
