@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from detachnet.errors import CheckpointError
+
 from .console import friendly, note, table
 from .family import open_family
 
@@ -21,9 +23,10 @@ def recalibrate(
     images: Annotated[int, typer.Option(min=1, help="Training images to measure on.")] = 5000,
 ) -> None:
     """Give each model batch norms of its own, with statistics measured anew."""
+    if out.exists():
+        raise CheckpointError(f"{out} exists already", hint="name a new file, or remove this one")
     from detachnet.checkpoint import save
     from detachnet.data import Batches, load_data, select
-    from detachnet.errors import CheckpointError
     from detachnet.recalibration import recalibrate as measure
     from detachnet.trainer import EVAL_BATCH, evaluate
 

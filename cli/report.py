@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from detachnet.errors import CheckpointError
+
 from .console import friendly, note
 
 
@@ -19,6 +21,8 @@ def report(
     ] = None,
 ) -> None:
     """Put runs on one HTML page: results, curves, trade-offs, the family, predictions, hardware and recipe."""
+    if out.suffix != ".html":
+        raise CheckpointError(f"{out} is no name for a page", hint="-o report.html; an older page is replaced")
     from detachnet.checkpoint import replace_file
     from detachnet.page import make_page
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -41,7 +42,8 @@ def train(
     class Display(TrainingDisplay, trainer.Listener):
         """The terminal as a listener."""
 
-    display = Display()
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
+    display = Display() if first else None
     try:
         result = trainer.train(
             checked,
@@ -53,7 +55,10 @@ def train(
             listener=display,
         )
     finally:
-        display.close()
+        if display:
+            display.close()
+    if not first:
+        return
     if result.table:
         epochs = f"{result.epochs} of {checked.train.epochs} epochs"
         images = "held-out" if checked.data.holdout else "test"

@@ -196,6 +196,8 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         CheckpointError: It cannot be written; what was there is still there.
     """
+    if not path.parent.is_dir():
+        raise CheckpointError(f"cannot write {path}: there is no folder {path.parent}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -252,6 +254,10 @@ def load_family(path: str | Path, model: nn.Module | None = None) -> DetachableN
 
 def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
     """A file's header and tensors, both checked."""
+    if Path(path).is_dir():
+        raise CheckpointError(
+            f"{path} is a folder", hint="of a run, give its last.safetensors or best.safetensors"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -262,7 +268,7 @@ def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
         raise CheckpointError(
             f"{path} is not a complete safetensors file",
             what=str(error),
-            hint="it may be truncated; copy it again",
+            hint="it may be no checkpoint, or truncated: then copy it again",
         ) from error
     if KEY not in metadata:
         raise CheckpointError(

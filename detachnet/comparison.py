@@ -54,19 +54,22 @@ class _Experiment:
 
     name: str
     recipe: Recipe
-    results: list[list[dict[str, Any]]]
+    results: dict[int, list[dict[str, Any]]]
+    """Seed -> the final table."""
 
     def last(self, model: str) -> tuple[float, ...]:
         """A model's accuracy after the last epoch, per seed."""
-        return tuple(row["last_accuracy"] for rows in self.results for row in rows if row["model"] == model)
+        return tuple(
+            row["last_accuracy"] for rows in self.results.values() for row in rows if row["model"] == model
+        )
 
     def is_alone(self, model: str, other: _Experiment) -> bool:
-        """Whether this is `model` of another experiment alone: same network, step-down, data and epochs."""
+        """Whether this is `model` of another experiment alone: same network, step-down, data and training."""
         mine, theirs = self.recipe, other.recipe
-        if mine.models != (model,) or (mine.model, mine.data) != (theirs.model, theirs.data):
+        if mine.models != (model,) or mine.train.init or mine.train.freeze_base:
             return False
         same_entry = model == BASE or _entry(mine) == _entry(theirs)
-        return same_entry and mine.train.epochs == theirs.train.epochs
+        return same_entry and _budget(mine) == _budget(theirs)
 
 
 def _entry(recipe: Recipe) -> tuple[Any, ...]:
@@ -75,23 +78,31 @@ def _entry(recipe: Recipe) -> tuple[Any, ...]:
     return family.cuts, family.stepdown, family.stem if family.stepdown == "stem" else None
 
 
+def _budget(recipe: Recipe) -> tuple[Any, ...]:
+    """What must be equal for a difference to mean the family."""
+    train = recipe.train
+    same = (train.epochs, train.batch_size, train.precision)
+    return recipe.model, recipe.data, recipe.optimizer, recipe.schedule, same
+
+
 def compare(paths: Sequence[str | Path]) -> list[Entry]:
     """Put finished runs side by side.
 
-    Runs whose recipes differ in nothing but the seed are one experiment. A run that trained the base-model only is
-    the baseline; one that trained a sub-model only is what that sub-model reaches alone.
+    Runs whose recipes differ in nothing but the seed are one experiment. A run that trained the base-model only,
+    on the same data with the same optimizer, schedule, batch size and epochs, is the baseline; one that trained a
+    sub-model only is what that sub-model reaches alone.
 
     Args:
         paths: Folders of runs, in the order of the table.
 
     Raises:
-        CheckpointError: A folder holds no finished run.
+        CheckpointError: A folder holds no finished run, is given twice, or was measured on other images.
     """
     experiments = _experiments([RunFolder(path) for path in paths])
     return [
         _entry_of(experiment, i, experiments)
         for experiment in experiments
-        for i in range(len(experiment.results[0]))
+        for i in range(len(experiment.recipe.models))
     ]
 
 
@@ -101,26 +112,36 @@ def _experiments(folders: Sequence[RunFolder]) -> list[_Experiment]:
     for folder in folders:
         if not folder.results.exists():
             raise CheckpointError(
-                f"{folder.path} holds no finished run", hint="finish it: detachnet train ... --resume"
+                f"{folder.path} holds no finished run",
+                hint="finish it: detachnet train ... --resume"
+                if folder.path.is_dir()
+                else "give the run's folder",
             )
         recipe = load_recipe(folder.recipe)
-        train = recipe.train.model_copy(update={"seed": 0})
+        same = {"seed": 0, "init": re.sub(r"\d+", "", recipe.train.init)}  # each seed may start from its own
+        train = recipe.train.model_copy(update=same)
         key = recipe.model_copy(update={"train": train}).model_dump_json()
         name = re.sub(r"[-_](seed[-_]?)?\d+$", "", folder.path.resolve().name) or folder.path.name
-        group = groups.setdefault(key, _Experiment(name, recipe, []))
-        group.results.append(json.loads(folder.results.read_text(encoding="utf-8")))
+        if key not in groups and any(group.name == name for group in groups.values()):
+            name = folder.path.resolve().name
+        group = groups.setdefault(key, _Experiment(name, recipe, {}))
+        if recipe.train.seed in group.results:
+            raise CheckpointError(f"{folder.path} is the second run of seed {recipe.train.seed} of {group.name}")
+        group.results[recipe.train.seed] = json.loads(folder.results.read_text(encoding="utf-8"))
+    if len({bool(group.recipe.data.holdout) for group in groups.values()}) > 1:
+        raise CheckpointError("some runs were measured on test images, others on held-out training images")
     return list(groups.values())
 
 
 def _entry_of(experiment: _Experiment, i: int, experiments: Sequence[_Experiment]) -> Entry:
     """The row of an experiment's model number `i`."""
-    rows = [rows[i] for rows in experiment.results]
+    rows = [rows[i] for rows in experiment.results.values()]
     model = str(rows[0]["model"])
     last = experiment.last(model)
 
     def difference(other: str) -> float | None:
         alone = next((e for e in experiments if e.is_alone(other, experiment)), None)
-        if alone is None or alone is experiment:
+        if alone is None or experiment.is_alone(other, experiment):
             return None
         return statistics.fmean(last) - statistics.fmean(alone.last(other))
 

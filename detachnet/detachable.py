@@ -116,10 +116,10 @@ class DetachableNet(nn.Module):
                 f"the family is made for images {by(self.plan.input_size)}, not {by(tuple(x.shape[1:]))}",
                 hint="make_detachable(model, cuts, input_size=...) makes one for another size",
             )
-        if features:
-            return self._view(models, True)(self, x)
-        out = self._view(models)(self, x)
-        return out if single is not None or len(models) > 1 else {models[0]: out}
+        out = self._view(models, features)(self, x)
+        out, found = out if features else (out, None)
+        out = out if single is not None or len(models) > 1 else {models[0]: out}
+        return (out, found) if features else out
 
     def _view(self, models: tuple[str, ...], features: bool = False) -> Run:
         key = (models, self.training, features)
@@ -147,7 +147,7 @@ class DetachableNet(nn.Module):
         if name not in self.names:
             raise CutError(
                 f"no model is called {name!r}",
-                hint=f"the models are {', '.join(self.names)}; 'all' runs every one",
+                hint=f"the models are {', '.join(self.names)}",
                 nearest=nearest(name, self.names),
             )
 
@@ -179,7 +179,7 @@ class DetachableNet(nn.Module):
 
         Args:
             name: Which one.
-            share: Keep the family's own tensors instead of copying them.
+            share: Keep the family's own layers and tensors instead of copying them, in the mode they are in.
 
         Raises:
             CutError: No model has that name.
@@ -294,10 +294,12 @@ def make_detachable(
     """
     if norm not in ("private", "shared"):
         raise CutError(f"norm is 'private' or 'shared', not {norm!r}")
-    if isinstance(stepdown, str) and stepdown not in ("conv", "stem", "identity"):
+    known = stepdown in ("conv", "stem", "identity") if isinstance(stepdown, str) else callable(stepdown)
+    is_class = isinstance(stepdown, type) and issubclass(stepdown, Stem)
+    if is_class or not (known or isinstance(stepdown, Stem)):
         raise CutError(
-            f"stepdown is 'conv', 'stem', 'identity' or a function (image shape, feature shape) -> module, "
-            f"not {stepdown!r}"
+            "stepdown is 'conv', 'stem', 'identity', a Stem or a function "
+            f"(image shape, feature shape) -> module, not {stepdown!r}"
         )
     model = unwrap(model)
     traced = trace(model, input_size, example_input, Leaves(tuple(leaf_modules), tuple(leaf_functions)))

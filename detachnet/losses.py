@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from detachnet.errors import RecipeError, nearest
 
+Features = Mapping[str, tuple[Tensor, Tensor]]
+"""Sub-model → the base-model's feature at its cut, and its step-down's output."""
+
 
 class MultiModelLoss(nn.Module):
     """The sum of all models' losses, each with its weight: cross entropy, and distillation from a larger model.
@@ -21,6 +24,8 @@ class MultiModelLoss(nn.Module):
             which gets no gradient from it. The first model of the outputs has no teacher.
         temperature: Both predictions' logits are divided by it, the divergence multiplied by its square.
         teacher: Of each sub-model: `base`, the first model of the outputs; or `larger`, the one before it.
+        hint: Weight of the squared error of each step-down's output against the base-model's feature at the cut,
+            relative to that feature's mean square; it needs `features`.
 
     Examples:
         >>> loss = detachnet.MultiModelLoss()(net(images, which="all"), target)
@@ -44,20 +49,24 @@ class MultiModelLoss(nn.Module):
         self.distillation, self.temperature, self.teacher = distillation, temperature, teacher
         self.hint = hint
 
-    def forward(self, outputs: Mapping[str, Any], target: Tensor) -> Tensor:
+    def forward(self, outputs: Mapping[str, Any], target: Tensor, features: Features | None = None) -> Tensor:
         """The weighted sum, a scalar.
 
         Args:
             outputs: Model → logits `(B, num_classes)`, as `net(images, which="all")` returns them.
             target: Class indices, `(B,)`.
+            features: As `net(images, which="all", features=True)` returns them.
+
+        Raises:
+            RecipeError: A weight belongs to no model, or there is a hint but no features.
         """
-        return self.total(self.per_model(outputs, target))
+        return self.total(self.per_model(outputs, target, features))
 
     def per_model(
         self,
         outputs: Mapping[str, Any],
         target: Tensor,
-        features: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        features: Features | None = None,
     ) -> dict[str, Tensor]:
         """Each model's own loss, without its weight."""
         predictions = {name: logits(out) for name, out in outputs.items()}
@@ -66,9 +75,12 @@ class MultiModelLoss(nn.Module):
             for name, teacher in self._teachers(predictions).items():
                 distance = self.divergence(predictions[name], teacher)
                 losses[name] = losses[name] + self.distillation * distance
-        for name, (feature, made) in (features or {}).items():
+        if self.hint and len(outputs) > 1 and not features:
+            raise RecipeError("a hint needs features", hint='net(images, which="all", features=True)')
+        for name, (feature, made) in (features or {}).items() if self.hint else ():
             theirs = feature.detach()
-            losses[name] = losses[name] + self.hint * F.mse_loss(made, theirs) / theirs.pow(2).mean()
+            error = F.mse_loss(made, theirs) / theirs.pow(2).mean().clamp_min(1e-12)
+            losses[name] = losses[name] + self.hint * error
         return losses
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:

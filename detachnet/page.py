@@ -231,7 +231,11 @@ def _figures(run: RunRecord, table: Sequence[Mapping[str, Any]]) -> list[tuple[s
         )
     epochs = [row["epoch"] for row in run.metrics]
     for heading, field, axis in (
-        ("Test accuracy", "test_accuracy", Axis("epoch", _whole)),
+        (
+            "Held-out accuracy" if run.recipe.data.holdout else "Test accuracy",
+            "test_accuracy",
+            Axis("epoch", _whole),
+        ),
         ("Training loss", "train_loss", Axis("epoch", _whole)),
     ):
         curves = _curves(run, field, epochs)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.detachable import DetachableNet
+from detachnet.errors import DataError
 
 
 def recalibrate(net: DetachableNet, batches: Iterable[Tensor]) -> DetachableNet:
@@ -24,7 +25,10 @@ def recalibrate(net: DetachableNet, batches: Iterable[Tensor]) -> DetachableNet:
             They are gone through once.
 
     Returns:
-        A family with private norms, in evaluation mode.
+        A family with private norms, in evaluation mode; its accuracy is not known.
+
+    Raises:
+        DataError: There are no batches.
 
     Source: precise batch norm, arXiv 2105.07576, section 3; for sub-networks arXiv 1903.05134, section 3.
     """
@@ -37,10 +41,15 @@ def recalibrate(net: DetachableNet, batches: Iterable[Tensor]) -> DetachableNet:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over all batches
         norm.train()
+    num_batches = 0
     with torch.no_grad():
         for images in batches:
+            num_batches += 1
             for part in parts.values():
                 part(images)
+    if not num_batches:
+        raise DataError("there are no images to measure statistics on")
     for norm, momentum in momenta.items():
         norm.momentum = momentum
+    fresh.accuracy = {}
     return fresh.eval()

@@ -137,7 +137,8 @@ class TrainTable(_Table):
     init: str = ""
     """A family's file whose base-model's weights and statistics all models start from."""
     freeze_base: bool = False
-    """Train only step-downs and private norms: the base-model stays bit for bit as it is."""
+    """Train only step-downs and private norms: the base-model stays bit for bit as it is. Layers of it run in
+    evaluation mode; dropout that a forward pass calls as a function stays on."""
     precision: Literal["float32", "bf16"] = "float32"
     """`bf16` runs under bfloat16 autocast."""
 
@@ -169,9 +170,18 @@ class Recipe(_Table):
                     raise ValueError(f"{key} names {name!r}, but the models are {', '.join(names)}")
         if len(set(self.train.models)) < len(self.train.models):
             raise ValueError("train.models names a model twice")
+        self._check_teachers()
         if self.schedule.warmup_epochs > self.train.epochs:
             raise ValueError("schedule.warmup_epochs is longer than train.epochs")
         return self
+
+    def _check_teachers(self) -> None:
+        """What learns from a base-model needs one, and a base-model that stays as it is should be worth it."""
+        if (self.loss.distillation or self.loss.hint) and len(self.models) > 1 and "base" not in self.models:
+            raise ValueError("loss.distillation and loss.hint need 'base' among train.models: it is the teacher")
+        published = {"pretrained", "weights", "checkpoint_path"} & set(self.model.kwargs)
+        if self.train.freeze_base and not (self.train.init or published):
+            raise ValueError("train.freeze_base needs a trained base-model: train.init, or pretrained weights")
 
     @property
     def models(self) -> tuple[str, ...]:

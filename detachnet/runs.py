@@ -112,8 +112,10 @@ def family_file(path: str | Path) -> Path:
         return path
     last = RunFolder(path).last
     if not last.exists():
+        is_export = (path / "manifest.json").exists()
         raise CheckpointError(
             f"there is no family in the folder {path}: it has no {last.name}",
+            hint="it is an export; give the checkpoint it was made from" if is_export else "",
             nearest=[str(found) for found in sorted(path.glob("**/*.safetensors"))[:3]],
         )
     return last

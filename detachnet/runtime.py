@@ -197,6 +197,11 @@ class Family:
             raise DataError(
                 f"the family takes images {by(self.input_size)} or batches of them, not {by(tuple(image.shape))}"
             )
+        if not image.is_floating_point():
+            raise DataError(
+                f"the family takes normalized images, not {str(image.dtype).removeprefix('torch.')} pixels",
+                hint="give the picture or its file, or normalize: (pixel / 255 - mean) / std",
+            )
         return image
 
 

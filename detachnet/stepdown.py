@@ -235,13 +235,14 @@ def _token_layout(image: Shape, feature: Shape) -> tuple[Layout, Shape, int, int
         for prefix in range(MAX_PREFIX + 1 if axis == 0 else 1):
             grid = _grid(image[1:], feature[axis] - prefix)
             if grid is not None:
-                choices.append((_distortion(image[1:], grid), prefix, axis, layout, grid))
+                choices.append((_distortion(image[1:], grid), axis, prefix, layout, grid))
     if not choices:
         raise StepDownError(
             f"neither axis of the feature {by(feature)} is a grid of tokens of an image {by(image)}",
             hint="pass stepdown=a function (image shape, feature shape) -> module",
         )
-    _, prefix, axis, layout, grid = min(choices)
+    # A class token in front of (N, C) is more usual than (C, N) with a square number of channels.
+    _, axis, prefix, layout, grid = min(choices)
     return ("tokens" if layout == "tokens" else "tokens_last"), grid, feature[1 - axis], prefix
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -15,6 +16,8 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
@@ -27,7 +30,7 @@ from detachnet.errors import CheckpointError, RecipeError
 from detachnet.losses import MultiModelLoss, logits
 from detachnet.recipe import Recipe
 from detachnet.report import COLUMNS, markdown, result_cells, result_rows
-from detachnet.runs import RunFolder
+from detachnet.runs import RunFolder, family_file
 from detachnet.views import NORMS
 from detachnet.zoo import create_model
 
@@ -102,7 +105,7 @@ def train(
     restored = folder.reopen(recipe) if resume else None
     splits = select(load_data(recipe.data.name, data_root, download), recipe.data.num_train, recipe.data.holdout)
     with torch.random.fork_rng():
-        trainer = _Trainer(recipe, folder, splits, listener or Listener())
+        trainer = _Trainer(recipe, folder, splits, listener or Listener(), restored is not None)
         if not resume and trainer.accelerator.is_main_process:
             folder.start(recipe)
         if restored:
@@ -123,19 +126,30 @@ class _Progress:
 class _Trainer:
     """Everything one run needs, built from its recipe."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, splits: tuple[Split, Split], listener: Listener) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        splits: tuple[Split, Split],
+        listener: Listener,
+        resuming: bool = False,
+    ) -> None:
         self.recipe, self.folder, self.listener = recipe, folder, listener
         self.at = _Progress()
         precision = "bf16" if recipe.train.precision == "bf16" else "no"
-        self.accelerator = Accelerator(mixed_precision=precision)
+        AcceleratorState._reset_state()  # an earlier training of this process may have had another precision
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self.accelerator = Accelerator(
+            mixed_precision=precision, cpu=True if several and not torch.cuda.is_available() else None
+        )
         self.device = self.accelerator.device
         self.net = build_family(recipe, tuple(splits[0].images.shape[1:]))
         if self.accelerator.num_processes > 1 and self.device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.net)  # type: ignore[no-untyped-call]
-        if recipe.train.init:
-            start_from(self.net, recipe.train.init)
+            self.net = convert_sync_batchnorm(self.net)  # timm's, which keeps the activations of its norms
         info = describe_data(recipe.data.name, splits, recipe.data.normalize)
         self.net.data = info.model_copy(update={"num_test": 0}) if recipe.data.holdout else info
+        if recipe.train.init and not resuming:
+            start_from(self.net, recipe.train.init)
         self.parameters = self.net.parameters_of(recipe.models)
         for name, parameter in self.net.named_parameters():
             frozen = recipe.train.freeze_base and name.startswith("base.")
@@ -347,6 +361,7 @@ class _Trainer:
         if status == "finished" and self.accelerator.is_main_process:
             replace_file(self.folder.results, (json.dumps(table, indent=1) + "\n").encode())
             replace_file(self.folder.table, markdown(COLUMNS, result_cells(table)).encode())
+        self.accelerator.wait_for_everyone()  # what one process wrote, the others may read from here on
         return RunResult(status, self.folder, table, self.at.epoch)
 
 
@@ -370,12 +385,15 @@ def start_from(net: DetachableNet, path: str | Path) -> None:
 
     Args:
         net: The family; a sub-model's private norms become copies of the base-model's.
-        path: The file of a family with the same base-model.
+        path: The file of a family with the same base-model, or the folder of its run.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or of another base-model.
+        CheckpointError: The file is missing, damaged, of another base-model, or of a run that did not train it.
     """
+    path = family_file(path)
     header, tensors = read(path)
+    if header.trained and "base" not in header.trained:
+        raise CheckpointError(f"{path} cannot be started from: its base-model was not trained")
     tensors |= {name: tensors[kept] for name, kept in header.tied.items()}
     state = net.state_dict()
     for name in state:
@@ -411,7 +429,8 @@ def score_batches(model: nn.Module, batches: Batches, models: Sequence[str]) -> 
     """Number of right answers, sum of losses and number of images, per model: `(len(models), 3)`, float64."""
     was = model.training
     model.eval()
-    rows = torch.zeros(len(models), 3, dtype=torch.float64, device=batches.images.device)
+    device = batches.images.device
+    rows = torch.zeros(len(models), 3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     criterion = nn.CrossEntropyLoss(reduction="sum")
     with torch.no_grad():
         for images, labels in batches.epoch():

@@ -9,6 +9,7 @@ on two CPU cores with three seeds.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from detachnet.comparison import COLUMNS, cells, compare, figure
@@ -35,7 +36,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "private+stem": (NO_WEIGHTS, NO_DISTILLATION),
     "private+distillation": (CONV, NO_WEIGHTS),
     "private+weights": (CONV, NO_DISTILLATION),
-    "frozen-base": ("train.init={out}/base-alone-{seed}/last.safetensors", "train.freeze_base=true"),
+    "frozen-base": ("train.init={out}/base-alone-{seed}", "train.freeze_base=true"),
     "all+hint": ("loss.hint=1",),
     "all+larger": ("loss.teacher=larger",),
     "all+temperature": ("loss.temperature=2",),
@@ -48,9 +49,14 @@ def run(name: str, seed: int, out: Path, data_root: str | None, changes: list[st
     overrides = [override.replace("{out}", str(out)).replace("{seed}", str(seed)) for override in RUNS[name]]
     recipe: Recipe = load_recipe(RECIPE, [*overrides, *changes, f"train.seed={seed}"])
     folder = RunFolder(out / f"{name}-{seed}")
-    if not folder.results.exists():
-        print(f"{name}, seed {seed}", flush=True)
-        train(recipe, folder.path, resume=folder.recipe.exists(), data_root=data_root, listener=Listener())
+    if folder.results.exists():
+        if folder.recipe.read_text() != recipe.to_toml():
+            sys.exit(f"{folder.path} was trained with another recipe: remove it, or choose another --out")
+        return
+    print(f"{name}, seed {seed}", flush=True)
+    done = train(recipe, folder.path, resume=folder.recipe.exists(), data_root=data_root, listener=Listener())
+    if done.status != "finished":
+        sys.exit(f"stopped ({done.status}); the same command goes on")
 
 
 def main() -> None:

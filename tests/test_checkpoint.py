@@ -145,6 +145,13 @@ def test_any_flipped_bit_is_noticed(net: detachnet.DetachableNet, tmp_path: Path
             detachnet.load(path)
 
 
+def test_a_folder_where_a_file_is_meant(net: detachnet.DetachableNet, tmp_path: Path) -> None:
+    with pytest.raises(detachnet.CheckpointError, match=r"is a folder[\s\S]*last.safetensors"):
+        detachnet.load(tmp_path)
+    with pytest.raises(detachnet.CheckpointError, match=r"there is no folder .*nowhere"):
+        detachnet.save(net, tmp_path / "nowhere" / "family.safetensors")
+
+
 def test_a_file_of_something_else(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(detachnet.CheckpointError, match="not one of detachnet's"):

@@ -70,7 +70,10 @@ def test_seeds_are_averaged_and_differences_taken(runs: list[Path]) -> None:
     assert cells(entries)[4][6:] == ("61.00 %", "60.00 %", "-12.00", "")
 
 
-@pytest.mark.parametrize("other", ["train.epochs=7", "data.num_train=100", "model.kwargs.width=0.5"])
+@pytest.mark.parametrize(
+    "other",
+    ["train.epochs=7", "data.num_train=100", "model.kwargs.width=0.5", "optimizer.lr=0.2", "train.batch_size=32"],
+)
 def test_training_alone_means_the_same_budget_and_network(tmp_path: Path, other: str) -> None:
     family = make_run(tmp_path / "family", ACCURACY)
     alone = make_run(tmp_path / "alone", {"base": 0.7}, other)
@@ -93,6 +96,8 @@ def test_the_command(runs: list[Path], tmp_path: Path) -> None:
 def test_no_finished_run(tmp_path: Path) -> None:
     with pytest.raises(detachnet.CheckpointError, match=r"holds no finished run[\s\S]*--resume"):
         compare([tmp_path])
+    with pytest.raises(detachnet.CheckpointError, match="give the run's folder"):
+        compare([tmp_path / "last.safetensors"])
     result = CliRunner().invoke(app, ["compare", str(tmp_path)])
     assert result.exit_code == 2
 
@@ -101,3 +106,33 @@ def test_a_figure_that_cannot_be_written(runs: list[Path], tmp_path: Path) -> No
     for name in ("figure.nonsense", "no/folder.png"):
         with pytest.raises(detachnet.CheckpointError, match="cannot write the figure"):
             figure(compare(runs), tmp_path / name)
+
+
+def test_runs_that_start_from_something_are_not_alone(tmp_path: Path) -> None:
+    family = make_run(tmp_path / "family", ACCURACY)
+    options = ("train.init=runs/base-0", "train.freeze_base=true")
+    frozen = [make_run(tmp_path / f"frozen-{s}", {"sub0": 0.9}, *options, f"train.seed={s}") for s in range(2)]
+    entries = compare([family, *frozen])
+    assert entries[1].to_alone is None
+    assert len(entries[-1].last) == 2
+
+
+def test_seeds_that_start_from_their_own_base_model_are_one_experiment(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / f"warm-{s}", ACCURACY, f"train.init=runs/base-{s}", f"train.seed={s}") for s in (0, 1)
+    ]
+    assert [len(entry.last) for entry in compare(runs)] == [2, 2, 2]
+
+
+def test_other_recipes_keep_names_of_their_own(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"lr-{i}", ACCURACY, f"optimizer.lr=0.{i}") for i in (1, 2)]
+    assert [entry.run for entry in compare(runs)] == ["lr"] * 3 + ["lr-2"] * 3
+
+
+def test_what_cannot_be_compared(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a-0", ACCURACY)
+    with pytest.raises(detachnet.CheckpointError, match="is the second run of seed 0 of a"):
+        compare([run, run])
+    held_out = make_run(tmp_path / "b-0", ACCURACY, "data.holdout=500")
+    with pytest.raises(detachnet.CheckpointError, match="others on held-out training images"):
+        compare([run, held_out])

@@ -23,6 +23,12 @@ def test_auxiliary_outputs_are_passed_over() -> None:
         torch.testing.assert_close(loss({"base": output}, target), expected)
 
 
+def test_a_hint_without_features() -> None:
+    outputs = {"base": torch.randn(1, 2), "sub0": torch.randn(1, 2)}
+    with pytest.raises(detachnet.RecipeError, match=r"a hint needs features[\s\S]*features=True"):
+        detachnet.MultiModelLoss(hint=1.0)(outputs, torch.tensor([0]))
+
+
 def test_a_weight_without_a_model() -> None:
     with pytest.raises(detachnet.RecipeError, match="a loss weight for 'sub9', but no such model"):
         detachnet.MultiModelLoss({"sub9": 1.0})({"base": torch.randn(1, 2)}, torch.tensor([0]))
@@ -59,7 +65,9 @@ def test_the_hint_is_the_relative_squared_error_of_the_feature() -> None:
     target = torch.tensor([0, 2, 1])
     outputs = {"base": torch.randn(3, 4), "sub0": torch.randn(3, 4)}
     feature, made = (torch.randn(3, 5, 2, 2, requires_grad=True) for _ in range(2))
-    losses = detachnet.MultiModelLoss(hint=0.5).per_model(outputs, target, {"sub0": (feature, made)})
+    loss = detachnet.MultiModelLoss(hint=0.5)
+    losses = loss.per_model(outputs, target, {"sub0": (feature, made)})
+    torch.testing.assert_close(loss(outputs, target, {"sub0": (feature, made)}), sum(losses.values()))
     error = (feature - made).pow(2).sum() / feature.pow(2).sum()
     torch.testing.assert_close(losses["sub0"], F.cross_entropy(outputs["sub0"], target) + 0.5 * error)
     losses["sub0"].backward()

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from timm.layers import convert_sync_batchnorm
 
 import detachnet
 from tests.test_trainer import SMALL
@@ -19,7 +21,7 @@ OPTIONS = [part for override in [*SMALL, "train.epochs=2", "data.num_train=1000"
 def torchrun(processes: int, *args: str, check: bool = True) -> str:
     """What the processes print together."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [*command, *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -42,6 +44,20 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, first: i
     assert [row["epoch"] for row in rows] == [1, 2]
     assert detachnet.load(tmp_path / "run" / "last.safetensors").accuracy == rows[-1]["test_accuracy"]
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_synchronized_norms_keep_their_activations() -> None:
+    net = detachnet.make_detachable(
+        detachnet.create_model("timm:efficientnet_b0"), ["blocks.2"], (3, 32, 32)
+    ).eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = net(images, which="all")
+    same = convert_sync_batchnorm(net)
+    found = {type(m).__name__ for m in same.modules()}
+    assert "SyncBatchNormAct" in found
+    # On a CPU they run in evaluation mode only.
+    for name, out in same(images, which="all").items():
+        torch.testing.assert_close(out, expected[name])
 
 
 def test_a_batch_that_cannot_be_dealt_out(tmp_path: Path) -> None:

@@ -73,6 +73,9 @@ def test_the_command(tmp_path: Path) -> None:
     fresh = detachnet.load(tmp_path / "new.safetensors")
     assert fresh.plan.norm == "private"
     assert f"{100 * fresh.accuracy['sub1']:.2f} %" in out.output
+    again = CliRunner().invoke(app, ["recalibrate", str(run.path), "-o", str(tmp_path / "new.safetensors")])
+    assert again.exit_code == 2
+    assert "exists already" in again.output
 
 
 def test_a_family_that_does_not_know_its_data(net: detachnet.DetachableNet, tmp_path: Path) -> None:
@@ -81,3 +84,8 @@ def test_a_family_that_does_not_know_its_data(net: detachnet.DetachableNet, tmp_
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 2
     assert "does not say what it was trained on" in result.output
+
+
+def test_no_images(net: detachnet.DetachableNet) -> None:
+    with pytest.raises(detachnet.DataError, match="no images to measure statistics on"):
+        recalibrate(net, [])

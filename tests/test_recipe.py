@@ -73,6 +73,7 @@ def test_loss_weights_are_those_of_the_trained_models() -> None:
         ('train.models=["sub7"]', r"train.models names 'sub7', but the models are base, sub0, sub1"),
         ('train.models=["base", "base"]', r"train.models names a model twice"),
         ("loss.weights.sub9=1", r"loss.weights names 'sub9'"),
+        ("train.freeze_base=true", r"train.freeze_base needs a trained base-model"),
         ("schedule.milestones=[3]", r"schedule.milestones is for 'multistep' only"),
         ("schedule.name=multistep", r"schedule.milestones is needed for 'multistep'"),
         ("schedule.warmup_epochs=999", r"schedule.warmup_epochs is longer than train.epochs"),
@@ -108,3 +109,10 @@ def test_no_toml_no_file_no_text(tmp_path: Path) -> None:
         load_recipe(tmp_path / "binary.toml")
     with pytest.raises(detachnet.RecipeError, match="there is no recipe"):
         load_recipe(tmp_path / "nothing.toml")
+
+
+@pytest.mark.parametrize("lever", ["loss.distillation=1", "loss.hint=1"])
+def test_a_teacher_must_be_there(lever: str) -> None:
+    with pytest.raises(detachnet.RecipeError, match="need 'base' among"):
+        load_recipe(QUICKSTART, [lever, 'train.models=["sub0", "sub1"]'])
+    assert load_recipe(QUICKSTART, [lever, 'train.models=["sub1"]']).models == ("sub1",)

@@ -287,3 +287,8 @@ def test_only_onnx_graphs_are_run(exported: tuple[Path, detachnet.DetachableNet]
     detachnet.export(make(), tmp_path / "pt2", "pt2", models=["sub1"])
     with pytest.raises(detachnet.ExportError, match=r"holds graphs of format 'pt2'[\s\S]*--format onnx"):
         Family.load(tmp_path / "pt2")
+
+
+def test_pixels_are_no_normalized_images(family: Family) -> None:
+    with pytest.raises(detachnet.DataError, match=r"not uint8 pixels[\s\S]*normalize"):
+        family.run(torch.zeros(3, 32, 32, dtype=torch.uint8))

@@ -114,6 +114,21 @@ def test_own_stepdown_of_the_wrong_shape() -> None:
         detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), stepdown=lambda i, f: nn.Identity())
 
 
-def test_unknown_stepdown() -> None:
-    with pytest.raises(detachnet.CutError, match="stepdown is 'conv', 'stem', 'identity' or a function"):
-        detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), stepdown="magic")
+@pytest.mark.parametrize("wrong", ["magic", None, Stem, {"sub0": "conv"}])
+def test_unknown_stepdown(wrong: object) -> None:
+    with pytest.raises(detachnet.CutError, match="stepdown is 'conv', 'stem', 'identity', a Stem or"):
+        detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), stepdown=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("feature", "layout", "prefix"),
+    [
+        ((197, 1024), "tokens", 1),
+        ((196, 1024), "tokens", 0),
+        ((50, 768), "tokens", 1),
+        ((60, 196), "tokens_last", 0),
+    ],
+)
+def test_which_axis_is_the_grid(feature: tuple[int, int], layout: str, prefix: int) -> None:
+    plan = plan_stepdown((3, 224, 224), feature)
+    assert (plan.layout, plan.prefix) == (layout, prefix)

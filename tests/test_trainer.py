@@ -357,9 +357,23 @@ def test_a_frozen_base_model_stays_bit_for_bit(base_file: Path, tmp_path: Path, 
     assert len(set(accuracies)) == 1
 
 
-def test_nothing_left_to_train(tmp_path: Path) -> None:
+def test_a_start_from_a_run_that_did_not_train_its_base_model(tmp_path: Path) -> None:
+    run = train(recipe('train.models=["sub1"]', "train.epochs=1"), tmp_path / "sub1").folder
+    with pytest.raises(detachnet.CheckpointError, match="its base-model was not trained"):
+        train(recipe(f"train.init={run.path}"), tmp_path / "run")
+
+
+def test_another_precision_in_the_same_process(tmp_path: Path) -> None:
+    for precision in ("bf16", "float32"):
+        chosen = recipe(f"train.precision={precision}", "train.epochs=1", "data.num_train=100")
+        assert train(chosen, tmp_path / precision).status == "finished"
+
+
+def test_nothing_left_to_train(base_file: Path, tmp_path: Path) -> None:
     with pytest.raises(detachnet.RecipeError, match="freeze_base leaves nothing to train"):
-        train(recipe("train.freeze_base=true", 'train.models=["base"]'), tmp_path / "run")
+        train(
+            recipe("train.freeze_base=true", f"train.init={base_file}", 'train.models=["base"]'), tmp_path / "run"
+        )
 
 
 def test_stems_and_distillation_resume_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
