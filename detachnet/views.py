@@ -249,19 +249,24 @@ class _ViewBuilder:
             if node.op == "call_module":
                 new.target = self._target(node, name)
             outs.append(new)
-        return self._stacked(node, self.traced.values[node], outs)
+        return self._stacked(node, self.traced.values[node], self.source.second_probe[node], outs)
 
-    def _stacked(self, node: fx.Node, value: Any, outs: list[fx.Node]) -> fx.Node:
-        """The models' outputs of one layer, each tensor of them stacked along the batch."""
-        if isinstance(value, Spec) and value.shape[:1] == (PROBE_BATCH,):
-            return self.graph.call_function(torch.cat, (outs,))
-        if not isinstance(value, tuple | list):
+    def _stacked(self, node: fx.Node, first: Any, second: Any, outs: list[fx.Node]) -> fx.Node:
+        """The models' outputs of one layer, each tensor of them stacked along its first axis.
+
+        That axis must follow the batch, as it does where images and positions are one axis, too.
+        """
+        if isinstance(first, tuple | list):
+            pairs = enumerate(zip(first, second, strict=True))
+            parts = [
+                self._stacked(node, *pair, [self.graph.call_function(getitem, (out, i)) for out in outs])
+                for i, pair in pairs
+            ]
+            return self.graph.call_function(type(first), (parts,))
+        sizes = [value.shape[0] for value in (first, second) if isinstance(value, Spec) and value.shape]
+        if len(sizes) < 2 or sizes[0] * (PROBE_BATCH + 1) != sizes[1] * PROBE_BATCH:
             raise JointError(f"{self.traced.describe(node)} gives a value without the batch as its first axis")
-        parts = [
-            self._stacked(node, part, [self.graph.call_function(getitem, (out, i)) for out in outs])
-            for i, part in enumerate(value)
-        ]
-        return self.graph.call_function(type(value), (parts,))
+        return self.graph.call_function(torch.cat, (outs,))
 
     def _target(self, node: fx.Node, name: str) -> str:
         """The layer `name` runs a node with: its own copy if it has one."""

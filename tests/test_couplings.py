@@ -185,3 +185,55 @@ def test_a_scalar_cast_to_the_features_type_joins_nothing(caplog: pytest.LogCapt
     net = detachnet.make_detachable(Scaled().double(), ["conv1"], (3, 8, 8))
     assert_joint_equals_separate(net, torch.randn(4, 3, 8, 8, dtype=torch.double))
     assert not caplog.records
+
+
+class Flattened(nn.Module):
+    """A batch norm over images and positions as one axis, as LeViT has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x).flatten(2).transpose(1, 2)
+        return self.bn(x.flatten(0, 1)).reshape(x.shape).mean(1)
+
+
+class NormPair(nn.Module):
+    """A leaf with a batch norm that returns two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.bn(x)
+        return x * 2, x.mean((2, 3))
+
+
+class ReturnsPair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.pair = NormPair()
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps, means = self.pair(self.conv1(x))
+        return maps.mean((2, 3)) + means
+
+
+@pytest.mark.parametrize("norm", ["shared", "private"])
+@pytest.mark.parametrize(("model", "leaves"), [(Flattened, ()), (ReturnsPair, (NormPair,))])
+def test_coupled_layers_of_other_shapes_share_one_pass(
+    caplog: pytest.LogCaptureFixture, model: type[nn.Module], leaves: tuple[type[nn.Module], ...], norm: str
+) -> None:
+    net = detachnet.make_detachable(
+        model().double(),
+        ["conv1"],
+        (3, 8, 8),
+        norm=norm,
+        leaf_modules=leaves,  # type: ignore[arg-type]
+    )
+    assert_joint_equals_separate(net, torch.randn(4, 3, 8, 8, dtype=torch.double))
+    assert not caplog.records
