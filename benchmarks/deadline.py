@@ -33,7 +33,12 @@ from detachnet.recipe import load_recipe
 from detachnet.runtime import Family
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
-OVERRIDES = ("model.kwargs.width=0.5", 'family.cuts=["features.6", "features.33"]', "train.epochs=1")
+OVERRIDES = (
+    "model.kwargs.width=0.5",
+    'family.cuts=["features.6", "features.33"]',
+    "train.epochs=4",
+    "schedule.warmup_epochs=1",
+)
 
 
 NUM_REQUESTS = 400
