@@ -438,8 +438,8 @@ def score_batches(model: nn.Module, batches: Batches, models: Sequence[str]) -> 
             rows[:, 2] += len(labels)
             for i, name in enumerate(models):
                 out = logits(outputs[name]).float()
-                rows[i, 0] += (out.argmax(1) == labels).sum()
-                rows[i, 1] += criterion(out, labels)
+                rows[i, 0] += (out.argmax(1) == labels).sum().to(rows.device)
+                rows[i, 1] += criterion(out, labels).to(rows.device)
     model.train(was)
     return rows
 
