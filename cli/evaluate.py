@@ -24,8 +24,8 @@ def evaluate(
     """Measure the test accuracy of each trained model of a family."""
     from detachnet.data import load_data
     from detachnet.errors import CheckpointError
+    from detachnet.evaluation import evaluate as score
     from detachnet.plan import si
-    from detachnet.trainer import evaluate as score
 
     path, net = open_family(checkpoint)
     name = data or (net.data.name if net.data else None)

@@ -27,8 +27,8 @@ def recalibrate(
         raise CheckpointError(f"{out} exists already", hint="name a new file, or remove this one")
     from detachnet.checkpoint import save
     from detachnet.data import Batches, load_data, select
+    from detachnet.evaluation import EVAL_BATCH, evaluate
     from detachnet.recalibration import recalibrate as measure
-    from detachnet.trainer import EVAL_BATCH, evaluate
 
     path, net = open_family(checkpoint)
     if net.data is None:

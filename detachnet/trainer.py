@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,27 +21,24 @@ from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from torch import Tensor, nn
+from torch import Tensor
 
-from detachnet.checkpoint import TRAINER, Header, TrainingState, load_weights, read, replace_file, write
+from detachnet.checkpoint import TRAINER, Header, TrainingState, load_weights, replace_file, write
 from detachnet.data import Batches, Split, describe_data, load_data, mix, select
-from detachnet.detachable import DetachableNet, make_detachable
+from detachnet.detachable import DetachableNet
 from detachnet.errors import CheckpointError, RecipeError
-from detachnet.losses import MultiModelLoss, logits
+from detachnet.evaluation import EVAL_BATCH, score_batches, scores
+from detachnet.family import build_family, start_from
+from detachnet.losses import MultiModelLoss
 from detachnet.recipe import Recipe
 from detachnet.report import COLUMNS, markdown, result_cells, result_rows
-from detachnet.runs import RunFolder, family_file
-from detachnet.views import NORMS
-from detachnet.zoo import create_model
+from detachnet.runs import RunFolder
 
 SAVE_EVERY_S = 60.0
 """Seconds between two checkpoints; one is written at the end in any case."""
 
 AGREE_EVERY = 20
 """Steps after which several processes agree whether to save or to stop."""
-
-EVAL_BATCH = 500
-"""Images per batch of an evaluation."""
 
 _OPTIMIZERS = {"momentum": "momentum", "nesterov": "sgd", "adamw": "adamw"}
 """Our names to timm's, whose `sgd` is Nesterov's."""
@@ -325,7 +322,7 @@ class _Trainer:
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
         totals = score_batches(self.model, self.test, self.recipe.models)
-        return _scores(self.accelerator.reduce(totals, "sum"), self.recipe.models)
+        return scores(self.accelerator.reduce(totals, "sum"), self.recipe.models)
 
     def _save_if_due(self) -> None:
         if self._agreed(time.monotonic() - self.saved_at > SAVE_EVERY_S):
@@ -363,92 +360,6 @@ class _Trainer:
             replace_file(self.folder.table, markdown(COLUMNS, result_cells(table)).encode())
         self.accelerator.wait_for_everyone()  # what one process wrote, the others may read from here on
         return RunResult(status, self.folder, table, self.at.epoch)
-
-
-def build_family(recipe: Recipe, input_size: tuple[int, ...]) -> DetachableNet:
-    """The family a recipe trains, newly initialized from its seed; cuts of untrained sub-models are left out."""
-    names, cuts = recipe.family.names[1:], recipe.family.cuts
-    places = list(cuts.values()) if isinstance(cuts, dict) else list(cuts)
-    trained = {name: cut for name, cut in zip(names, places, strict=True) if name in recipe.models}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.train.seed)
-        model = create_model(recipe.model.name, **recipe.model.kwargs)
-        table = recipe.family
-        stepdown = table.stem if table.stepdown == "stem" else table.stepdown
-        net = make_detachable(model, trained, input_size, norm=table.norm, stepdown=stepdown)
-    net.trained = recipe.models
-    return net
-
-
-def start_from(net: DetachableNet, path: str | Path) -> None:
-    """Give all models of a family the weights and statistics of a trained base-model; step-downs stay new.
-
-    Args:
-        net: The family; a sub-model's private norms become copies of the base-model's.
-        path: The file of a family with the same base-model, or the folder of its run.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, of another base-model, or of a run that did not train it.
-    """
-    path = family_file(path)
-    header, tensors = read(path)
-    if header.trained and "base" not in header.trained:
-        raise CheckpointError(f"{path} cannot be started from: its base-model was not trained")
-    tensors |= {name: tensors[kept] for name, kept in header.tied.items()}
-    state = net.state_dict()
-    for name in state:
-        source = name
-        if name.startswith(f"{NORMS}."):
-            source = "base." + name.split(".", 2)[2]
-        if source.startswith("base."):
-            if source not in tensors or tensors[source].shape != state[name].shape:
-                raise CheckpointError(f"{path} cannot be started from: it has no {source!r} of that shape")
-            state[name] = tensors[source]
-    net.load_state_dict(state)
-
-
-def evaluate(net: DetachableNet, split: Split, device: torch.device | str = "cpu") -> dict[str, dict[str, float]]:
-    """Test accuracy, in [0, 1], and mean cross entropy of each trained model of a family.
-
-    Args:
-        net: A family with `data`, as the trainer writes it.
-        split: The images, of the same classes.
-        device: Where to run.
-
-    Raises:
-        CheckpointError: The family does not know what it was trained on.
-    """
-    if net.data is None:
-        raise CheckpointError("the family does not know how its images are normalized: it has no data info")
-    models = net.trained or net.names
-    batches = Batches(split, net.data, EVAL_BATCH, device)
-    return _scores(score_batches(net.to(device), batches, models), models)
-
-
-def score_batches(model: nn.Module, batches: Batches, models: Sequence[str]) -> Tensor:
-    """Number of right answers, sum of losses and number of images, per model: `(len(models), 3)`, float64."""
-    was = model.training
-    model.eval()
-    device = batches.images.device
-    rows = torch.zeros(len(models), 3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    criterion = nn.CrossEntropyLoss(reduction="sum")
-    with torch.no_grad():
-        for images, labels in batches.epoch():
-            outputs = model(images, which=tuple(models))
-            rows[:, 2] += len(labels)
-            for i, name in enumerate(models):
-                out = logits(outputs[name]).float()
-                rows[i, 0] += (out.argmax(1) == labels).sum().to(rows.device)
-                rows[i, 1] += criterion(out, labels).to(rows.device)
-    model.train(was)
-    return rows
-
-
-def _scores(totals: Tensor, models: Sequence[str]) -> dict[str, dict[str, float]]:
-    return {
-        name: {"accuracy": right / count, "loss": loss / count}
-        for name, (right, loss, count) in zip(models, totals.tolist(), strict=True)
-    }
 
 
 @contextmanager

@@ -15,8 +15,10 @@ import torch
 import detachnet
 from detachnet import trainer
 from detachnet.data import Split, load_data
+from detachnet.evaluation import evaluate
+from detachnet.family import build_family, start_from
 from detachnet.recipe import Recipe, load_recipe
-from detachnet.trainer import Listener, build_family, evaluate, start_from, train
+from detachnet.trainer import Listener, train
 from tests.test_checkpoint import disk_of
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
