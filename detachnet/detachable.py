@@ -121,6 +121,10 @@ class DetachableNet(nn.Module):
         out = out if single is not None or len(models) > 1 else {models[0]: out}
         return (out, found) if features else out
 
+    def prepare(self, models: Sequence[str], features: bool = False) -> None:
+        """Write the pass through some models now, not when it is first run: torch.compile then sees all of it."""
+        self._view(tuple(models), features)
+
     def _view(self, models: tuple[str, ...], features: bool = False) -> Run:
         key = (models, self.training, features)
         if key not in self._views:

@@ -141,6 +141,11 @@ class TrainTable(_Table):
     evaluation mode; dropout that a forward pass calls as a function stays on."""
     precision: Literal["float32", "bf16"] = "float32"
     """`bf16` runs under bfloat16 autocast."""
+    strategy: Literal["joint", "separate"] = "joint"
+    """One pass for all models; or one model after another, each freeing its activations before the next: the same
+    gradients, less memory, more time."""
+    compile: bool = False
+    """Compile forward pass and losses with `torch.compile`, on CUDA into CUDA graphs."""
 
 
 class Recipe(_Table):
@@ -171,6 +176,8 @@ class Recipe(_Table):
         if len(set(self.train.models)) < len(self.train.models):
             raise ValueError("train.models names a model twice")
         self._check_teachers()
+        if self.train.strategy == "separate" and self.loss.hint:
+            raise ValueError("loss.hint compares two models in one pass: it needs train.strategy 'joint'")
         if self.schedule.warmup_epochs > self.train.epochs:
             raise ValueError("schedule.warmup_epochs is longer than train.epochs")
         return self

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from detachnet.detachable import DetachableNet
 from detachnet.errors import CheckpointError, RecipeError
 from detachnet.evaluation import EVAL_BATCH, score_batches, scores
 from detachnet.family import build_family, start_from
-from detachnet.losses import MultiModelLoss
+from detachnet.losses import MultiModelLoss, logits
 from detachnet.recipe import Recipe
 from detachnet.report import COLUMNS, markdown, result_cells, result_rows
 from detachnet.runs import RunFolder
@@ -141,7 +141,9 @@ class _Trainer:
         )
         self.device = self.accelerator.device
         self.net = build_family(recipe, tuple(splits[0].images.shape[1:]))
-        if self.accelerator.num_processes > 1 and self.device.type == "cuda":
+        on_cuda = self.device.type == "cuda"
+        self.layout = torch.channels_last if on_cuda else torch.contiguous_format
+        if self.accelerator.num_processes > 1 and on_cuda:
             self.net = convert_sync_batchnorm(self.net)  # timm's, which keeps the activations of its norms
         info = describe_data(recipe.data.name, splits, recipe.data.normalize)
         self.net.data = info.model_copy(update={"num_test": 0}) if recipe.data.holdout else info
@@ -154,6 +156,7 @@ class _Trainer:
         self.batches, self.test = self._batches(*splits)
         self.optimizer = self._optimizer()
         self.schedule = self._schedule()
+        self.net.to(memory_format=self.layout)
         self.model, self.prepared = self.accelerator.prepare(self.net, self.optimizer)
         table = recipe.loss
         self.loss = MultiModelLoss(
@@ -164,6 +167,8 @@ class _Trainer:
             table.teacher,
             table.hint,
         )
+        self.wants_features = bool(table.hint) and len(recipe.models) > 1
+        self.losses = self._compiled() if recipe.train.compile else self._losses
         self.sums = torch.zeros(len(recipe.models), dtype=torch.float64, device=self._sum_device)
         self.saved_at = time.monotonic()
 
@@ -176,6 +181,10 @@ class _Trainer:
         share = (self.accelerator.process_index, self.accelerator.num_processes)
         if (size := self.recipe.train.batch_size) % share[1]:
             raise RecipeError(f"train.batch_size = {size} is no multiple of {share[1]} processes")
+        if self.recipe.train.strategy == "separate" and share[1] > 1:
+            raise RecipeError(
+                "train.strategy = 'separate' is for one process: several add up one pass's gradients"
+            )
         if info is None:
             raise ValueError("the data is described before batches are made")
         batches = Batches(
@@ -202,6 +211,7 @@ class _Trainer:
             lr=table.lr,
             momentum=table.momentum,
             weight_decay=self.recipe.weight_decay,
+            fused=self.device.type == "cuda",
         )
         return optimizer
 
@@ -286,15 +296,44 @@ class _Trainer:
         update = self.at.epoch * len(self.batches) + self.at.step
         torch.manual_seed(mix(self.recipe.train.seed, "model", update, self.accelerator.process_index))
         self.schedule.step_update(update)
-        wants_features = bool(self.recipe.loss.hint) and len(self.recipe.models) > 1
-        outputs = self.model(images, which=self.recipe.models, features=wants_features)
-        outputs, features = outputs if wants_features else (outputs, None)
-        losses = self.loss.per_model(outputs, labels, features)
-        self.accelerator.backward(self.loss.total(losses))
+        losses = self._propagate(images.contiguous(memory_format=self.layout), labels)
         self.prepared.step()
         self.prepared.zero_grad()
         self.sums += torch.stack([loss.detach() for loss in losses.values()]).to(self._sum_device, torch.float64)
         return losses
+
+    def _propagate(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Add the gradients of the multi-model loss; each model's loss."""
+        losses: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        if self.recipe.train.strategy == "joint":
+            losses, _ = self.losses(images, labels, self.recipe.models, outputs)
+            self.accelerator.backward(self.loss.total(losses))
+            return losses
+        for name in self.recipe.models:
+            found, made = self.losses(images, labels, (name,), outputs)
+            self.accelerator.backward(self.loss.weights.get(name, 1.0) * found[name])
+            losses[name], outputs[name] = found[name].detach(), made[name].detach()
+        return losses
+
+    def _losses(
+        self, images: Tensor, labels: Tensor, models: tuple[str, ...], before: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Loss and logits of some models; their teachers may be among those that ran `before`."""
+        out = self.model(images, which=models, features=self.wants_features)
+        out, features = out if self.wants_features else (out, None)
+        outputs = before | {name: logits(output) for name, output in out.items()}
+        losses = self.loss.per_model(outputs, labels, features)
+        return {name: losses[name] for name in models}, outputs
+
+    def _compiled(self) -> Callable[..., Any]:
+        """`_losses` through torch.compile; on CUDA as CUDA graphs: small batches would wait for launches."""
+        self.net.train()
+        joint = self.recipe.train.strategy == "joint"
+        for models in (self.recipe.models,) if joint else ((name,) for name in self.recipe.models):
+            self.net.prepare(models, self.wants_features)
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        return torch.compile(self._losses, mode=mode)
 
     def _end_epoch(self) -> None:
         """Evaluate, add a row of metrics, keep the best."""

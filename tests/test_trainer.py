@@ -18,6 +18,7 @@ from detachnet.data import Split, load_data
 from detachnet.evaluation import evaluate
 from detachnet.family import build_family, start_from
 from detachnet.recipe import Recipe, load_recipe
+from detachnet.runs import RunFolder
 from detachnet.trainer import Listener, train
 from tests.test_checkpoint import disk_of
 
@@ -386,3 +387,58 @@ def test_stems_and_distillation_resume_exactly(tmp_path: Path, monkeypatch: pyte
         train(chosen, tmp_path / "killed", listener=KillAfter(11))
     train(chosen, tmp_path / "killed", resume=True)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def propagated(
+    folder: Path, images: torch.Tensor, labels: torch.Tensor, *overrides: str
+) -> dict[str, torch.Tensor]:
+    """Losses, gradients and statistics after one propagation in float64."""
+    one = trainer._Trainer(recipe(*overrides), RunFolder(folder), tenth(), Listener())
+    one.net.double().train()
+    losses = one._propagate(images, labels)
+    grads = {f"grad {name}": p.grad for name, p in one.parameters.items() if p.grad is not None}
+    buffers = {f"buffer {name}": buffer for name, buffer in one.net.named_buffers()}
+    return {name: loss.detach() for name, loss in losses.items()} | grads | buffers
+
+
+@pytest.mark.parametrize("norm", ["private", "shared"])
+@pytest.mark.parametrize("teacher", ["base", "larger"])
+def test_separate_passes_give_the_same_gradients(tmp_path: Path, norm: str, teacher: str) -> None:
+    images, labels = torch.randn(12, 3, 32, 32, dtype=torch.double), torch.arange(12) % 10
+    levers = [f"family.norm={norm}", "loss.distillation=1.0", f"loss.teacher={teacher}", "loss.weights={sub1=0.3}"]
+    joint = propagated(tmp_path, images, labels, *levers)
+    separate = propagated(tmp_path, images, labels, *levers, "train.strategy=separate")
+    assert joint.keys() == separate.keys()
+    for name, one in joint.items():
+        assert torch.allclose(one.double(), separate[name].double(), 1e-9, 1e-11), name
+
+
+def test_separate_passes_need_no_hint_and_one_process() -> None:
+    with pytest.raises(detachnet.RecipeError, match=r"needs train.strategy 'joint'"):
+        recipe("train.strategy=separate", "loss.hint=1.0")
+
+
+def test_the_compiled_step_is_one_graph_and_the_same(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_one_graph(function: Any, mode: str | None) -> Any:
+        return compiled(function, backend="eager", fullgraph=True)  # the default backend takes minutes
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", as_one_graph)
+    assert train(recipe("train.compile=true", "train.epochs=1"), tmp_path / "run").status == "finished"
+    rows = [json.loads((path / "metrics.jsonl").read_text().splitlines()[0]) for path in (whole, tmp_path / "run")]
+    for name, loss in rows[0]["train_loss"].items():
+        assert rows[1]["train_loss"][name] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
+    one = trainer._Trainer(recipe(), RunFolder(tmp_path), tenth(), Listener())
+    batches = one.batches.epoch()
+    one._step(*next(batches))  # allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one._step(*next(batches))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
