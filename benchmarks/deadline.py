@@ -13,9 +13,7 @@ VGG-16 is trained on the embedded data for one epoch first.
 
 from __future__ import annotations
 
-import json
 import random
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,6 +25,7 @@ import numpy as np
 import torch
 
 import detachnet
+from common import arguments, begin, write
 from detachnet.backends import TorchBackend
 from detachnet.deadline import DeadlineRunner, Served
 from detachnet.recipe import load_recipe
@@ -45,9 +44,11 @@ NUM_REQUESTS = 400
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    parser = arguments(__doc__, fixed=True)
+    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT")
+    options = begin(parser)
     with tempfile.TemporaryDirectory() as folder:
-        path = given_checkpoint() or train(Path(folder) / "run")
+        path = options.checkpoint or train(Path(folder) / "run")
         net = detachnet.load(path)
     rounds = [measure(net, path)]
     print(rounds[0].profile, end="\n\n")
@@ -56,7 +57,7 @@ def main() -> None:
     choices = {"base alone": ["base"], f"{fastest} alone": [fastest], "runner": None}
     served: dict[str, list[Served]] = {name: [] for name in choices}
     switches = Counter(dict.fromkeys(choices, 0))
-    for seed in range(1 if "--quick" in sys.argv else 5):
+    for seed in range(1 if options.quick else 5):
         rounds += [measure(net, path)] if seed else []
         arrivals = poisson(rounds[-1].rate, seed)
         for name, models in choices.items():
@@ -67,10 +68,8 @@ def main() -> None:
     rates = [round(each.rate, 1) for each in rounds]
     print(f"{len(served['runner'])} requests each, {rates} per second in the rounds, target {target_ms:.1f} ms")
     print_table(rows, net.names)
-    if "--json" in sys.argv:
-        result = {"rows": rows, "rates_per_s": rates, "target_ms": target_ms, "requests_per_round": NUM_REQUESTS}
-        result |= {"profile": rounds[0].profile.model_dump(mode="json")}
-        Path(sys.argv[sys.argv.index("--json") + 1]).write_text(json.dumps(result, indent=1) + "\n")
+    load = {"rates_per_s": rates, "target_ms": target_ms, "requests_per_round": NUM_REQUESTS}
+    write(options, rows, **load, profile=rounds[0].profile.model_dump(mode="json"))
 
 
 class Round(NamedTuple):
@@ -88,11 +87,6 @@ def measure(net: detachnet.DetachableNet, path: Path) -> Round:
         max(r.images_per_s for r in measured.rows if r.accuracy is not None),
     )
     return Round(Family(TorchBackend(net, threads=1), path, measured), measured, base + (fastest - base) / 4)
-
-
-def given_checkpoint() -> Path | None:
-    names = [word for word in sys.argv[1:] if word.endswith(".safetensors")]
-    return Path(names[0]) if names else None
 
 
 def train(folder: Path) -> Path:
