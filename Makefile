@@ -27,6 +27,10 @@ study: .venv/dev ## docs/study.md's runs, some hours on two cores; DATA=folder o
 
 bench: .venv/dev ## the quick benchmarks
 	$(BIN)/python benchmarks/surgery.py --quick
+	$(BIN)/python benchmarks/training_step.py --quick
+	$(BIN)/python benchmarks/detached_inference.py --quick
+	$(BIN)/python benchmarks/switching.py --quick
+	$(BIN)/python benchmarks/data_pipeline.py --quick
 	$(BIN)/python benchmarks/deadline.py --quick
 
 clean:

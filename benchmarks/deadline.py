@@ -14,9 +14,7 @@ embedded data for four epochs first.
 
 from __future__ import annotations
 
-import json
 import random
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -28,6 +26,7 @@ import numpy as np
 import torch
 
 import detachnet
+from common import Target, arguments, begin, write
 from detachnet.backends import TorchBackend
 from detachnet.deadline import DeadlineRunner, Served
 from detachnet.recipe import load_recipe
@@ -49,9 +48,11 @@ NUM_REQUESTS = 400
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    parser = arguments(__doc__, fixed=True)
+    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT")
+    options = begin(parser)
     with tempfile.TemporaryDirectory() as folder:
-        path = given_checkpoint() or train(Path(folder) / "run")
+        path = options.checkpoint or train(Path(folder) / "run")
         net = detachnet.load(path)
     first = measure(net, path)
     print(first.profile, end="\n\n")
@@ -61,7 +62,7 @@ def main() -> None:
     served: dict[str, list[list[Served]]] = {name: [] for name in choices}
     switches = Counter(dict.fromkeys(choices, 0))
     rates = []
-    for seed in range(3 if "--quick" in sys.argv else 20):
+    for seed in range(3 if options.quick else 20):
         now = measure(net, path) if seed else first
         rates.append(round(now.rate, 1))
         for name, models in choices.items():
@@ -72,10 +73,10 @@ def main() -> None:
     print(f"{len(rates)} rounds of {NUM_REQUESTS} requests, {min(rates)} to {max(rates)} per second, ", end="")
     print(f"target {target_ms:.1f} ms")
     print_table(rows, net.names, target_ms)
-    if "--json" in sys.argv:
-        result = {"rows": rows, "rates_per_s": rates, "target_ms": target_ms, "requests_per_round": NUM_REQUESTS}
-        result |= {"profile": first.profile.model_dump(mode="json")}
-        Path(sys.argv[sys.argv.index("--json") + 1]).write_text(json.dumps(result, indent=1) + "\n")
+    held = Target("median p99 of the runner, ms", float(np.median(rows[-1]["p99_ms"])), target_ms)
+    print(held)
+    load = {"rates_per_s": rates, "target_ms": target_ms, "requests_per_round": NUM_REQUESTS}
+    write(options, rows, [held], **load, profile=first.profile.model_dump(mode="json"))
 
 
 class Round(NamedTuple):
@@ -93,11 +94,6 @@ def measure(net: detachnet.DetachableNet, path: Path) -> Round:
         max(r.images_per_s for r in measured.rows if r.accuracy is not None),
     )
     return Round(Family(TorchBackend(net, threads=1), path, measured), measured, base + (fastest - base) / 4)
-
-
-def given_checkpoint() -> Path | None:
-    names = [word for word in sys.argv[1:] if word.endswith(".safetensors")]
-    return Path(names[0]) if names else None
 
 
 def train(folder: Path) -> Path:

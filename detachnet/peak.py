@@ -49,14 +49,14 @@ def resident_peaks(
     return peaks, HOW
 
 
-def measure_here(prepare: Callable[[], Run]) -> int:
+def measure_here(prepare: Callable[[], Run], runs: int = RUNS) -> int:
     """Bytes that making something and running it add to this process's resident memory at their highest."""
     gc.collect()
     _give_back()
     before = _resident("VmRSS")
     run = prepare()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    for _ in range(RUNS):
+    for _ in range(runs):
         run()
     return _resident("VmHWM") - before
 

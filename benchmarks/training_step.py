@@ -1,0 +1,186 @@
+"""What does training a whole family cost, in one joint pass, in separate passes, and beside the base-model alone?
+
+    python benchmarks/training_step.py [--quick] [--json FILE] [--device cuda] [--threads N]
+
+One step is forward, the sum of the models' losses, backward and update (SGD with momentum), on random images.
+`separate` runs each model by itself and adds the losses up before one backward pass, which is how the paper
+reads; `joint` is `net(images, which="all")`. The three run in turn on one family. `mac_ratio` is the sum of all
+models' multiply-accumulates over the base-model's: what joint ÷ base is where arithmetic is all that counts.
+
+Memory is what two steps add at their highest to a family that is made already: activations, gradients, momentum.
+On CUDA torch's allocator tells it, on Linux the highest resident memory of a process per alternative.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+import detachnet
+from common import Row, Target, arguments, begin, report, time_in_turn
+from detachnet.peak import measure_here
+from detachnet.plan import Norm
+
+WAYS = ("base", "separate", "joint")
+BATCHES = (32, 128)
+LIMITS = {"cpu": 0.80, "cuda": 0.60}
+"""Of joint ÷ separate, at batch 32."""
+CUDA_BASE_LIMIT = 1.6
+"""Of joint ÷ base on CUDA at batch 32; on the CPU that is the ratio of MACs."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family, a batch size and whose batch norms the sub-models use."""
+
+    label: str
+    model: str
+    cuts: tuple[str, ...]
+    size: int
+    norm: Norm = "private"
+    batch: int = 32
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}, {self.norm} norms, batch {self.batch}"
+
+
+VGG = partial(Case, model="detachnet:vgg16_cifar", cuts=("features.6", "features.23"), size=32)
+RESNET18 = partial(Case, "ResNet-18/32", "torchvision:resnet18", ("layer1", "layer2"), 32)
+SMALL = (partial(VGG, "VGG-16-BN/32"), partial(RESNET18, kwargs={"num_classes": 10}))
+LARGE = (
+    partial(Case, "ResNet-50/224", "torchvision:resnet50", ("layer1", "layer2"), 224),
+    partial(Case, "MobileNetV3/224", "torchvision:mobilenet_v3_large", ("features.3", "features.6"), 224),
+)
+QUICK = (VGG("VGG-16-BN/32, half width", kwargs={"width": 0.5}), SMALL[1]())
+
+
+def main() -> None:
+    options = begin(arguments(__doc__))
+    rows, targets = [], []
+    for case in QUICK if options.quick else cases():
+        if reason := left_out(case, options.device):
+            print(f"left out: {case.name}: {reason}")
+            continue
+        row = measure(case, options, seconds=6 if options.quick else 60)
+        rows.append(row)
+        targets += judge(case, row, options.device)
+    report(options, rows, targets)
+
+
+def cases() -> Iterator[Case]:
+    """All that is measured: at 32×32 both kinds of norms, at 224×224 private ones."""
+    for family in SMALL:
+        yield from (family(norm=norm, batch=batch) for norm in get_args(Norm) for batch in BATCHES)
+    for family in LARGE:
+        yield from (family(batch=batch) for batch in BATCHES)
+
+
+def left_out(case: Case, device: torch.device) -> str:
+    """Why a case is not measured; nothing if it is."""
+    if device.type == "cpu" and case.size == 224 and case.batch > 32:
+        return "minutes per step and many gigabytes on a CPU"
+    return ""
+
+
+class Step:
+    """One optimizer step of a family, in each of the ways."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        torch.manual_seed(0)
+        model = detachnet.create_model(case.model, **case.kwargs)
+        size = (3, case.size, case.size)
+        self.net = detachnet.make_detachable(model, case.cuts, size, norm=case.norm).to(device).train()
+        self.images = torch.randn(case.batch, *size, device=device)
+        self.target = torch.randint(10, (case.batch,), device=device)
+        self.loss = detachnet.MultiModelLoss()
+        self.optimizer = torch.optim.SGD(self.net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4)
+
+    def outputs(self, way: str) -> dict[str, Tensor]:
+        if way == "joint":
+            outputs: dict[str, Tensor] = self.net(self.images, which="all")
+            return outputs
+        names = self.net.names if way == "separate" else self.net.names[:1]
+        return {name: self.net(self.images, which=name) for name in names}
+
+    def run(self, way: str) -> None:
+        """A step; gradients of layers that do not take part stay None and cost nothing."""
+        self.optimizer.zero_grad()
+        self.loss(self.outputs(way), self.target).backward()
+        self.optimizer.step()
+
+
+def measure(case: Case, options: argparse.Namespace, seconds: float, least: int = 3) -> Row:
+    """Times, ratios and memory of one case."""
+    step = Step(case, options.device)
+    macs = [model.macs for model in step.net.plan.models]
+    timing = time_in_turn({way: partial(step.run, way) for way in WAYS}, options.device, seconds, least)
+    del step
+    memory = {way: added_memory(case, way, options) for way in WAYS}
+    return {
+        "model": case.label,
+        "norm": case.norm,
+        "batch": case.batch,
+        **{f"{way}_ms": timing.median_ms(way) for way in WAYS},
+        "joint_to_separate": timing.ratio("joint", "separate"),
+        "joint_to_base": timing.ratio("joint", "base"),
+        "mac_ratio": sum(macs) / macs[0],
+        **{f"{way}_mb": memory[way] and memory[way] / 1e6 for way in WAYS},
+        "n": timing.n,
+    }
+
+
+def judge(case: Case, row: Row, device: torch.device) -> list[Target]:
+    """The targets, which are those of batch 32."""
+    if case.batch != 32:
+        return []
+    base_limit = row["mac_ratio"] if device.type == "cpu" else CUDA_BASE_LIMIT
+    return [
+        Target(f"{case.name}: joint ÷ separate", row["joint_to_separate"], LIMITS[device.type]),
+        Target(f"{case.name}: joint ÷ base", row["joint_to_base"], base_limit),
+    ]
+
+
+def added_memory(case: Case, way: str, options: argparse.Namespace) -> int | None:
+    """Bytes that training adds to a family; None where the system cannot tell."""
+    if options.device.type == "cuda":
+        return cuda_memory(case, way, options.device)
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        return alone.submit(resident_memory, case, way, options.threads).result()
+
+
+def resident_memory(case: Case, way: str, threads: int) -> int:
+    """Of this process."""
+    torch.set_num_threads(threads)
+    step = Step(case, torch.device("cpu"))
+    torch.nn.Conv2d(3, 8, 3)(torch.randn(1, 3, 32, 32))  # what the library sets up once is not the model's
+    return measure_here(lambda: partial(step.run, way), runs=2)
+
+
+def cuda_memory(case: Case, way: str, device: torch.device) -> int:
+    """Of torch's allocator."""
+    step = Step(case, device)
+    gc.collect()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(2):
+        step.run(way)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+if __name__ == "__main__":
+    main()
