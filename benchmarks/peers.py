@@ -19,10 +19,8 @@ the line that installs it, and left out; with none there the exit code is 2.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import inspect
-import json
 import sys
 import tempfile
 from collections import OrderedDict
@@ -40,7 +38,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import detachnet
-from detachnet.measure import alternate, hardware, versions
+from common import arguments, begin, write
+from detachnet.measure import alternate, versions
 from detachnet.plan import align
 
 IMAGE = (1, 3, 224, 224)
@@ -254,14 +253,6 @@ def measure(runs: dict[tuple[str, str], Run], n: int, warmup: int) -> list[dict[
 # The command.
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="5 timed runs each instead of 200")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of the CPU per run")
-    return parser.parse_args(arguments)
-
-
 def missing(peer: str) -> str | None:
     """Why a peer cannot be used, with the line that installs it; None if it can."""
     try:
@@ -297,14 +288,15 @@ def latency_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return align([header, *cells])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+def main(words: Sequence[str] | None = None) -> int:
+    parser = arguments(__doc__, fixed=True)
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of the CPU per run, 1 by default")
+    options = begin(parser, words)
     left_out = {peer: why for peer in ("earlyon", "torch-pruning") if (why := missing(peer))}
     for why in left_out.values():
         print(why, file=sys.stderr)
     if len(left_out) == 2:
         return 2
-    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     n, warmup = (5, 1) if options.quick else (200, 10)
     with tempfile.TemporaryDirectory() as folder:
@@ -312,15 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         built = [build(approach, Path(folder) / str(index)) for index, approach in enumerate(approaches)]
     costs = [cost for cost, _ in built]
     rows = measure({key: run for _, runs in built for key, run in runs.items()}, n, warmup)
-
-    about = {
-        "versions": versions("torch", "torchvision", *sorted({a.peer for a in approaches} - {"detachnet"})),
-        "hardware": hardware(torch.device("cpu")),
-        "settings": {"threads": options.threads, "batch": 1, "n": n, "warmup": warmup, "input_size": IMAGE[1:]},
-    }
-    print(*costs_table(costs), "", *latency_table(rows), "", json.dumps(about), sep="\n")
-    if options.json:
-        options.json.write_text(json.dumps({"costs": costs, "rows": rows, **about}, indent=1) + "\n")
+    peers = versions(*sorted({a.peer for a in approaches} - {"detachnet"}))
+    print(*costs_table(costs), "", *latency_table(rows), "", sep="\n")
+    print(f"n = {n} after {warmup}, batch 1; " + "; ".join(f"{name} {version}" for name, version in peers.items()))
+    write(options, rows, costs=costs, peers=peers, n=n, warmup=warmup, input_size=IMAGE[1:])
     return 0
 
 
