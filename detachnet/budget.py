@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 from detachnet.errors import BudgetError
 
@@ -59,11 +60,12 @@ def choose(candidates: Sequence[Candidate], limits: Mapping[str, float]) -> str:
     return max(fitting, key=lambda c: (c.accuracy, -c.macs)).model
 
 
-def check(limits: Mapping[str, float]) -> None:
+def check(limits: Mapping[str, Any]) -> None:
     """Refuse a limit that makes no sense."""
     for name, value in limits.items():
-        if not (math.isfinite(value) and value > 0):
-            raise BudgetError(f"{name}={value}: a budget is a positive number")
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not (is_number and math.isfinite(value) and value > 0):
+            raise BudgetError(f"{name}={value!r}: a budget is a positive number")
     accuracy = limits.get("accuracy", 0)
     if accuracy > 1:
         raise BudgetError(

@@ -236,7 +236,8 @@ def calibrate(
     scores = score(net, split, device)
     calibration, report = scores.of(slice(0, None, 2)), scores.of(slice(1, None, 2))
     front = pareto(all_points(calibration))
-    chosen = _choose(front, target_accuracy, target_macs)
+    singles = [evaluate(calibration, (name,), 0.0) for name in order(scores.macs)]
+    chosen = _choose(front, singles, target_accuracy, target_macs)
     return Curve(
         num_calibration=calibration.num_images,
         singles=tuple(evaluate(report, (name,), 0.0) for name in order(scores.macs)),
@@ -320,7 +321,9 @@ def thin(points: Sequence[Point], count: int) -> list[Point]:
     return [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]
 
 
-def _choose(front: Sequence[Point], accuracy: float | None, macs: float | None) -> Point | None:
+def _choose(
+    front: Sequence[Point], singles: Sequence[Point], accuracy: float | None, macs: float | None
+) -> Point | None:
     """The cheapest point that is accurate enough, or the most accurate one that is cheap enough."""
     if accuracy is None and macs is None:
         return None
@@ -329,10 +332,12 @@ def _choose(front: Sequence[Point], accuracy: float | None, macs: float | None) 
     fitting = [point for point in front if point.accuracy >= limit and point.mean_macs <= most]
     if fitting:
         return fitting[0] if accuracy is not None else fitting[-1]
+    alone = [p for p in singles if p.accuracy >= limit and p.mean_macs <= most]
     nearest = front[-1] if accuracy is not None else front[0]
     asked = f"{100 * limit:.2f} %" if accuracy is not None else f"{si(round(most))} MACs per image"
     raise BudgetError(
         f"no cascade reaches {asked} on the {nearest.n} calibration images",
         what=f"the nearest has {100 * nearest.accuracy:.2f} % for {si(round(nearest.mean_macs))} MACs per image",
+        hint=f"a single model does: {', '.join(p.models[0] for p in alone)}" if alone else "",
         nearest=(nearest.chain,),
     )

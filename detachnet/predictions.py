@@ -76,5 +76,5 @@ def trained_model(net: DetachableNet, name: str | None = None) -> str:
         return models[0]
     if name not in models:
         missing = f"{name!r} was not trained" if name in net.names else f"the family has no model {name!r}"
-        raise CheckpointError(missing, nearest=nearest(name, models) or list(models))
+        raise CheckpointError(missing, hint=f"the models are {', '.join(models)}", nearest=nearest(name, models))
     return name

@@ -150,6 +150,8 @@ def test_targets(net: detachnet.DetachableNet) -> None:
         detachnet.BudgetError, match=r"no cascade reaches 100 MACs per image on the 30 calibration"
     ):
         calibrate(net, split, target_macs=100)
+    with pytest.raises(detachnet.BudgetError, match=r"no cascade reaches[\s\S]*a single model does: sub1"):
+        calibrate(net, split, target_macs=macs["sub1"])
     split.labels[:] = (split.labels + 1) % 10
     with pytest.raises(detachnet.BudgetError, match=r"no cascade reaches 95.00 %[\s\S]*the nearest has"):
         calibrate(net, split, target_accuracy=0.95)

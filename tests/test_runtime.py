@@ -100,6 +100,7 @@ def test_choose_by_macs_needs_no_measurement(net: detachnet.DetachableNet) -> No
         ({"accuracy": 0.95}, r"no model keeps accuracy=0.95: base comes nearest with accuracy=0.9\n"),
         ({"latency_ms": 4, "accuracy": 0.79}, r"sub0 comes nearest with latency_ms=5\n[\s\S]*accuracy 80.00 %"),
         ({"memory_mb": -1}, "memory_mb=-1: a budget is a positive number"),
+        ({"latency_ms": "5"}, "latency_ms='5': a budget is a positive number"),
         ({"latency_ms": float("nan")}, "latency_ms=nan: a budget is a positive number"),
         ({"accuracy": 90}, r"accuracy=90 is not a share in \[0, 1\][\s\S]*0.9"),
     ],
