@@ -10,6 +10,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from detachnet.data import Batches, BatchSource, DataInfo, Split, describe_data
+from detachnet.errors import ModelError
 from detachnet.evaluation import EVAL_BATCH
 from detachnet.files import Files, open_files
 from detachnet.loader import EVAL_BATCH as FILES_EVAL_BATCH
@@ -115,7 +116,14 @@ def evaluation_batches(
 
 
 def normalization(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that a model's published weights expect: timm's for it, else ImageNet's."""
+    """Mean and standard deviation that a model's published weights expect: timm's for it, else ImageNet's.
+
+    Raises:
+        ModelError: timm has the model, but not these weights of it.
+    """
     library, _, name = model.partition(":")
-    cfg = timm.models.get_pretrained_cfg(name) if library == "timm" else None
+    try:
+        cfg = timm.models.get_pretrained_cfg(name) if library == "timm" else None
+    except RuntimeError as error:
+        raise ModelError(f"unknown model {model!r}", what=str(error)) from error
     return (tuple(cfg.mean), tuple(cfg.std)) if cfg else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)

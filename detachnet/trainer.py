@@ -40,7 +40,7 @@ from detachnet.data import BatchSource, load_data, mix, select
 from detachnet.detachable import DetachableNet
 from detachnet.errors import CheckpointError, RecipeError
 from detachnet.evaluation import score_batches, scores
-from detachnet.family import build_family, start_from
+from detachnet.family import build_family, check_classes, start_from
 from detachnet.losses import MultiModelLoss
 from detachnet.recipe import FilesTable, Recipe
 from detachnet.report import COLUMNS, markdown, result_cells, result_rows
@@ -169,6 +169,8 @@ class _Trainer:
         if self.accelerator.num_processes > 1 and self.device.type == "cuda":
             self.net = convert_sync_batchnorm(self.net)  # timm's, which keeps the activations of its norms
         self.net.data = source.info
+        if isinstance(recipe.data, FilesTable):
+            check_classes(self.net)
         if recipe.train.init and not resuming:
             start_from(self.net, recipe.train.init)
         self.parameters = self.net.parameters_of(recipe.models)

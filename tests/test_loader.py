@@ -194,3 +194,7 @@ def test_normalization_is_that_of_the_published_weights() -> None:
     imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert normalization("torchvision:resnet50") == normalization("timm:resnet50") == imagenet
     assert normalization("timm:inception_v3.tf_in1k") == ((0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(
+        detachnet.ModelError, match=r"unknown model 'timm:resnet50.nothing'\n  what     Invalid pretr"
+    ):
+        normalization("timm:resnet50.nothing")

@@ -17,7 +17,7 @@ import detachnet
 from detachnet import trainer
 from detachnet.evaluation import evaluate
 from detachnet.images import read_image, to_tensor
-from detachnet.recipe import Recipe
+from detachnet.recipe import Recipe, load_recipe
 from detachnet.trainer import Listener, train
 from tests.folders import CLASSES, recipe, write_folder
 from tests.test_files import make_shards
@@ -25,6 +25,7 @@ from tests.test_processes import DETACHNET, torchrun
 from tests.test_trainer import KillAfter, Killed, assert_same_run
 
 EVERYTHING = {"data__mixup": 0.2, "data__cutmix": 1.0, "data__reprob": 0.25, "train__ema_decay": 0.9}
+RECIPE = Path(__file__).parents[1] / "recipes" / "resnet50_imagenet.toml"
 STEPS = 3
 """Per epoch."""
 
@@ -181,6 +182,20 @@ def test_a_broken_image_ends_a_training_that_goes_on(tmp_path: Path) -> None:
         train(recipe(data__num_workers=1), tmp_path / "run", data_root=root)
     picture.write_bytes(good)
     assert train(recipe(data__num_workers=1), tmp_path / "run", data_root=root, resume=True).status == "finished"
+
+
+def test_the_recipe_for_imagenet_on_a_little_folder(folder: Path, tmp_path: Path) -> None:
+    options = ["data.image_size=64", "data.num_workers=1", "train.epochs=1", "train.batch_size=16"]
+    options += ["schedule.warmup_epochs=0", "model.kwargs.num_classes=4"]
+    result = train(load_recipe(RECIPE, options), tmp_path / "run", data_root=folder)
+    assert [row["model"] for row in result.table] == ["base", "sub0", "sub1"]
+
+
+def test_outputs_are_those_of_the_classes(folder: Path, tmp_path: Path) -> None:
+    wrong = recipe(model__kwargs={"depth": 8, "width": 0.25})
+    with pytest.raises(detachnet.RecipeError, match=r"has 10 outputs, but folder has 4 classes\n.*num_classes=4"):
+        train(wrong, tmp_path / "run", data_root=folder)
+    assert not (tmp_path / "run").exists()
 
 
 class Interrupt(Listener):
