@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .console import friendly, print_json, table
 from .family import fastest_device, open_family
+
+if TYPE_CHECKING:
+    from detachnet.data import Split
+    from detachnet.detachable import DetachableNet
+    from detachnet.loader import FileBatches
+
+WORKERS = 4
+"""Processes that read image files, where there are as many cores."""
 
 
 @friendly
@@ -22,7 +31,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Measure the test accuracy of each trained model of a family."""
-    from detachnet.data import load_data
+    from detachnet.data import is_files, load_data
     from detachnet.errors import CheckpointError
     from detachnet.evaluation import evaluate as score
     from detachnet.plan import si
@@ -33,8 +42,15 @@ def evaluate(
         raise CheckpointError(
             f"{path} does not say what it was trained on", hint="evaluate a file that train wrote"
         )
-    split = load_data(name, data_root, download)[1]
-    scores = score(net, split, fastest_device())
+    device = fastest_device()
+    images: Split | FileBatches
+    if is_files(name):
+        images = _test_files(net, name, data_root, device)
+        count = images.files.num_images
+    else:
+        images = load_data(name, data_root, download)[1]
+        count = len(images)
+    scores = score(net, images, device)
     rows: list[dict[str, Any]] = [
         {
             "model": model,
@@ -46,10 +62,10 @@ def evaluate(
         for model, score in scores.items()
     ]
     if as_json:
-        print_json({"checkpoint": str(path), "data": name, "n": len(split), "models": rows})
+        print_json({"checkpoint": str(path), "data": name, "n": count, "models": rows})
         return
     table(
-        f"{path} on {name}, n = {len(split)}",
+        f"{path} on {name}, n = {count}",
         ("model", "MACs", "parameters", "test accuracy", "test loss"),
         [
             (
@@ -62,3 +78,14 @@ def evaluate(
             for row in rows
         ],
     )
+
+
+def _test_files(net: DetachableNet, name: str, data_root: Path | None, device: str) -> FileBatches:
+    """The test images of a data set of image files, as the family takes them in."""
+    from detachnet.files import open_files
+    from detachnet.predictions import known_data
+    from detachnet.sources import evaluation_batches
+
+    data, (_, height, width) = known_data(net), net.plan.input_size
+    files = open_files(name, data_root, data.test_split or "validation", data.classes)
+    return evaluation_batches(files, data, (height, width), device, min(WORKERS, os.cpu_count() or 1))

@@ -12,6 +12,9 @@ import typer
 from .console import TrainingDisplay, friendly, note, table
 from .recipes import find_recipe
 
+WORTH_SAYING = 0.05
+"""Share of the training's time spent waiting for images."""
+
 
 @friendly
 def train(
@@ -68,6 +71,8 @@ def train(
             result_cells(result.table),
         )
         note("\nBest is over the accuracies of all epochs, as in the paper; last is the last epoch's.")
+    if result.wait_share > WORTH_SAYING:
+        note(f"{100 * result.wait_share:.0f} % of the time went into waiting for images.")
     if result.status == "finished":
         note(f"Run: {result.folder.path}  Best family: {result.folder.best}")
         return

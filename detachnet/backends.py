@@ -151,7 +151,12 @@ class OnnxBackend:
         if not image.mean:
             return None
         return DataInfo(
-            name="", classes=manifest.labels, mean=image.mean, std=image.std, num_test=manifest.num_test
+            name="",
+            classes=manifest.labels,
+            mean=image.mean,
+            std=image.std,
+            num_test=manifest.num_test,
+            crop_pct=image.crop_pct,
         )
 
     def _open(self, name: str) -> Any:

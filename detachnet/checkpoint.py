@@ -32,7 +32,9 @@ from detachnet.zoo import create_model
 KEY = "detachnet"
 _FORMAT = {"format": "pt"}
 TRAINER = "trainer."
-"""Prefix of the tensors that only going on with the training needs."""
+"""Prefix of the optimizer's tensors, which only going on with the training needs."""
+LIVE = "live."
+"""Prefix of the weights that are trained, in a file whose family is their average; needed for the same."""
 
 _Plain = str | int | float | bool | None
 _FETCHING = {
@@ -67,6 +69,7 @@ class TrainingState(BaseModel):
         sums: Model → sum of its training losses over these steps.
         rows: One row of metrics per completed epoch.
         train_s: Seconds spent training so far.
+        wait_s: Seconds of these spent waiting for images.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
@@ -77,6 +80,7 @@ class TrainingState(BaseModel):
     sums: dict[str, float]
     rows: tuple[dict[str, Any], ...]
     train_s: float
+    wait_s: float = 0.0
 
 
 class Header(BaseModel):
@@ -143,8 +147,8 @@ def write(
     training: TrainingState | None = None,
     extra: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """`save`, with what a training needs to go on: its state and its tensors."""
-    kept = {TRAINER + name: tensor.detach().cpu().contiguous() for name, tensor in (extra or {}).items()}
+    """`save`, with what a training needs to go on: its state and its tensors, under one of the two prefixes."""
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in (extra or {}).items()}
     _write(path, _header(net).model_copy(update={"training": training}), net.state_dict(), kept)
 
 
@@ -183,7 +187,7 @@ def _alone(header: Header, name: str) -> Header:
 
 def _write(path: str | Path, header: Header, state: Mapping[str, Tensor], extra: Mapping[str, Tensor]) -> None:
     """A header and the tensors it is about, with a checksum over both."""
-    tensors, tied = _untied(state)
+    tensors, tied = untied(state)
     tensors |= extra
     text = header.model_copy(update={"tied": tied}).model_dump_json()
     metadata = _FORMAT | {KEY: text, "sha256": _digest(text, tensors)}
@@ -375,7 +379,7 @@ def _asked_for(plan: DetachPlan) -> str | Stem:
 
 def load_weights(net: DetachableNet, header: Header, tensors: Mapping[str, Tensor]) -> None:
     """Put a file's weights into a family of the same plan."""
-    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(TRAINER)}
+    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith((TRAINER, LIVE))}
     net.load_state_dict(weights | {name: tensors[kept] for name, kept in header.tied.items()})
 
 
@@ -396,7 +400,17 @@ def _create(header: Header, path: str | Path) -> nn.Module:
         raise CheckpointError(f"the base-model of {path} cannot be built", what=error.summary) from error
 
 
-def _untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under names that begin with a prefix."""
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those of the tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Each tensor once, and which names mean one that is stored under another name."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}

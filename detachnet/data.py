@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -74,6 +75,9 @@ class DataInfo(BaseModel):
         mean: Mean of each channel over the training images, of values in [0, 1].
         std: Standard deviation of each channel.
         num_test: Number of test images that accuracies are measured on.
+        test_split: Where the test images are, in a data set of image files.
+        crop_pct: Share of the resized picture's side that is kept for an evaluation, as timm resizes and crops;
+            None where pictures are brought to the input size directly.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,6 +87,8 @@ class DataInfo(BaseModel):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_test: int = 0
+    test_split: str = ""
+    crop_pct: float | None = None
 
 
 def load_data(name: str, root: str | Path | None = None, download: bool = False) -> tuple[Split, Split]:
@@ -96,9 +102,19 @@ def load_data(name: str, root: str | Path | None = None, download: bool = False)
     Raises:
         DataError: It is in none of the places, or a file is missing, truncated or changed.
     """
+    if is_files(name):
+        raise DataError(
+            f"{name} is read image by image: it is not held in memory",
+            hint="detachnet train, evaluate and predict work with such data",
+        )
     if name not in _LOADERS:
         raise DataError(f"unknown data set {name!r}", nearest=nearest(name, _LOADERS) or list(_LOADERS))
-    return _LOADERS[name](_places(root), download)
+    return _LOADERS[name](places_of(root), download)
+
+
+def is_files(name: str) -> bool:
+    """Whether a data set is one of image files, by timm's names for them: `folder`, `wds/NAME`, `hfds/NAME`."""
+    return name == "folder" or name.startswith(("wds/", "hfds/"))
 
 
 def select(splits: tuple[Split, Split], num_train: int = 0, holdout: int = 0) -> tuple[Split, Split]:
@@ -135,14 +151,36 @@ def describe_data(name: str, splits: tuple[Split, Split], normalize: str = "chan
         shares = counts.double() / counts.sum(1, keepdim=True)
         mean = shares @ values
         std = (shares @ values**2 - mean**2).sqrt()
-    constants = {"mean": tuple(mean.tolist()), "std": tuple(std.tolist())}
-    return DataInfo(name=name, classes=train.classes, num_test=len(test), **constants)
+    return DataInfo(
+        name=name,
+        classes=train.classes,
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+        num_test=len(test),
+    )
 
 
 def scale_and_shift(info: DataInfo) -> tuple[Tensor, Tensor]:
     """What `uint8 * scale - shift` normalizes each channel with; both `(1, C, 1, 1)`, float32."""
     mean, std = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (info.mean, info.std))
     return (1 / (255 * std)).float(), (mean / std).float()
+
+
+class BatchSource(Protocol):
+    """What a training and an evaluation read: normalized float images on a device, and their labels."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches are."""
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch from step `start` on: images `(B, C, H, W)`, labels `(B,)`.
+
+        The labels of mixed images are the probability of each class instead, `(B, num_classes)`.
+        """
 
 
 class Batches:
@@ -183,6 +221,11 @@ class Batches:
         self.scale, self.shift = (constant.to(device) for constant in scale_and_shift(info))
         self.batch_size = batch_size
         self.pad, self.flip, self.shuffle, self.seed, self.share = pad, flip, shuffle, seed, share
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images live."""
+        return self.images.device
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.labels), self.batch_size)
@@ -241,8 +284,8 @@ def mix(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _places(root: str | Path | None) -> list[Path]:
-    """Where data is looked for, in order."""
+def places_of(root: str | Path | None) -> list[Path]:
+    """Where data is looked for, in order: the given folder, `$DETACHNET_DATA`, `./data`."""
     given = [root, os.environ.get("DETACHNET_DATA"), "data"]
     return [Path(place).expanduser() for place in given if place]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from detachnet.data import Batches, Split
+from detachnet.data import Batches, BatchSource, Split
 from detachnet.detachable import DetachableNet
 from detachnet.errors import CheckpointError
 from detachnet.losses import logits
@@ -16,12 +16,14 @@ EVAL_BATCH = 500
 """Images per batch of an evaluation."""
 
 
-def evaluate(net: DetachableNet, split: Split, device: torch.device | str = "cpu") -> dict[str, dict[str, float]]:
+def evaluate(
+    net: DetachableNet, images: Split | BatchSource, device: torch.device | str = "cpu"
+) -> dict[str, dict[str, float]]:
     """Test accuracy, in [0, 1], and mean cross entropy of each trained model of a family.
 
     Args:
         net: A family with `data`, as the trainer writes it.
-        split: The images, of the same classes.
+        images: Of the same classes; batches must be on the device.
         device: Where to run.
 
     Raises:
@@ -30,15 +32,15 @@ def evaluate(net: DetachableNet, split: Split, device: torch.device | str = "cpu
     if net.data is None:
         raise CheckpointError("the family does not know how its images are normalized: it has no data info")
     models = net.trained or net.names
-    batches = Batches(split, net.data, EVAL_BATCH, device)
+    batches = Batches(images, net.data, EVAL_BATCH, device) if isinstance(images, Split) else images
     return scores(score_batches(net.to(device), batches, models), models)
 
 
-def score_batches(model: nn.Module, batches: Batches, models: Sequence[str]) -> Tensor:
+def score_batches(model: nn.Module, batches: BatchSource, models: Sequence[str]) -> Tensor:
     """Number of right answers, sum of losses and number of images, per model: `(len(models), 3)`, float64."""
     was = model.training
     model.eval()
-    device = batches.images.device
+    device = batches.device
     rows = torch.zeros(len(models), 3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     criterion = nn.CrossEntropyLoss(reduction="sum")
     with torch.no_grad():

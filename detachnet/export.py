@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, get_args
+from typing import Annotated, Any, BinaryIO, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -108,6 +108,7 @@ class ImageInput(_Frozen):
         shape: Of one image, `(C, H, W)`.
         mean: Per channel; empty if the family does not know what it was trained on.
         std: Per channel.
+        crop_pct: As in `DataInfo`.
         max_batch: The most images at once; None for any number.
     """
 
@@ -115,6 +116,7 @@ class ImageInput(_Frozen):
     shape: tuple[int, ...]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    crop_pct: float | None = None
     max_batch: int | None = None
 
 
@@ -239,7 +241,7 @@ def _manifest(
 ) -> Manifest:
     """What is true of all models of the folder."""
     data = net.data
-    constants = {"mean": data.mean, "std": data.std} if data else {}
+    constants: dict[str, Any] = {"mean": data.mean, "std": data.std, "crop_pct": data.crop_pct} if data else {}
     shape, limit = net.plan.input_size, graphs.MAX_BATCH[format]
     return Manifest(
         format=format,

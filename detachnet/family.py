@@ -8,7 +8,8 @@ import torch
 
 from detachnet.checkpoint import read
 from detachnet.detachable import DetachableNet, make_detachable
-from detachnet.errors import CheckpointError
+from detachnet.errors import CheckpointError, RecipeError
+from detachnet.losses import logits
 from detachnet.recipe import Recipe
 from detachnet.runs import family_file
 from detachnet.views import NORMS
@@ -28,6 +29,25 @@ def build_family(recipe: Recipe, input_size: tuple[int, ...]) -> DetachableNet:
         net = make_detachable(model, trained, input_size, norm=table.norm, stepdown=stepdown)
     net.trained = recipe.models
     return net
+
+
+def check_classes(net: DetachableNet) -> None:
+    """Refuse a family that does not have one output for each class of its data.
+
+    Raises:
+        RecipeError: It has more or fewer.
+    """
+    if net.data is None:
+        return
+    was = net.training
+    with torch.no_grad():
+        outputs = logits(net.eval()(torch.zeros(1, *net.plan.input_size))).shape[-1]
+    net.train(was)
+    if outputs != (count := len(net.data.classes)):
+        raise RecipeError(
+            f"the model has {outputs} outputs, but {net.data.name} has {count} classes",
+            hint=f"--set model.kwargs.num_classes={count}",
+        )
 
 
 def start_from(net: DetachableNet, path: str | Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -81,7 +81,8 @@ def to_tensor(image: Image.Image, data: DataInfo, input_size: tuple[int, ...]) -
     """A picture of any size and mode as a family takes it in.
 
     The shorter side is brought to the input size and the middle is cut out; a picture of that size stays as it
-    is. Transparent parts become white. Colours are turned to grey, or grey to colours, as the family was trained.
+    is. For a family trained on image files it is resized and cropped as timm does for an evaluation. Transparent
+    parts become white. Colours are turned to grey, or grey to colours, as the family was trained.
 
     Args:
         image: The picture.
@@ -103,12 +104,31 @@ def to_tensor(image: Image.Image, data: DataInfo, input_size: tuple[int, ...]) -
             hint="pictures become (1, H, W) or (3, H, W)",
         )
     height, width = input_size[1:]
-    plain = _opaque(_common(image, "the image")).convert(_MODES[num_chs])
-    if plain.size != (width, height):
-        plain = ImageOps.fit(plain, (width, height), Image.Resampling.BICUBIC)
-    values = torch.from_numpy(np.array(plain)).view(1, height, width, num_chs).permute(0, 3, 1, 2)
+    plain = to_mode(_common(image, "the image"), num_chs)
+    if data.crop_pct is not None:
+        values = evaluation_transform((height, width), data.crop_pct)(plain)[None]
+    else:
+        if plain.size != (width, height):
+            plain = ImageOps.fit(plain, (width, height), Image.Resampling.BICUBIC)
+        values = torch.from_numpy(np.array(plain)).view(1, height, width, num_chs).permute(0, 3, 1, 2)
     scale, shift = scale_and_shift(data)
     return (values.float() * scale - shift)[0].contiguous()
+
+
+def to_mode(image: Image.Image, num_chs: int) -> Image.Image:
+    """A picture that `read_image` read, opaque, in grey or in colours: with 1 or 3 channels."""
+    return _opaque(image).convert(_MODES[num_chs])
+
+
+@lru_cache
+def evaluation_transform(size: tuple[int, int], crop_pct: float) -> Callable[[Image.Image], Tensor]:
+    """timm's for evaluations: shorter side to `size / crop_pct`, bicubic, middle cut out; `(C, H, W)`, uint8."""
+    from timm.data import create_transform  # slow to import
+
+    transform: Callable[[Image.Image], Tensor] = create_transform(
+        size, interpolation="bicubic", crop_pct=crop_pct, normalize=False
+    )
+    return transform
 
 
 def find_images(paths: Iterable[str | Path]) -> Iterator[Path]:

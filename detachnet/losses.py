@@ -54,7 +54,8 @@ class MultiModelLoss(nn.Module):
 
         Args:
             outputs: Model → logits `(B, num_classes)`, as `net(images, which="all")` returns them.
-            target: Class indices, `(B,)`.
+            target: Class indices, `(B,)`; or the probability of each class, `(B, num_classes)`, as mixing images
+                gives it.
             features: As `net(images, which="all", features=True)` returns them.
 
         Raises:
@@ -113,7 +114,7 @@ class MultiModelLoss(nn.Module):
         return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * self.temperature**2
 
     def criterion(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Cross entropy of logits `(B, num_classes)` against class indices `(B,)`."""
+        """Cross entropy of logits `(B, num_classes)` against class indices or the classes' probabilities."""
         return F.cross_entropy(prediction, target, label_smoothing=self.label_smoothing)
 
 

@@ -25,7 +25,7 @@ from detachnet.figures import Axis, Point, Series, bar, chart, key, percent
 from detachnet.measure import Profile, read_profile
 from detachnet.plan import si
 from detachnet.predictions import Prediction, known_data, predict
-from detachnet.recipe import Recipe, load_recipe
+from detachnet.recipe import FilesTable, Recipe, load_recipe
 from detachnet.report import result_rows
 from detachnet.runs import RunFolder, family_file
 
@@ -301,7 +301,12 @@ def _together(runs: Sequence[RunRecord]) -> Markup:
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
     """Hardware, versions and times, as `run.json` has them."""
-    units = {"train_s": "training, s", "images_per_s": "images/s in training", "cpu_cores": "CPU cores"}
+    units = {
+        "train_s": "training, s",
+        "wait_share": "share of it waiting for images",
+        "images_per_s": "images/s in training",
+        "cpu_cores": "CPU cores",
+    }
     facts = [(units.get(name, name), str(value)) for name, value in run.info.items() if value is not None]
     if run.profile is not None:
         measured = [*run.profile.hardware.values(), *(f"{k} {v}" for k, v in run.profile.versions.items())]
@@ -316,6 +321,8 @@ def _test_images(run: RunRecord, data_root: str | Path | None) -> Split:
         DataError: They are not on this machine.
     """
     data = run.recipe.data
+    if isinstance(data, FilesTable):
+        raise DataError(f"{data.name} is read image by image, and only images in memory are shown")
     return select(load_data(data.name, data_root), data.num_train, data.holdout)[1]
 
 

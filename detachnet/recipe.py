@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from detachnet.errors import RecipeError, nearest
 from detachnet.stepdown import Stem
@@ -51,7 +51,7 @@ class FamilyTable(_Table):
 
 
 class DataTable(_Table):
-    """The data set and how its images are augmented."""
+    """A small data set, which is held in memory, and how its images are augmented."""
 
     name: Literal["cifar10", "cifar10-mini", "mnist"]
     """A data set of `load_data`."""
@@ -66,6 +66,54 @@ class DataTable(_Table):
     """Mirror each image left to right with probability one half."""
     normalize: Literal["channel", "none"] = "channel"
     """Mean 0 and standard deviation 1 for each channel of the training images; or values in [0, 1] as they are."""
+
+
+class FilesTable(_Table):
+    """A data set of image files, read by worker processes, and how its images are augmented: all of it timm's."""
+
+    name: Annotated[str, Field(pattern=r"^(folder|wds/.+|hfds/.+)$")]
+    """`folder`: a folder of images per class. `wds/NAME`: WebDataset shards. `hfds/NAME`: Hugging Face's."""
+    train_split: str = "train"
+    """The training images: a folder, a split that the shards' `_info.json` knows or `NAME-{0000..0127}.tar|COUNT`,
+    or a split of the data set."""
+    val_split: str = "validation"
+    """The images accuracies are measured on."""
+    image_size: Positive = 224
+    """Height and width in pixels of the images a family takes in; training images are cut out at random and
+    brought to it."""
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Share of the resized picture's side that is kept for an evaluation."""
+    auto_augment: str = ""
+    """A policy of timm's, such as `rand-m9-mstd0.5-inc1`; empty for its jitter of the colours."""
+    reprob: Share = 0.0
+    """Probability that a part of a training image is erased."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """Alpha of mixup; 0 for none."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """Alpha of cutmix; 0 for none. With both, one is chosen for each batch."""
+    num_workers: Annotated[int, Field(ge=0)] = 4
+    """Processes that read and augment images, for each process that trains; 0 for none beside it."""
+
+    @property
+    def holdout(self) -> int:
+        """Held-out training images: none, `val_split` may name any."""
+        return 0
+
+
+_MEMORY, _FILES = "(data sets in memory)", "(image files)"
+"""The two kinds of `[data]`; in brackets, which `_is_key` looks for."""
+
+
+def _kind_of_data(table: Any) -> str:
+    """Which of the two tables a `[data]` is, by its name; as `data.is_files` has it."""
+    name = table.get("name") if isinstance(table, dict) else getattr(table, "name", None)
+    files = isinstance(name, str) and (name == "folder" or name.startswith(("wds/", "hfds/")))
+    return _FILES if files else _MEMORY
+
+
+AnyData = Annotated[
+    Annotated[DataTable, Tag(_MEMORY)] | Annotated[FilesTable, Tag(_FILES)], Discriminator(_kind_of_data)
+]
 
 
 class OptimizerTable(_Table):
@@ -139,6 +187,9 @@ class TrainTable(_Table):
     freeze_base: bool = False
     """Train only step-downs and private norms: the base-model stays bit for bit as it is. Layers of it run in
     evaluation mode; dropout that a forward pass calls as a function stays on."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay per step of an exponential moving average of the weights, which accuracies are then those of, and the
+    weights in the run's files; it rises to it, as timm's warm-up has it. 0 for none."""
     precision: Literal["float32", "bf16"] = "float32"
     """`bf16` runs under bfloat16 autocast."""
     strategy: Literal["joint", "separate"] = "joint"
@@ -155,7 +206,7 @@ class Recipe(_Table):
     """One line for `detachnet recipes`."""
     model: ModelTable
     family: FamilyTable
-    data: DataTable
+    data: AnyData
     optimizer: OptimizerTable
     schedule: ScheduleTable = ScheduleTable()
     loss: LossTable = LossTable()
@@ -269,6 +320,8 @@ def _explain(problem: dict[str, Any]) -> tuple[str, list[str]]:
     path = [str(part) for part in problem["loc"] if isinstance(part, int) or _is_key(part)]
     key, table = ".".join(path), path[:-1]
     if problem["type"] == "extra_forbidden":
+        if path[0] == "data":
+            return _unknown_in_data(key, path[-1], problem["loc"][1])
         known = _fields(table)
         place = f"[{'.'.join(table)}]" if table else "the recipe"
         return f"unknown key {path[-1]!r} in {place}", nearest(path[-1], known) or known
@@ -277,7 +330,19 @@ def _explain(problem: dict[str, Any]) -> tuple[str, list[str]]:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"]), []
     given = problem["input"]
+    if key == "data.name" and problem["type"] == "literal_error":
+        problem["msg"] += "; or 'folder', 'wds/NAME' or 'hfds/NAME'"
     return f"{key} = {json.dumps(given, default=str)}: {problem['msg'][0].lower()}{problem['msg'][1:]}", []
+
+
+def _unknown_in_data(key: str, field: str, kind: str) -> tuple[str, list[str]]:
+    """The same of `[data]`, whose keys depend on where the images are."""
+    tables: dict[str, type[_Table]] = {_MEMORY: DataTable, _FILES: FilesTable}
+    other = _FILES if kind == _MEMORY else _MEMORY
+    if field in tables[other].model_fields:
+        return f"{key} is for {other.strip('()')}, not for {kind.strip('()')}", []
+    known = list(tables[kind].model_fields)
+    return f"unknown key {field!r} in [data]", nearest(field, known) or known
 
 
 def _is_key(part: object) -> bool:

@@ -21,18 +21,31 @@ from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor
 
-from detachnet.checkpoint import TRAINER, Header, TrainingState, load_weights, replace_file, write
-from detachnet.data import Batches, Split, describe_data, load_data, mix, select
+from detachnet.checkpoint import (
+    LIVE,
+    TRAINER,
+    Header,
+    TrainingState,
+    load_weights,
+    replace_file,
+    untied,
+    with_prefix,
+    without_prefix,
+    write,
+)
+from detachnet.data import BatchSource, load_data, mix, select
 from detachnet.detachable import DetachableNet
 from detachnet.errors import CheckpointError, RecipeError
-from detachnet.evaluation import EVAL_BATCH, score_batches, scores
-from detachnet.family import build_family, start_from
+from detachnet.evaluation import score_batches, scores
+from detachnet.family import build_family, check_classes, start_from
 from detachnet.losses import MultiModelLoss, logits
-from detachnet.recipe import Recipe
+from detachnet.recipe import FilesTable, Recipe
 from detachnet.report import COLUMNS, markdown, result_cells, result_rows
 from detachnet.runs import RunFolder
+from detachnet.sources import FileSource, MemorySource, Source
 
 SAVE_EVERY_S = 60.0
 """Seconds between two checkpoints; one is written at the end in any case."""
@@ -66,12 +79,14 @@ class RunResult:
         folder: The run's.
         table: The final table (`report.result_rows`); empty before the first epoch is complete.
         epochs: Epochs completed.
+        wait_share: Share of the training's time spent waiting for images, in [0, 1].
     """
 
     status: Literal["finished", "time is up", "interrupted"]
     folder: RunFolder
     table: list[dict[str, Any]]
     epochs: int
+    wait_share: float
 
 
 def train(
@@ -89,7 +104,8 @@ def train(
     Args:
         recipe: The experiment.
         out: The run's folder; a new one, or with `resume` that of a run of the same recipe.
-        resume: Go on from the last checkpoint. On a CPU the metrics equal an uninterrupted run's exactly.
+        resume: Go on from the last checkpoint. On a CPU the metrics equal an uninterrupted run's exactly; with
+            WebDataset shards, if the numbers of processes and workers are the same.
         data_root: Where data sets are looked for first.
         download: Fetch a data set that is not found.
         max_minutes: Stop with a checkpoint after that time.
@@ -100,14 +116,22 @@ def train(
     """
     folder = RunFolder(out)
     restored = folder.reopen(recipe) if resume else None
-    splits = select(load_data(recipe.data.name, data_root, download), recipe.data.num_train, recipe.data.holdout)
+    source = _source(recipe, data_root, download)
     with torch.random.fork_rng():
-        trainer = _Trainer(recipe, folder, splits, listener or Listener(), restored is not None)
+        trainer = _Trainer(recipe, folder, source, listener or Listener(), restored is not None)
         if not resume and trainer.accelerator.is_main_process:
             folder.start(recipe)
         if restored:
             trainer.restore(*restored)
         return trainer.run(max_minutes)
+
+
+def _source(recipe: Recipe, data_root: str | Path | None, download: bool) -> Source:
+    """The recipe's images."""
+    data = recipe.data
+    if isinstance(data, FilesTable):
+        return FileSource(data, data_root, recipe.model.name)
+    return MemorySource(data, select(load_data(data.name, data_root, download), data.num_train, data.holdout))
 
 
 @dataclass
@@ -117,6 +141,7 @@ class _Progress:
     epoch: int = 0
     step: int = 0
     train_s: float = 0.0
+    wait_s: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -127,7 +152,7 @@ class _Trainer:
         self,
         recipe: Recipe,
         folder: RunFolder,
-        splits: tuple[Split, Split],
+        source: Source,
         listener: Listener,
         resuming: bool = False,
     ) -> None:
@@ -140,23 +165,28 @@ class _Trainer:
             mixed_precision=precision, cpu=True if several and not torch.cuda.is_available() else None
         )
         self.device = self.accelerator.device
-        self.net = build_family(recipe, tuple(splits[0].images.shape[1:]))
+        self.net = build_family(recipe, source.input_size)
         on_cuda = self.device.type == "cuda"
-        self.layout = torch.channels_last if on_cuda else torch.contiguous_format
         if self.accelerator.num_processes > 1 and on_cuda:
             self.net = convert_sync_batchnorm(self.net)  # timm's, which keeps the activations of its norms
-        info = describe_data(recipe.data.name, splits, recipe.data.normalize)
-        self.net.data = info.model_copy(update={"num_test": 0}) if recipe.data.holdout else info
+        self.net.data = source.info
+        if isinstance(recipe.data, FilesTable):
+            check_classes(self.net)
         if recipe.train.init and not resuming:
             start_from(self.net, recipe.train.init)
         self.parameters = self.net.parameters_of(recipe.models)
         for name, parameter in self.net.named_parameters():
             frozen = recipe.train.freeze_base and name.startswith("base.")
             parameter.requires_grad_(parameter.requires_grad and name in self.parameters and not frozen)
-        self.batches, self.test = self._batches(*splits)
+        self.batches, self.test = self._batches(source)
         self.optimizer = self._optimizer()
         self.schedule = self._schedule()
-        self.net.to(memory_format=self.layout)
+        self.net.to(self.device)
+        if on_cuda:
+            self.net.to(memory_format=torch.channels_last)
+        self.averaged: ModelEmaV3 | None = None
+        if decay := recipe.train.ema_decay:
+            self.averaged = ModelEmaV3(self.net, decay, use_warmup=True)
         self.model, self.prepared = self.accelerator.prepare(self.net, self.optimizer)
         table = recipe.loss
         self.loss = MultiModelLoss(
@@ -176,8 +206,13 @@ class _Trainer:
     def _sum_device(self) -> torch.device:
         return torch.device("cpu") if self.device.type == "mps" else self.device  # no float64 there
 
-    def _batches(self, train_split: Split, test_split: Split) -> tuple[Batches, Batches]:
-        data, info = self.recipe.data, self.net.data
+    @property
+    def family(self) -> DetachableNet:
+        """What is evaluated and written: the averaged weights if there are such, else those that are trained."""
+        family: DetachableNet = self.averaged.module if self.averaged else self.net
+        return family
+
+    def _batches(self, source: Source) -> tuple[BatchSource, BatchSource]:
         share = (self.accelerator.process_index, self.accelerator.num_processes)
         if (size := self.recipe.train.batch_size) % share[1]:
             raise RecipeError(f"train.batch_size = {size} is no multiple of {share[1]} processes")
@@ -185,20 +220,7 @@ class _Trainer:
             raise RecipeError(
                 "train.strategy = 'separate' is for one process: several add up one pass's gradients"
             )
-        if info is None:
-            raise ValueError("the data is described before batches are made")
-        batches = Batches(
-            train_split,
-            info,
-            self.recipe.train.batch_size,
-            self.device,
-            pad=data.pad,
-            flip=data.flip,
-            shuffle=True,
-            seed=self.recipe.train.seed,
-            share=share,
-        )
-        return batches, Batches(test_split, info, EVAL_BATCH, self.device, share=share)
+        return source.batches(self.recipe.train, self.device, share)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         table = self.recipe.optimizer
@@ -231,15 +253,16 @@ class _Trainer:
         state = header.training
         if state is None:
             raise CheckpointError(f"{self.folder.last} does not say where its training is")
-        load_weights(self.net, header, tensors)
-        for name, tensor in tensors.items():
-            if name.startswith(TRAINER):
-                parameter, _, key = name.removeprefix(TRAINER).rpartition(".")
-                owner = self.parameters[parameter]
-                keep = key == "step"  # torch keeps step counts on the CPU
-                self.optimizer.state[owner][key] = tensor.clone() if keep else tensor.to(owner.device)
-        self.net.accuracy = dict(header.accuracy)
-        self.at = _Progress(state.epoch, state.step, state.train_s, list(state.rows))
+        load_weights(self.family, header, tensors)
+        if self.averaged:
+            load_weights(self.net, header, without_prefix(tensors, LIVE))
+        for name, tensor in without_prefix(tensors, TRAINER).items():
+            parameter, _, key = name.rpartition(".")
+            owner = self.parameters[parameter]
+            keep = key == "step"  # torch keeps step counts on the CPU
+            self.optimizer.state[owner][key] = tensor.clone() if keep else tensor.to(owner.device)
+        self.family.accuracy = dict(header.accuracy)
+        self.at = _Progress(state.epoch, state.step, state.train_s, state.wait_s, list(state.rows))
         self.sums.copy_(torch.tensor([state.sums[name] for name in self.recipe.models], dtype=torch.float64))
 
     def run(self, max_minutes: float | None) -> RunResult:
@@ -268,7 +291,7 @@ class _Trainer:
             self.net.base.eval()
         steps = len(self.batches)
         began = time.monotonic()
-        for images, labels in self.batches.epoch(self.at.epoch, self.at.step):
+        for images, labels in self._waiting(self.batches.epoch(self.at.epoch, self.at.step)):
             losses = self._step(images, labels)
             self.at.step += 1
             self.at.train_s += time.monotonic() - began
@@ -279,6 +302,14 @@ class _Trainer:
                     return False
                 self._save_if_due()
         return True
+
+    def _waiting(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches, with the time it takes to get them added up."""
+        began = time.monotonic()
+        for batch in batches:
+            self.at.wait_s += time.monotonic() - began
+            yield batch
+            began = time.monotonic()
 
     def _must_stop(self, deadline: float, interrupted: threading.Event) -> bool:
         return self._agreed(interrupted.is_set() or time.monotonic() > deadline)
@@ -296,9 +327,11 @@ class _Trainer:
         update = self.at.epoch * len(self.batches) + self.at.step
         torch.manual_seed(mix(self.recipe.train.seed, "model", update, self.accelerator.process_index))
         self.schedule.step_update(update)
-        losses = self._propagate(images.contiguous(memory_format=self.layout), labels)
+        losses = self._propagate(images, labels)
         self.prepared.step()
         self.prepared.zero_grad()
+        if self.averaged:
+            self.averaged.update(self.net, update + 1)
         self.sums += torch.stack([loss.detach() for loss in losses.values()]).to(self._sum_device, torch.float64)
         return losses
 
@@ -349,18 +382,21 @@ class _Trainer:
             }
         )
         if not self.recipe.data.holdout:
-            self.net.accuracy = dict(self.at.rows[-1]["test_accuracy"])
+            self.family.accuracy = dict(self.at.rows[-1]["test_accuracy"])
         self.at.epoch, self.at.step = self.at.epoch + 1, 0
         self.sums.zero_()
         means = [sum(row["test_accuracy"].values()) for row in self.at.rows]
         if self.accelerator.is_main_process:
             if means[-1] > max(means[:-1], default=-1.0):
-                write(self.net, self.folder.best)
+                write(self.family, self.folder.best)
             self.folder.write_metrics(self.at.rows)
         self.listener.on_epoch(self.at.rows[-1])
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
-        totals = score_batches(self.model, self.test, self.recipe.models)
+        if self.accelerator.num_processes > 1:
+            distribute_bn(self.family, self.accelerator.num_processes)  # the statistics that are written
+        with self.accelerator.autocast():
+            totals = score_batches(self.family, self.test, self.recipe.models)
         return scores(self.accelerator.reduce(totals, "sum"), self.recipe.models)
 
     def _save_if_due(self) -> None:
@@ -387,10 +423,14 @@ class _Trainer:
             sums=dict(zip(self.recipe.models, self.sums.tolist(), strict=True)),
             rows=tuple(self.at.rows),
             train_s=self.at.train_s,
+            wait_s=self.at.wait_s,
         )
-        write(self.net, self.folder.last, training, extra)
+        extra = with_prefix(extra, TRAINER)
+        if self.averaged:
+            extra |= with_prefix(untied(self.net.state_dict())[0], LIVE)
+        write(self.family, self.folder.last, training, extra)
         seen = (self.at.epoch * len(self.batches) + self.at.step) * self.recipe.train.batch_size
-        self.folder.write_info(self.device, self.at.train_s, seen)
+        self.folder.write_info(self.device, self.at.train_s, self.at.wait_s, seen)
 
     def _finish(self, status: Literal["finished", "time is up", "interrupted"]) -> RunResult:
         table = result_rows(self.net.plan, self.recipe.models, self.at.rows) if self.at.rows else []
@@ -398,7 +438,8 @@ class _Trainer:
             replace_file(self.folder.results, (json.dumps(table, indent=1) + "\n").encode())
             replace_file(self.folder.table, markdown(COLUMNS, result_cells(table)).encode())
         self.accelerator.wait_for_everyone()  # what one process wrote, the others may read from here on
-        return RunResult(status, self.folder, table, self.at.epoch)
+        waited = self.at.wait_s / self.at.train_s if self.at.train_s else 0.0
+        return RunResult(status, self.folder, table, self.at.epoch, waited)
 
 
 @contextmanager

@@ -126,8 +126,13 @@ def test_manifest(toy: detachnet.DetachableNet, exported: Path) -> None:
 
 def test_graphs_say_what_they_are_and_nothing_about_the_machine(tmp_path: Path) -> None:
     net = family("vgg")
-    net.data = describe_data("cifar10-mini", load_data("cifar10-mini"))
+    info = describe_data("cifar10-mini", load_data("cifar10-mini"))
+    net.data = info.model_copy(update={"crop_pct": 0.9})
     manifest = export(net, tmp_path / "out", models=["sub1"])
+    assert manifest.input.crop_pct == 0.9
+    exported = detachnet.Family.load(tmp_path / "out").data
+    assert exported is not None
+    assert (exported.crop_pct, exported.mean) == (0.9, info.mean)
     assert manifest.labels == net.data.classes
     assert (manifest.input.mean, manifest.input.std, manifest.num_test) == (net.data.mean, net.data.std, 1000)
     path = tmp_path / "out" / "sub1.onnx"

@@ -73,3 +73,13 @@ def test_the_hint_is_the_relative_squared_error_of_the_feature() -> None:
     losses["sub0"].backward()
     assert feature.grad is None
     assert made.grad is not None
+
+
+def test_probabilities_as_targets() -> None:
+    outputs = {"base": torch.randn(4, 3), "sub0": torch.randn(4, 3)}
+    target = torch.tensor([0, 2, 1, 1])
+    loss = detachnet.MultiModelLoss(label_smoothing=0.1, distillation=1.0)
+    hard = loss(outputs, target)
+    torch.testing.assert_close(loss(outputs, F.one_hot(target, 3).float()), hard)
+    half = 0.5 * (F.one_hot(target, 3) + F.one_hot(target.flip(0), 3)).float()
+    torch.testing.assert_close(loss(outputs, half), 0.5 * (hard + loss(outputs, target.flip(0))))

@@ -68,7 +68,10 @@ def test_loss_weights_are_those_of_the_trained_models() -> None:
         ("train.epochs=true", r"train.epochs = true: input should be a valid integer"),
         ("train.epochs=0", r"train.epochs = 0: input should be greater than 0"),
         ("train=3", r"train = 3: input should be an object"),
-        ("data.name=cifar11", r"data.name = \"cifar11\": input should be 'cifar10', 'cifar10-mini' or 'mnist'"),
+        (
+            "data.name=cifar11",
+            r"data.name = \"cifar11\": input should be 'cifar10', 'cifar10-mini' or 'mnist'; or 'folder'",
+        ),
         ("family.cuts=[1]", r"family.cuts.0 = 1: input should be a valid string"),
         ('train.models=["sub7"]', r"train.models names 'sub7', but the models are base, sub0, sub1"),
         ('train.models=["base", "base"]', r"train.models names a model twice"),
@@ -87,6 +90,35 @@ def test_wrong_values(override: str, message: str) -> None:
     assert len(str(error.value).splitlines()) < 8
     if "--set" not in str(error.value):
         assert "quickstart.toml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.pad=4", r"data.pad is for data sets in memory, not for image files"),
+        ("data.holdout=4", r"data.holdout is for data sets in memory, not for image files"),
+        ("data.num_worker=4", r"unknown key 'num_worker' in \[data\][\s\S]*nearest  'num_workers'"),
+        ("data.image_size=0", r"data.image_size = 0: input should be greater than 0"),
+        ("data.crop_pct=0", r"data.crop_pct = 0: input should be greater than 0"),
+        ("data.crop_pct=1.5", r"data.crop_pct = 1.5: input should be less than or equal to 1"),
+        ("data.reprob=2", r"data.reprob = 2: input should be less than or equal to 1"),
+        ("data.mixup=-1", r"data.mixup = -1: input should be greater than or equal to 0"),
+        ("data.cutmix=-1", r"data.cutmix = -1: input should be greater than or equal to 0"),
+        ("data.num_workers=-1", r"data.num_workers = -1: input should be greater than or equal to 0"),
+        ("data.name=wds/", r"data.name = \"wds/\": string should match pattern"),
+        ("train.ema_decay=1", r"train.ema_decay = 1: input should be less than 1"),
+    ],
+)
+def test_wrong_values_of_image_files(override: str, message: str) -> None:
+    with pytest.raises(detachnet.RecipeError, match=message):
+        load_recipe(QUICKSTART.with_name("resnet50_imagenet.toml"), [override])
+
+
+def test_keys_of_image_files_are_not_for_data_in_memory() -> None:
+    with pytest.raises(detachnet.RecipeError, match=r"data.mixup is for image files, not for data sets in memory"):
+        load_recipe(QUICKSTART, ["data.mixup=0.1"])
+    with pytest.raises(detachnet.RecipeError, match=r"not for image files\n  what     also: data.flip is for"):
+        load_recipe(QUICKSTART, ["data.name=folder"])
 
 
 def test_milestones_rise() -> None:

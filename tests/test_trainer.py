@@ -19,6 +19,7 @@ from detachnet.evaluation import evaluate
 from detachnet.family import build_family, start_from
 from detachnet.recipe import Recipe, load_recipe
 from detachnet.runs import RunFolder
+from detachnet.sources import MemorySource
 from detachnet.trainer import Listener, train
 from tests.test_checkpoint import disk_of
 
@@ -393,7 +394,7 @@ def propagated(
     folder: Path, images: torch.Tensor, labels: torch.Tensor, *overrides: str
 ) -> dict[str, torch.Tensor]:
     """Losses, gradients and statistics after one propagation in float64."""
-    one = trainer._Trainer(recipe(*overrides), RunFolder(folder), tenth(), Listener())
+    one = trainer._Trainer(recipe(*overrides), RunFolder(folder), MemorySource(recipe().data, tenth()), Listener())
     one.net.double().train()
     losses = one._propagate(images, labels)
     grads = {f"grad {name}": p.grad for name, p in one.parameters.items() if p.grad is not None}
@@ -434,7 +435,7 @@ def test_the_compiled_step_is_one_graph_and_the_same(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
-    one = trainer._Trainer(recipe(), RunFolder(tmp_path), tenth(), Listener())
+    one = trainer._Trainer(recipe(), RunFolder(tmp_path), MemorySource(recipe().data, tenth()), Listener())
     batches = one.batches.epoch()
     one._step(*next(batches))  # allocates
     torch.cuda.set_sync_debug_mode("error")

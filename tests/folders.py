@@ -1,0 +1,49 @@
+"""A little data set of image files, made by the tests that read it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from detachnet.recipe import Recipe, parse_recipe
+
+CLASSES = ("10", "9", "cat", "dog")
+"""Sorted as text; timm sorts numbers as numbers."""
+PER_CLASS = {"train": 12, "val": 3}
+
+
+def write_folder(root: Path) -> Path:
+    """A folder per split with a folder per class of pictures of different sizes, modes and formats."""
+    random = np.random.default_rng(0)
+    for split, count in PER_CLASS.items():
+        for label, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = random.integers(20, 60, 2)
+                pixels = random.integers(0, 120, (height, width, 3)) + 40 * np.eye(4, 3)[label].astype(int) * 3
+                image = Image.fromarray(pixels.astype(np.uint8))
+                if i % 3 == 0:
+                    image.convert("L").save(folder / f"{i}.png")
+                else:
+                    image.save(folder / f"{i}.jpg")
+    return root
+
+
+def recipe(**changes: object) -> Recipe:
+    """A training of 3 steps an epoch; `changes` are `table__key=value`, or `table=` all of it."""
+    tables: dict[str, Any] = {
+        "model": {"name": "detachnet:resnet_cifar", "kwargs": {"depth": 8, "width": 0.25, "num_classes": 4}},
+        "family": {"cuts": ["layer1", "layer2"]},
+        "data": {"name": "folder", "image_size": 32, "num_workers": 0, "auto_augment": "rand-m9-mstd0.5-inc1"},
+        "optimizer": {"lr": 0.05},
+        "train": {"epochs": 2, "batch_size": 16},
+    }
+    for path, value in changes.items():
+        table, _, key = path.partition("__")
+        if key:
+            tables.setdefault(table, {})[key] = value
+        else:
+            tables[table] = value
+    return parse_recipe({"description": "a test's", **tables})
