@@ -222,3 +222,15 @@ def test_torch_export(net: detachnet.DetachableNet) -> None:
     detached = net.detach("sub1")
     exported = torch.export.export(detached, (IMAGES,)).module()
     torch.testing.assert_close(exported(IMAGES), detached(IMAGES))
+
+
+def test_a_layer_that_is_replaced_is_run() -> None:
+    net = detachnet.make_detachable(
+        detachnet.create_model("detachnet:vgg16_cifar", width=0.03), ["features.6"]
+    ).eval()
+    images = torch.randn(1, 3, 32, 32)
+    detached = net.detach("sub0")
+    for model in (net, detached):
+        model(images)  # writes the graph
+    net.base.classifier = detached.classifier = torch.nn.Linear(detached.classifier.in_features, 7)
+    assert net(images, which="sub0").shape == detached(images).shape == (1, 7)
