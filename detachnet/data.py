@@ -232,12 +232,15 @@ class Batches:
         return full if self.shuffle or not rest else full + 1
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of an epoch from step `start` on: images `(B, C, H, W)` float32, labels `(B,)`."""
+        """Yield the batches of an epoch from step `start` on: images `(B, C, H, W)` float32, labels `(B,)`.
+
+        In memory images are channels-last: convolutions are faster so.
+        """
         order = self._order(epoch)
         index, count = self.share
         for step in range(start, len(self)):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size][index::count]
-            yield self._prepare(self.images[batch], epoch, step), self.labels[batch]
+            yield self._prepare(self.images.index_select(0, batch), epoch, step), self.labels[batch]
 
     def _order(self, epoch: int) -> Tensor:
         device = self.images.device
@@ -251,7 +254,8 @@ class Batches:
             seed = mix(self.seed, "augment", epoch, step, 0)  # one stream for all processes
             generator = torch.Generator(images.device).manual_seed(seed)
             images = augment(images, self.pad, self.flip, generator, self.share)
-        return images.float() * self.scale - self.shift
+        images = images.float().mul_(self.scale).sub_(self.shift)
+        return images.contiguous(memory_format=torch.channels_last)
 
 
 def augment(
@@ -266,16 +270,15 @@ def augment(
     device = images.device
     index, count = share
     corners = torch.randint(0, 2 * pad + 1, (2, batch * count, 1), generator=generator, device=device)
-    top, left = corners[:, index::count]
-    rows = top + torch.arange(height, device=device)
-    columns = torch.arange(width, device=device).expand(batch, width)
-    if flip:
-        mirrored = torch.rand(batch * count, 1, generator=generator, device=device)[index::count] < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    columns = left + columns
-    padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
-    each = torch.arange(batch, device=device)[:, None, None]
-    return padded[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    top, left = corners[:, index::count, 0]
+    each = torch.arange(batch, device=device)
+    windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
+    cropped = windows.permute(0, 2, 3, 1, 4, 5)[each, top, left]
+    if not flip:
+        return cropped
+    mirrored = torch.rand(batch * count, 1, generator=generator, device=device)[index::count, 0] < 0.5
+    both = torch.cat([cropped, cropped.flip(3)])
+    return both.index_select(0, each + batch * mirrored)
 
 
 def mix(*parts: object) -> int:
