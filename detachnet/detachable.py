@@ -174,6 +174,20 @@ class DetachableNet(nn.Module):
         }
         return {name: parameter for name, parameter in self.named_parameters() if parameter in read}
 
+    def own_parameters(self, name: str) -> list[nn.Parameter]:
+        """What no other model reads: a sub-model's step-down and private norms; nothing of the base-model's.
+
+        Raises:
+            CutError: No model has that name.
+        """
+        self._check(name)
+        if name == BASE:
+            return []
+        shared = set(self.base.parameters())
+        parts = [self.stepdowns.get_submodule(name)]
+        parts += [self.norms.get_submodule(name)] if hasattr(self.norms, name) else []
+        return [p for part in parts for p in part.parameters() if p not in shared]
+
     def detach(self, name: str, share: bool = False) -> nn.Module:
         """Take one model out of the family, as a plain module in evaluation mode.
 

@@ -158,7 +158,8 @@ class LossTable(_Table):
     """The multi-model loss."""
 
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Model → weight of its loss; 1 where none is given (the paper's sum), and for a model trained alone."""
+    """Model → weight of its loss; 1 where none is given (the paper's sum), and for a model trained alone. It holds
+    for what models share: a sub-model's step-down and private norms learn at weight 1 in any case."""
     label_smoothing: Share = 0.0
     """Of the cross entropy."""
     distillation: Annotated[float, Field(ge=0)] = 0.0

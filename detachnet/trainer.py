@@ -197,6 +197,7 @@ class _Trainer:
             table.teacher,
             table.hint,
         )
+        self.own = {name: self.net.own_parameters(name) for name in self.loss.weights}
         self.wants_features = bool(table.hint) and len(recipe.models) > 1
         self.losses = self._compiled() if recipe.train.compile else self._losses
         self.sums = torch.zeros(len(recipe.models), dtype=torch.float64, device=self._sum_device)
@@ -328,6 +329,7 @@ class _Trainer:
         torch.manual_seed(mix(self.recipe.train.seed, "model", update, self.accelerator.process_index))
         self.schedule.step_update(update)
         losses = self._propagate(images, labels)
+        self._own_at_full_weight()
         self.prepared.step()
         self.prepared.zero_grad()
         if self.averaged:
@@ -348,6 +350,13 @@ class _Trainer:
             self.accelerator.backward(self.loss.weights.get(name, 1.0) * found[name])
             losses[name], outputs[name] = found[name].detach(), made[name].detach()
         return losses
+
+    def _own_at_full_weight(self) -> None:
+        """Take the weight of a sub-model's loss out of the gradients of what is the sub-model's alone."""
+        for name, weight in self.loss.weights.items():
+            for parameter in self.own[name] if weight else ():
+                if parameter.grad is not None:
+                    parameter.grad.div_(weight)
 
     def _losses(
         self, images: Tensor, labels: Tensor, models: tuple[str, ...], before: dict[str, Tensor]
