@@ -28,7 +28,7 @@ LIMIT = 10.0
 
 def main() -> None:
     options = begin(arguments(__doc__))
-    rows, ratio = measure(options, 10_000 if options.quick else 50_000, seconds=15 if options.quick else 120)
+    rows, ratio = measure(options, 10_000 if options.quick else 50_000, seconds=15 if options.quick else 40)
     report(options, rows, [Target("in memory ÷ the faster DataLoader, images/s", ratio, LIMIT, at_least=True)])
 
 

@@ -94,7 +94,7 @@ def main() -> None:
     rows, targets = [], []
     for case in (vgg(), resnet()):
         for batch in (1, 32):
-            new = measure(case, batch, options, seconds=4 if options.quick else 40)
+            new = measure(case, batch, options, seconds=4 if options.quick else 15)
             rows += new
             targets += [
                 Target(f"{r['model']} {r['sub_model']}, batch {batch}: detached ÷ by hand", r["to_by_hand"], LIMIT)

@@ -39,7 +39,7 @@ def main() -> None:
         net = make(model, cuts, options.device, **kwargs)
         switch[label] = switch_us(net)
         targets.append(Target(f"{label}: net.active = name, µs", switch[label]["us"], SWITCH_LIMIT_US))
-        for row in measure(label, net, options, seconds=2 if options.quick else 20):
+        for row in measure(label, net, options, seconds=2 if options.quick else 10):
             rows.append(row)
             what = f"{label} {row['sub_model']}: Family ÷ detached"
             targets.append(Target(what, row["family_to_detached"], LIMIT))
