@@ -5,8 +5,9 @@
 One step is forward, the sum of the models' losses, backward and update (SGD with momentum), on random images.
 `separate` runs each model by itself and adds the losses up before one backward pass, which is how the paper
 reads; `freed` is the same with a backward pass after each model, which frees its activations before the next
-(`train.strategy = "separate"`); `joint` is `net(images, which="all")`. All run in turn on one family. `mac_ratio` is the sum of all
-models' multiply-accumulates over the base-model's: what joint ÷ base is where arithmetic is all that counts.
+(`train.strategy = "separate"`); `joint` is `net(images, which="all")`. All run in turn on one family. `mac_ratio`
+is the sum of all models' multiply-accumulates over the base-model's: what joint ÷ base is where arithmetic is all
+that counts.
 
 Memory is what two steps add at their highest to a family that is made already: activations, gradients, momentum.
 On CUDA torch's allocator tells it, on Linux the highest resident memory of a process per alternative.

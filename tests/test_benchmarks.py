@@ -74,13 +74,15 @@ def test_training_step(options: argparse.Namespace, monkeypatch: pytest.MonkeyPa
 def test_every_way_is_the_same_step() -> None:
     """Joint and separate steps give the same weights; that of the base-model leaves the step-downs as they are."""
     case = training_step.VGG("tiny", batch=4, kwargs={"width": 0.03})
-    base, separate, joint = (training_step.Step(case, CPU) for _ in training_step.WAYS)
+    base, separate, freed, joint = (training_step.Step(case, CPU) for _ in training_step.WAYS)
     before = [parameter.clone() for parameter in base.net.stepdowns.parameters()]
     base.run("base")
     separate.run("separate")
+    freed.run("freed")
     joint.run("joint")
-    for one, other in zip(separate.net.parameters(), joint.net.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    for step in (freed, joint):
+        for one, other in zip(separate.net.parameters(), step.net.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
     assert all(map(torch.equal, before, base.net.stepdowns.parameters()))
 
 
