@@ -356,7 +356,7 @@ class _Trainer:
         for name, weight in self.loss.weights.items():
             for parameter in self.own[name] if weight else ():
                 if parameter.grad is not None:
-                    parameter.grad.div_(weight)
+                    parameter.grad.mul_(1 / weight)
 
     def _losses(
         self, images: Tensor, labels: Tensor, models: tuple[str, ...], before: dict[str, Tensor]
