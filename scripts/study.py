@@ -21,6 +21,7 @@ from detachnet.trainer import Listener, train
 RECIPE = Path(__file__).parents[1] / "recipes" / "study_cifar10.toml"
 NO_WEIGHTS = "loss.weights={}"
 NO_DISTILLATION = "loss.distillation=0"
+NO_HINT = "loss.hint=0"
 CONV = "family.stepdown=conv"
 SHARED = "family.norm=shared"
 
@@ -29,17 +30,17 @@ RUNS: dict[str, tuple[str, ...]] = {
     "base-alone": ('train.models=["base"]',),
     "sub0-alone": ('train.models=["sub0"]',),
     "sub1-alone": ('train.models=["sub1"]',),
-    "paper": (SHARED, CONV, NO_WEIGHTS, NO_DISTILLATION),
+    "paper": (SHARED, CONV, NO_WEIGHTS, NO_DISTILLATION, NO_HINT),
     "sub0-alone-conv": (CONV, 'train.models=["sub0"]'),
     "sub1-alone-conv": (CONV, 'train.models=["sub1"]'),
-    "private": (CONV, NO_WEIGHTS, NO_DISTILLATION),
-    "private+stem": (NO_WEIGHTS, NO_DISTILLATION),
-    "private+distillation": (CONV, NO_WEIGHTS),
-    "private+weights": (CONV, NO_DISTILLATION),
+    "private": (CONV, NO_WEIGHTS, NO_DISTILLATION, NO_HINT),
+    "private+stem": (NO_WEIGHTS, NO_DISTILLATION, NO_HINT),
+    "private+distillation": (CONV, NO_WEIGHTS, NO_HINT),
+    "private+weights": (CONV, NO_DISTILLATION, NO_HINT),
+    "no-hint": (NO_HINT,),
     "frozen-base": ("train.init={out}/base-alone-{seed}", "train.freeze_base=true"),
-    "all+hint": ("loss.hint=1",),
-    "all+larger": ("loss.teacher=larger",),
-    "all+temperature": ("loss.temperature=2",),
+    "larger": ("loss.teacher=larger",),
+    "temperature": ("loss.temperature=2",),
 }
 """Name -> what is overridden in the recipe, which has all levers that help together."""
 
