@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor
 
@@ -41,7 +38,8 @@ from detachnet.detachable import DetachableNet
 from detachnet.errors import CheckpointError, RecipeError
 from detachnet.evaluation import score_batches, scores
 from detachnet.family import build_family, check_classes, start_from
-from detachnet.losses import MultiModelLoss, logits
+from detachnet.optimizer import make_optimizer, make_schedule
+from detachnet.propagation import Propagation
 from detachnet.recipe import FilesTable, Recipe
 from detachnet.report import COLUMNS, markdown, result_cells, result_rows
 from detachnet.runs import RunFolder
@@ -52,9 +50,6 @@ SAVE_EVERY_S = 60.0
 
 AGREE_EVERY = 20
 """Steps after which several processes agree whether to save or to stop."""
-
-_OPTIMIZERS = {"momentum": "momentum", "nesterov": "sgd", "adamw": "adamw"}
-"""Our names to timm's, whose `sgd` is Nesterov's."""
 
 
 class Listener:
@@ -179,8 +174,9 @@ class _Trainer:
             frozen = recipe.train.freeze_base and name.startswith("base.")
             parameter.requires_grad_(parameter.requires_grad and name in self.parameters and not frozen)
         self.batches, self.test = self._batches(source)
-        self.optimizer = self._optimizer()
-        self.schedule = self._schedule()
+        trained = [p for p in self.parameters.values() if p.requires_grad]
+        self.optimizer = make_optimizer(recipe, trained, on_cuda)
+        self.schedule = make_schedule(recipe, self.optimizer, len(self.batches))
         self.net.to(self.device)
         if on_cuda:
             self.net.to(memory_format=torch.channels_last)
@@ -188,18 +184,7 @@ class _Trainer:
         if decay := recipe.train.ema_decay:
             self.averaged = ModelEmaV3(self.net, decay, use_warmup=True)
         self.model, self.prepared = self.accelerator.prepare(self.net, self.optimizer)
-        table = recipe.loss
-        self.loss = MultiModelLoss(
-            recipe.loss_weights,
-            table.label_smoothing,
-            table.distillation,
-            table.temperature,
-            table.teacher,
-            table.hint,
-        )
-        self.own = {name: self.net.own_parameters(name) for name in self.loss.weights}
-        self.wants_features = bool(table.hint) and len(recipe.models) > 1
-        self.losses = self._compiled() if recipe.train.compile else self._losses
+        self.propagate = Propagation(recipe, self.net, self.model, self.accelerator)
         self.sums = torch.zeros(len(recipe.models), dtype=torch.float64, device=self._sum_device)
         self.saved_at = time.monotonic()
 
@@ -222,32 +207,6 @@ class _Trainer:
                 "train.strategy = 'separate' is for one process: several add up one pass's gradients"
             )
         return source.batches(self.recipe.train, self.device, share)
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        table = self.recipe.optimizer
-        trained = [p for p in self.parameters.values() if p.requires_grad]
-        if not trained:
-            raise RecipeError("train.freeze_base leaves nothing to train: no step-down has weights")
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            trained,
-            opt=_OPTIMIZERS[table.name],
-            lr=table.lr,
-            momentum=table.momentum,
-            weight_decay=self.recipe.weight_decay,
-            fused=self.device.type == "cuda",
-        )
-        return optimizer
-
-    def _schedule(self) -> Scheduler:
-        table, steps = self.recipe.schedule, len(self.batches)
-        warmup_steps = round(table.warmup_epochs * steps)
-        warmup: dict[str, Any] = {"warmup_t": warmup_steps, "warmup_lr_init": 0.0, "t_in_epochs": False}
-        if table.name == "multistep":
-            milestones = [epoch * steps + 1 for epoch in table.milestones]  # timm's m applies at step m - 1
-            warmup["warmup_prefix"] = False
-            return MultiStepLRScheduler(self.optimizer, milestones, decay_rate=table.decay, **warmup)
-        rest = self.recipe.train.epochs * steps - warmup_steps
-        return CosineLRScheduler(self.optimizer, t_initial=max(1, rest), warmup_prefix=True, **warmup)
 
     def restore(self, header: Header, tensors: dict[str, Tensor]) -> None:
         """Put everything back as the checkpoint has it."""
@@ -328,54 +287,13 @@ class _Trainer:
         update = self.at.epoch * len(self.batches) + self.at.step
         torch.manual_seed(mix(self.recipe.train.seed, "model", update, self.accelerator.process_index))
         self.schedule.step_update(update)
-        losses = self._propagate(images, labels)
-        self._own_at_full_weight()
+        losses = self.propagate(images, labels)
         self.prepared.step()
         self.prepared.zero_grad()
         if self.averaged:
             self.averaged.update(self.net, update + 1)
         self.sums += torch.stack([loss.detach() for loss in losses.values()]).to(self._sum_device, torch.float64)
         return losses
-
-    def _propagate(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Add the gradients of the multi-model loss; each model's loss."""
-        losses: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
-        if self.recipe.train.strategy == "joint":
-            losses, _ = self.losses(images, labels, self.recipe.models, outputs)
-            self.accelerator.backward(self.loss.total(losses))
-            return losses
-        for name in self.recipe.models:
-            found, made = self.losses(images, labels, (name,), outputs)
-            self.accelerator.backward(self.loss.weights.get(name, 1.0) * found[name])
-            losses[name], outputs[name] = found[name].detach(), made[name].detach()
-        return losses
-
-    def _own_at_full_weight(self) -> None:
-        """Take the weight of a sub-model's loss out of the gradients of what is the sub-model's alone."""
-        for name, weight in self.loss.weights.items():
-            for parameter in self.own[name] if weight else ():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(1 / weight)
-
-    def _losses(
-        self, images: Tensor, labels: Tensor, models: tuple[str, ...], before: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss and logits of some models; their teachers may be among those that ran `before`."""
-        out = self.model(images, which=models, features=self.wants_features)
-        out, features = out if self.wants_features else (out, None)
-        outputs = before | {name: logits(output) for name, output in out.items()}
-        losses = self.loss.per_model(outputs, labels, features)
-        return {name: losses[name] for name in models}, outputs
-
-    def _compiled(self) -> Callable[..., Any]:
-        """`_losses` through torch.compile; on CUDA as CUDA graphs: small batches would wait for launches."""
-        self.net.train()
-        joint = self.recipe.train.strategy == "joint"
-        for models in (self.recipe.models,) if joint else ((name,) for name in self.recipe.models):
-            self.net.prepare(models, self.wants_features)
-        mode = "reduce-overhead" if self.device.type == "cuda" else None
-        return torch.compile(self._losses, mode=mode)
 
     def _end_epoch(self) -> None:
         """Evaluate, add a row of metrics, keep the best."""

@@ -396,7 +396,7 @@ def propagated(
     """Losses, gradients and statistics after one propagation in float64."""
     one = trainer._Trainer(recipe(*overrides), RunFolder(folder), MemorySource(recipe().data, tenth()), Listener())
     one.net.double().train()
-    losses = one._propagate(images, labels)
+    losses = one.propagate(images, labels)
     grads = {f"grad {name}": p.grad for name, p in one.parameters.items() if p.grad is not None}
     buffers = {f"buffer {name}": buffer for name, buffer in one.net.named_buffers()}
     return {name: loss.detach() for name, loss in losses.items()} | grads | buffers
@@ -452,8 +452,7 @@ def test_a_loss_weight_holds_for_what_is_shared(tmp_path: Path) -> None:
         levers = recipe(f"loss.weights={{sub0={weight}}}")
         one = trainer._Trainer(levers, RunFolder(tmp_path), MemorySource(levers.data, tenth()), Listener())
         one.net.double().train()
-        one._propagate(images, labels)
-        one._own_at_full_weight()
+        one.propagate(images, labels)
         grads.append({name: p.grad for name, p in one.parameters.items() if p.grad is not None})
     own = {name for name in grads[0] if name.startswith(("stepdowns.sub0.", "norms.sub0."))}
     assert len(own) > 20
