@@ -351,6 +351,7 @@ def _family(header: Header, base: nn.Module, stepdown: StepDownBuilder | None, l
         {m.name: m.cut or "" for m in header.plan.models[1:]},
         header.plan.input_size,
         norm=header.plan.norm,
+        head=header.plan.head,
         stepdown=_asked_for(header.plan) if stepdown is None else stepdown,
         leaf_modules=leaves.modules,
         leaf_functions=leaves.functions,

@@ -14,11 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from detachnet.data import DataInfo
 from detachnet.detached import DetachedModel, Folder, Run, compile_graph, put
 from detachnet.errors import CutError, StepDownError, nearest
-from detachnet.plan import BASE, Cuts, DetachPlan, Norm, make_plan
+from detachnet.plan import BASE, Cuts, DetachPlan, Head, Norm, make_plan
 from detachnet.stepdown import Stem, StepDownBuilder, by
 from detachnet.trace import TracedModel, copies_of_computed_tensors, copy_model, trace, unwrap
 from detachnet.tracer import PREFIX, Leaves, attribute
-from detachnet.views import NORMS, STEPDOWNS, JointError, ViewSource, build_view
+from detachnet.views import HEADS, NORMS, STEPDOWNS, JointError, ViewSource, build_view
 from detachnet.zoo import ModelSource, model_source
 
 logger = logging.getLogger("detachnet")
@@ -31,6 +31,7 @@ class DetachableNet(nn.Module):
         base: The base-model, an ordinary module under its original parameter names.
         stepdowns: Sub-model → the layer it takes in the image through.
         norms: Sub-model → its own copies of batch norms, under the base-model's names (`norm="private"`).
+        heads: Sub-model → its own copy of the last layer with weights, likewise (`head="private"`).
         plan: What the family is; prints as a table.
         data: What it was trained on, if the trainer or a checkpoint said so.
         trained: The models that were trained, likewise.
@@ -40,6 +41,7 @@ class DetachableNet(nn.Module):
     base: nn.Module
     stepdowns: nn.Module
     norms: nn.Module
+    heads: nn.Module
 
     def __init__(
         self, base: nn.Module, plan: DetachPlan, stepdowns: Mapping[str, nn.Module], traced: TracedModel
@@ -49,6 +51,7 @@ class DetachableNet(nn.Module):
         self.plan = plan
         self.stepdowns = nn.Module()
         self.norms = nn.Module()
+        self.heads = nn.Module()
         self.data: DataInfo | None = None
         self.trained: tuple[str, ...] = ()
         self.accuracy: dict[str, float] = {}
@@ -57,9 +60,11 @@ class DetachableNet(nn.Module):
         like = next(base.parameters(), torch.empty(0))
         for name, module in stepdowns.items():
             self.stepdowns.add_module(name, module.to(like.device, like.dtype).train(base.training))
-        for name in self.names[1:] if plan.norm == "private" else ():
-            for path in sorted(self._sources[False].private[name]):
-                put(self.norms, f"{name}.{path}", _private_copy(base.get_submodule(path)))
+        for name in self.names[1:]:
+            for path, place in sorted(self._sources[False].private[name].items()):
+                layer = base.get_submodule(path)
+                own = _own_norms(layer) if place == NORMS else copy.deepcopy(layer)
+                put(self.get_submodule(place), f"{name}.{path}", own)
         self.training = base.training
 
     def _attach(self, traced: TracedModel) -> None:
@@ -174,20 +179,6 @@ class DetachableNet(nn.Module):
         }
         return {name: parameter for name, parameter in self.named_parameters() if parameter in read}
 
-    def own_parameters(self, name: str) -> list[nn.Parameter]:
-        """What no other model reads: a sub-model's step-down and private norms; nothing of the base-model's.
-
-        Raises:
-            CutError: No model has that name.
-        """
-        self._check(name)
-        if name == BASE:
-            return []
-        shared = set(self.base.parameters())
-        parts = [self.stepdowns.get_submodule(name)]
-        parts += [self.norms.get_submodule(name)] if hasattr(self.norms, name) else []
-        return [p for part in parts for p in part.parameters() if p not in shared]
-
     def detach(self, name: str, share: bool = False) -> nn.Module:
         """Take one model out of the family, as a plain module in evaluation mode.
 
@@ -234,13 +225,14 @@ class DetachableNet(nn.Module):
         stepdowns = {name: copy.deepcopy(self.stepdowns.get_submodule(name), memo) for name in self.names[1:]}
         plan = self.plan.model_copy(update={"norm": "private"})
         net = DetachableNet(copy_model(self.base), plan, stepdowns, self._trace())
+        net.heads.load_state_dict(self.heads.state_dict())
         net.data, net.trained = self.data, self.trained
         return net
 
     def train(self, mode: bool = True) -> DetachableNet:
-        """Set the mode; a private batch norm follows the layer of the base-model it was copied from."""
+        """Set the mode; a sub-model's own layer follows the layer of the base-model it was copied from."""
         super().train(mode)
-        for path, module in self.norms.named_modules():
+        for path, module in [*self.norms.named_modules(), *self.heads.named_modules()]:
             _, _, original = path.partition(".")
             if original and not isinstance(module, Folder):
                 like = dict(self.base.get_submodule(original).named_modules())
@@ -275,6 +267,7 @@ def make_detachable(
     input_size: tuple[int, ...] | None = None,
     *,
     norm: Norm = "private",
+    head: Head = "shared",
     stepdown: str | Stem | StepDownBuilder = "conv",
     example_input: Tensor | None = None,
     leaf_modules: Sequence[type[nn.Module]] = (),
@@ -292,6 +285,7 @@ def make_detachable(
             of the base-model's MACs to keep, such as `[0.7, 0.3]`.
         input_size: Shape of one image, `(C, H, W)`; by default what the model declares.
         norm: `private` gives each sub-model its own batch norms; `shared` is the paper's.
+        head: `private` gives each sub-model its own copy of the last layer with weights.
         stepdown: `conv`; `stem` or a `detachnet.Stem`, several convolutions with norms; `identity`, the flattened
             image itself where the feature has its size; or a function `(image shape, feature shape) -> module`.
         example_input: A batch `(B, ...)` instead of `input_size`.
@@ -312,6 +306,8 @@ def make_detachable(
     """
     if norm not in ("private", "shared"):
         raise CutError(f"norm is 'private' or 'shared', not {norm!r}")
+    if head not in ("private", "shared"):
+        raise CutError(f"head is 'private' or 'shared', not {head!r}")
     known = stepdown in ("conv", "stem", "identity") if isinstance(stepdown, str) else callable(stepdown)
     is_class = isinstance(stepdown, type) and issubclass(stepdown, Stem)
     if is_class or not (known or isinstance(stepdown, Stem)):
@@ -322,11 +318,11 @@ def make_detachable(
     model = unwrap(model)
     traced = trace(model, input_size, example_input, Leaves(tuple(leaf_modules), tuple(leaf_functions)))
     with torch.random.fork_rng(devices=[]):
-        plan, stepdowns = make_plan(traced, cuts, norm, stepdown)
+        plan, stepdowns = make_plan(traced, cuts, norm, stepdown, head)
     return DetachableNet(copy_model(model), plan, stepdowns, traced)
 
 
-def _private_copy(module: nn.Module) -> nn.Module:
+def _own_norms(module: nn.Module) -> nn.Module:
     """A copy of a layer with batch norms of its own; whatever else it holds stays shared."""
     own = {id(t) for m in module.modules() if isinstance(m, _BatchNorm) for t in [*m.parameters(), *m.buffers()]}
     shared = [t for t in [*module.parameters(), *module.buffers()] if id(t) not in own]
@@ -342,25 +338,34 @@ def _view_sources(traced: TracedModel, plan: DetachPlan) -> dict[bool, ViewSourc
                 raise CutError(f"the model has {model.cut!r} in evaluation mode only", node=model.cut)
         cuts = {model.name: graph.names[str(model.cut)] for model in plan.models[1:]}
         sources[training] = ViewSource(graph, training, cuts, {})
-    private = {
-        name: _norm_paths(sources[False], name) | _norm_paths(sources[True], name)
-        for name in plan.names[1:]
-        if plan.norm == "private"
-    }
+    private: dict[str, dict[str, str]] = {name: {} for name in plan.names[1:]}
+    for source in sources.values():
+        for name, own in private.items():
+            if plan.head == "private":
+                own.update(dict.fromkeys(_head_paths(source, name), HEADS))
+            if plan.norm == "private":
+                own.update(dict.fromkeys(_norm_paths(source, name), NORMS))
     for source in sources.values():
         source.private = private
     return sources
 
 
-def _norm_paths(source: ViewSource, name: str) -> frozenset[str]:
+def _norm_paths(source: ViewSource, name: str) -> list[str]:
     """Paths of the layers with batch norms in a sub-model's tail."""
+    layers = _tail_layers(source, name)
+    return [path for path, layer in layers.items() if any(isinstance(m, _BatchNorm) for m in layer.modules())]
+
+
+def _head_paths(source: ViewSource, name: str) -> list[str]:
+    """The path of the last layer with weights in a sub-model's tail, if there is one."""
+    return [path for path, layer in _tail_layers(source, name).items() if list(layer.parameters())][-1:]
+
+
+def _tail_layers(source: ViewSource, name: str) -> dict[str, nn.Module]:
+    """The layers that are called behind a sub-model's cut, by their paths in the base-model."""
     tail = source.traced.live[source.traced.live.index(source.cuts[name]) + 1 :]
     calls = [str(node.target) for node in tail if node.op == "call_module"]
-    return frozenset(
-        path.removeprefix(PREFIX)
-        for path in calls
-        if any(isinstance(m, _BatchNorm) for m in source.traced.module.get_submodule(path).modules())
-    )
+    return {path.removeprefix(PREFIX): source.traced.module.get_submodule(path) for path in calls}
 
 
 def _parameters(value: Any) -> list[nn.Parameter]:
@@ -374,4 +379,4 @@ def _detached_name(target: str, name: str, entry: str) -> str:
     """A target of a family's graph as it is called in a detached model."""
     if target == f"{STEPDOWNS}.{name}":
         return entry
-    return target.removeprefix(f"{NORMS}.{name}.").removeprefix(PREFIX)
+    return target.removeprefix(f"{NORMS}.{name}.").removeprefix(f"{HEADS}.{name}.").removeprefix(PREFIX)

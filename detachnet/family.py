@@ -12,7 +12,7 @@ from detachnet.errors import CheckpointError, RecipeError
 from detachnet.losses import logits
 from detachnet.recipe import Recipe
 from detachnet.runs import family_file
-from detachnet.views import NORMS
+from detachnet.views import HEADS, NORMS
 from detachnet.zoo import create_model
 
 
@@ -26,7 +26,7 @@ def build_family(recipe: Recipe, input_size: tuple[int, ...]) -> DetachableNet:
         model = create_model(recipe.model.name, **recipe.model.kwargs)
         table = recipe.family
         stepdown = table.stem if table.stepdown == "stem" else table.stepdown
-        net = make_detachable(model, trained, input_size, norm=table.norm, stepdown=stepdown)
+        net = make_detachable(model, trained, input_size, norm=table.norm, head=table.head, stepdown=stepdown)
     net.trained = recipe.models
     return net
 
@@ -54,7 +54,7 @@ def start_from(net: DetachableNet, path: str | Path) -> None:
     """Give all models of a family the weights and statistics of a trained base-model; step-downs stay new.
 
     Args:
-        net: The family; a sub-model's private norms become copies of the base-model's.
+        net: The family; a sub-model's private norms and head become copies of the base-model's.
         path: The file of a family with the same base-model, or the folder of its run.
 
     Raises:
@@ -68,7 +68,7 @@ def start_from(net: DetachableNet, path: str | Path) -> None:
     state = net.state_dict()
     for name in state:
         source = name
-        if name.startswith(f"{NORMS}."):
+        if name.startswith((f"{NORMS}.", f"{HEADS}.")):
             source = "base." + name.split(".", 2)[2]
         if source.startswith("base."):
             if source not in tensors or tensors[source].shape != state[name].shape:

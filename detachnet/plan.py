@@ -17,6 +17,7 @@ from detachnet.trace import TracedModel
 BASE = "base"
 _EMPTY = nn.Module()
 Norm = Literal["private", "shared"]
+Head = Literal["private", "shared"]
 Cuts = Sequence[str] | Sequence[float] | Mapping[str, str] | int | str
 
 
@@ -47,6 +48,7 @@ class DetachPlan(BaseModel):
         model: Class of the base-model.
         input_size: Shape of one image, `(C, H, W)`.
         norm: `private` (each sub-model has its own batch norms) or `shared` (the paper's).
+        head: The same of the last layer with weights.
         models: The base-model first.
         hints: What is legal but worth a second thought.
     """
@@ -58,6 +60,7 @@ class DetachPlan(BaseModel):
     norm: Norm
     models: tuple[ModelPlan, ...]
     hints: tuple[str, ...] = ()
+    head: Head = "shared"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,7 +74,8 @@ class DetachPlan(BaseModel):
     def title(self) -> str:
         """The heading of the table."""
         size = "×".join(map(str, self.input_size))
-        return f"{self.model} on {size} images, {self.norm} batch norms"
+        heads = ", private heads" if self.head == "private" else ""
+        return f"{self.model} on {size} images, {self.norm} batch norms{heads}"
 
     @property
     def header(self) -> tuple[str, ...]:
@@ -122,7 +126,11 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def make_plan(
-    traced: TracedModel, cuts: Cuts, norm: Norm, stepdown: str | Stem | StepDownBuilder = "conv"
+    traced: TracedModel,
+    cuts: Cuts,
+    norm: Norm,
+    stepdown: str | Stem | StepDownBuilder = "conv",
+    head: Head = "shared",
 ) -> tuple[DetachPlan, dict[str, nn.Module]]:
     """Check the cuts and work out what each sub-model will be.
 
@@ -131,6 +139,7 @@ def make_plan(
         cuts: As `make_detachable` takes them.
         norm: `private` or `shared`.
         stepdown: `conv`, `stem`, a `Stem`, `identity` or a user's own.
+        head: `private` or `shared`.
 
     Returns:
         The plan, and each sub-model's step-down, newly initialized.
@@ -162,6 +171,7 @@ def make_plan(
         model=traced.class_name,
         input_size=image,
         norm=norm,
+        head=head,
         models=tuple(models),
         hints=tuple(hints),
     )

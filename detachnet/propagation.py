@@ -17,8 +17,6 @@ from detachnet.recipe import Recipe
 class Propagation:
     """Forward pass, losses and backward pass of one training step.
 
-    A sub-model's loss weight holds for what it shares with others; its own layers get the gradients of weight 1.
-
     Args:
         recipe: Which models, losses and strategy.
         net: The family.
@@ -38,7 +36,6 @@ class Propagation:
             table.teacher,
             table.hint,
         )
-        self.own = {name: net.own_parameters(name) for name in self.loss.weights}
         self.wants_features = bool(table.hint) and len(self.models) > 1
         self.losses = self._compiled() if recipe.train.compile else self._losses
 
@@ -49,9 +46,7 @@ class Propagation:
             images: `(B, C, H, W)`.
             labels: `(B,)`, or the probability of each class, `(B, num_classes)`.
         """
-        losses = self._joint(images, labels) if self.joint else self._separate(images, labels)
-        self._own_at_full_weight()
-        return losses
+        return self._joint(images, labels) if self.joint else self._separate(images, labels)
 
     def _joint(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         losses, _ = self.losses(images, labels, self.models, {})
@@ -67,13 +62,6 @@ class Propagation:
             self.accelerator.backward(self.loss.weights.get(name, 1.0) * found[name])
             losses[name], outputs[name] = found[name].detach(), made[name].detach()
         return losses
-
-    def _own_at_full_weight(self) -> None:
-        """Take the weight of a sub-model's loss out of the gradients of what is the sub-model's alone."""
-        for name, weight in self.loss.weights.items():
-            for parameter in self.own[name] if weight else ():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(1 / weight)
 
     def _losses(
         self, images: Tensor, labels: Tensor, models: tuple[str, ...], before: dict[str, Tensor]

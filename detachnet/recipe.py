@@ -38,6 +38,8 @@ class FamilyTable(_Table):
     """Names of nodes, front to back; or own names of sub-models to them."""
     norm: Literal["private", "shared"] = "private"
     """Batch norms: each sub-model's own, or the base-model's (the paper)."""
+    head: Literal["private", "shared"] = "shared"
+    """The last layer with weights: likewise."""
     stepdown: Literal["conv", "stem", "identity"] = "conv"
     """One convolution (the paper); several with batch norms; the flattened image as it is (NSN)."""
     stem: Stem = Stem()
@@ -158,8 +160,7 @@ class LossTable(_Table):
     """The multi-model loss."""
 
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Model → weight of its loss; 1 where none is given (the paper's sum), and for a model trained alone. It holds
-    for what models share: a sub-model's step-down and private norms learn at weight 1 in any case."""
+    """Model → weight of its loss; 1 where none is given (the paper's sum), and for a model trained alone."""
     label_smoothing: Share = 0.0
     """Of the cross entropy."""
     distillation: Annotated[float, Field(ge=0)] = 0.0
@@ -186,8 +187,8 @@ class TrainTable(_Table):
     init: str = ""
     """A family's file whose base-model's weights and statistics all models start from."""
     freeze_base: bool = False
-    """Train only step-downs and private norms: the base-model stays bit for bit as it is. Layers of it run in
-    evaluation mode; dropout that a forward pass calls as a function stays on."""
+    """Train only what sub-models have for themselves: the base-model stays bit for bit as it is. Layers of it run
+    in evaluation mode; dropout that a forward pass calls as a function stays on."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay per step of an exponential moving average of the weights, which accuracies are then those of, and the
     weights in the run's files; it rises to it, as timm's warm-up has it. 0 for none."""

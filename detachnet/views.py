@@ -27,6 +27,7 @@ from detachnet.tracer import PREFIX, PROBE_BATCH, Spec, leaves_of
 
 STEPDOWNS = "stepdowns"
 NORMS = "norms"
+HEADS = "heads"
 _BATCH_FUNCTIONS = {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm}
 _AXIS_FUNCTIONS = {
     *(
@@ -61,13 +62,13 @@ class ViewSource:
         traced: The graph in one mode.
         training: Which mode that is.
         cuts: Sub-model → the node it is cut at, front to back.
-        private: Sub-model → paths of the layers it has a copy of its own of.
+        private: Sub-model → paths of the layers it has a copy of its own of → where that is, `norms` or `heads`.
     """
 
     traced: TracedGraph
     training: bool
     cuts: Mapping[str, fx.Node]
-    private: Mapping[str, frozenset[str]]
+    private: Mapping[str, Mapping[str, str]]
 
     @cached_property
     def second_probe(self) -> dict[fx.Node, Any]:
@@ -271,7 +272,8 @@ class _ViewBuilder:
     def _target(self, node: fx.Node, name: str) -> str:
         """The layer `name` runs a node with: its own copy if it has one."""
         path = str(node.target).removeprefix(PREFIX)
-        return f"{NORMS}.{name}.{path}" if path in self.source.private.get(name, ()) else str(node.target)
+        own = self.source.private.get(name, {})
+        return f"{own[path]}.{name}.{path}" if path in own else str(node.target)
 
     def _value(self, node: fx.Node, count: int) -> Any:
         """What stands for a traced value where `count` batches are stacked."""

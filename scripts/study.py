@@ -21,7 +21,7 @@ from detachnet.trainer import Listener, train
 RECIPE = Path(__file__).parents[1] / "recipes" / "study_cifar10.toml"
 NO_WEIGHTS = "loss.weights={}"
 NO_DISTILLATION = "loss.distillation=0"
-NO_HINT = "loss.hint=0"
+ONE_HEAD = "family.head=shared"
 CONV = "family.stepdown=conv"
 SHARED = "family.norm=shared"
 
@@ -30,15 +30,16 @@ RUNS: dict[str, tuple[str, ...]] = {
     "base-alone": ('train.models=["base"]',),
     "sub0-alone": ('train.models=["sub0"]',),
     "sub1-alone": ('train.models=["sub1"]',),
-    "paper": (SHARED, CONV, NO_WEIGHTS, NO_DISTILLATION, NO_HINT),
+    "paper": (SHARED, CONV, NO_WEIGHTS, NO_DISTILLATION, ONE_HEAD),
     "sub0-alone-conv": (CONV, 'train.models=["sub0"]'),
     "sub1-alone-conv": (CONV, 'train.models=["sub1"]'),
-    "private": (CONV, NO_WEIGHTS, NO_DISTILLATION, NO_HINT),
-    "private+stem": (NO_WEIGHTS, NO_DISTILLATION, NO_HINT),
-    "private+distillation": (CONV, NO_WEIGHTS, NO_HINT),
-    "private+weights": (CONV, NO_DISTILLATION, NO_HINT),
-    "no-hint": (NO_HINT,),
+    "private": (CONV, NO_WEIGHTS, NO_DISTILLATION, ONE_HEAD),
+    "private+stem": (NO_WEIGHTS, NO_DISTILLATION, ONE_HEAD),
+    "private+distillation": (CONV, NO_WEIGHTS, ONE_HEAD),
+    "private+weights": (CONV, NO_DISTILLATION, ONE_HEAD),
+    "one-head": (ONE_HEAD,),
     "frozen-base": ("train.init={out}/base-alone-{seed}", "train.freeze_base=true"),
+    "hint": ("loss.hint=1",),
     "larger": ("loss.teacher=larger",),
     "temperature": ("loss.temperature=2",),
 }

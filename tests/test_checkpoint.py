@@ -12,6 +12,7 @@ from torch import nn
 
 import detachnet
 from detachnet import checkpoint
+from detachnet.plan import Head, Norm
 from detachnet.zoo import ModelSource
 from tests import models
 from tests.test_stepdown import shift
@@ -34,10 +35,12 @@ def assert_same(
         assert torch.equal(one(images, which=name), other(images, which=name))
 
 
-@pytest.mark.parametrize("norm", ["private", "shared"])
-def test_round_trip(tmp_path: Path, norm: str) -> None:
+@pytest.mark.parametrize(("norm", "head"), [("private", "shared"), ("shared", "private"), ("private", "private")])
+def test_round_trip(tmp_path: Path, norm: Norm, head: Head) -> None:
     model = detachnet.create_model("timm:mobilenetv3_small_050", num_classes=7)
-    net = detachnet.make_detachable(model, {"small": "blocks.2"}, (3, 64, 64), norm=norm).eval()
+    net = detachnet.make_detachable(model, {"small": "blocks.2"}, (3, 64, 64), norm=norm, head=head).eval()
+    for parameter in net.heads.parameters():
+        parameter.data += 1
     detachnet.save(net, tmp_path / "family.safetensors")
     assert_same(detachnet.load(tmp_path / "family.safetensors"), net, torch.randn(2, 3, 64, 64))
 

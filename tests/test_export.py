@@ -45,7 +45,9 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], list[str], tuple[int, ...]]] 
 def family(name: str) -> detachnet.DetachableNet:
     """A family whose batch norms differ from model to model, as after training."""
     make, cuts, size = FAMILIES[name]
-    net = detachnet.make_detachable(make(), cuts, size).eval()
+    net = detachnet.make_detachable(make(), cuts, size, head="private" if name == "vgg" else "shared").eval()
+    for parameter in net.heads.parameters():
+        parameter.data += 0.1
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.running_mean, module.weight.data, module.bias.data):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import detachnet
+from detachnet.plan import Norm
 from tests import models
 from tests.helpers import assert_joint_equals_separate, without_dropout
 
@@ -165,3 +166,37 @@ def test_no_features_without_one_pass() -> None:
     net = detachnet.make_detachable(models.OddBatch(), ["conv1"], (3, 8, 8))
     with pytest.raises(detachnet.DetachNetError, match="in no simple way"):
         net(torch.zeros(2, 3, 8, 8), which="all", features=True)
+
+
+@pytest.mark.parametrize("norm", ["private", "shared"])
+@pytest.mark.parametrize("training", [True, False])
+def test_private_heads(norm: Norm, training: bool) -> None:
+    """Joint equals separate, each model reads its own last layer; detached it has the base-model's name."""
+    model = detachnet.create_model("detachnet:vgg16_cifar", width=0.1).double()
+    net = detachnet.make_detachable(model, ["features.6", "features.23"], (3, 32, 32), norm=norm, head="private")
+    for i, parameter in enumerate(net.heads.parameters()):
+        parameter.data += i + 1
+    net.train(training)
+    images = torch.randn(4, 3, 32, 32, dtype=torch.double)
+    separate = {name: copy.deepcopy(net)(images, which=name) for name in net.names}
+    joint = copy.deepcopy(net)(images, which="all")
+    plain = detachnet.make_detachable(model, ["features.6", "features.23"], (3, 32, 32), norm=norm).train(training)
+    for name in net.names:
+        torch.testing.assert_close(joint[name], separate[name], rtol=1e-12, atol=1e-12)
+    assert net.parameters_of(["sub0"]).keys() >= {"heads.sub0.classifier.weight", "heads.sub0.classifier.bias"}
+    assert "base.classifier.weight" not in net.parameters_of(["sub0", "sub1"])
+    assert net.plan.title.endswith(f"{norm} batch norms, private heads")
+    assert not list(plain.heads.parameters())
+    detached = net.eval().detach("sub1")
+    assert torch.equal(detached(images), net(images, which="sub1"))
+    assert torch.equal(detached.classifier.weight, net.heads.sub1.classifier.weight)
+
+
+def test_the_head_is_the_last_layer_with_weights() -> None:
+    net = detachnet.make_detachable(models.Plain(), ["conv1", "pool"], (3, 8, 8), head="private")
+    last = [name for name, layer in models.Plain().named_modules() if isinstance(layer, torch.nn.Linear)][-1]
+    assert {name for name, _ in net.heads.named_parameters()} == {
+        f"{sub}.{last}.{kind}" for sub in ("sub0", "sub1") for kind in ("weight", "bias")
+    }
+    with pytest.raises(detachnet.CutError, match="head is 'private' or 'shared', not 'own'"):
+        detachnet.make_detachable(models.Plain(), ["conv1"], (3, 8, 8), head="own")  # type: ignore[arg-type]

@@ -89,3 +89,12 @@ def test_a_family_that_does_not_know_its_data(net: detachnet.DetachableNet, tmp_
 def test_no_images(net: detachnet.DetachableNet) -> None:
     with pytest.raises(detachnet.DataError, match="no images to measure statistics on"):
         recalibrate(net, [])
+
+
+def test_heads_are_kept() -> None:
+    model = detachnet.create_model("detachnet:vgg16_cifar", width=0.05)
+    net = detachnet.make_detachable(model, ["features.6"], (3, 32, 32), norm="shared", head="private")
+    for parameter in net.heads.parameters():
+        parameter.data += 1
+    fresh = recalibrate(net, [torch.randn(4, 3, 32, 32)])
+    assert torch.equal(fresh.heads.sub0.classifier.weight, net.heads.sub0.classifier.weight)

@@ -443,19 +443,3 @@ def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
         one._step(*next(batches))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_a_loss_weight_holds_for_what_is_shared(tmp_path: Path) -> None:
-    images, labels = torch.randn(12, 3, 32, 32, dtype=torch.double), torch.arange(12) % 10
-    grads = []
-    for weight in (1.0, 0.1):
-        levers = recipe(f"loss.weights={{sub0={weight}}}")
-        one = trainer._Trainer(levers, RunFolder(tmp_path), MemorySource(levers.data, tenth()), Listener())
-        one.net.double().train()
-        one.propagate(images, labels)
-        grads.append({name: p.grad for name, p in one.parameters.items() if p.grad is not None})
-    own = {name for name in grads[0] if name.startswith(("stepdowns.sub0.", "norms.sub0."))}
-    assert len(own) > 20
-    for name in own:
-        assert torch.allclose(grads[0][name], grads[1][name], 1e-9, 1e-12), name
-    assert not torch.allclose(grads[0]["base.classifier.weight"], grads[1]["base.classifier.weight"], 0.1)
