@@ -234,7 +234,7 @@ class Batches:
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch from step `start` on: images `(B, C, H, W)` float32, labels `(B,)`.
 
-        In memory images are channels-last: convolutions are faster so.
+        Those to train on (`shuffle`) are channels-last in memory: convolutions are faster so.
         """
         order = self._order(epoch)
         index, count = self.share
@@ -255,7 +255,7 @@ class Batches:
             generator = torch.Generator(images.device).manual_seed(seed)
             images = augment(images, self.pad, self.flip, generator, self.share)
         images = images.float().mul_(self.scale).sub_(self.shift)
-        return images.contiguous(memory_format=torch.channels_last)
+        return images.contiguous(memory_format=torch.channels_last) if self.shuffle else images
 
 
 def augment(

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.data import DataInfo
@@ -31,7 +32,7 @@ class DetachableNet(nn.Module):
         base: The base-model, an ordinary module under its original parameter names.
         stepdowns: Sub-model → the layer it takes in the image through.
         norms: Sub-model → its own copies of batch norms, under the base-model's names (`norm="private"`).
-        heads: Sub-model → its own copy of the last layer with weights, likewise (`head="private"`).
+        heads: Sub-model → its own copy of the layer that makes its output, likewise (`head="private"`).
         plan: What the family is; prints as a table.
         data: What it was trained on, if the trainer or a checkpoint said so.
         trained: The models that were trained, likewise.
@@ -285,7 +286,8 @@ def make_detachable(
             of the base-model's MACs to keep, such as `[0.7, 0.3]`.
         input_size: Shape of one image, `(C, H, W)`; by default what the model declares.
         norm: `private` gives each sub-model its own batch norms; `shared` is the paper's.
-        head: `private` gives each sub-model its own copy of the last layer with weights.
+        head: `private` gives each sub-model its own copy of the last layer with weights, that of its
+            main output.
         stepdown: `conv`; `stem` or a `detachnet.Stem`, several convolutions with norms; `identity`, the flattened
             image itself where the feature has its size; or a function `(image shape, feature shape) -> module`.
         example_input: A batch `(B, ...)` instead of `input_size`.
@@ -341,10 +343,10 @@ def _view_sources(traced: TracedModel, plan: DetachPlan) -> dict[bool, ViewSourc
     private: dict[str, dict[str, str]] = {name: {} for name in plan.names[1:]}
     for source in sources.values():
         for name, own in private.items():
-            if plan.head == "private":
-                own.update(dict.fromkeys(_head_paths(source, name), HEADS))
             if plan.norm == "private":
                 own.update(dict.fromkeys(_norm_paths(source, name), NORMS))
+            if plan.head == "private":
+                own[_head_path(source, name)] = HEADS
     for source in sources.values():
         source.private = private
     return sources
@@ -352,20 +354,36 @@ def _view_sources(traced: TracedModel, plan: DetachPlan) -> dict[bool, ViewSourc
 
 def _norm_paths(source: ViewSource, name: str) -> list[str]:
     """Paths of the layers with batch norms in a sub-model's tail."""
-    layers = _tail_layers(source, name)
-    return [path for path, layer in layers.items() if any(isinstance(m, _BatchNorm) for m in layer.modules())]
+    calls = [str(node.target) for node in _tail(source, name) if node.op == "call_module"]
+    layers = {path: source.traced.module.get_submodule(path) for path in calls}
+    normed = [path for path, layer in layers.items() if any(isinstance(m, _BatchNorm) for m in layer.modules())]
+    return [path.removeprefix(PREFIX) for path in normed]
 
 
-def _head_paths(source: ViewSource, name: str) -> list[str]:
-    """The path of the last layer with weights in a sub-model's tail, if there is one."""
-    return [path for path, layer in _tail_layers(source, name).items() if list(layer.parameters())][-1:]
+def _head_path(source: ViewSource, name: str) -> str:
+    """The path of the layer that makes a sub-model's main output: the last one with weights, norms not counted."""
+    tail, module = _tail(source, name), source.traced.module
+    leaves: list[fx.Node] = []
+    map_aggregate(tail[-1].args, lambda leaf: leaves.append(leaf) if isinstance(leaf, fx.Node) else None)
+    read, rest = set(), leaves[:1]  # the first is what losses take
+    while rest:
+        node = rest.pop()
+        if node not in read:
+            read.add(node)
+            rest += node.all_input_nodes
+    for node in reversed([node for node in tail if node in read]):
+        if node.op == "get_attr" and isinstance(attribute(module, str(node.target)), nn.Parameter):
+            break
+        if node.op == "call_module":
+            path = str(node.target)
+            if any(parameter.ndim > 1 for parameter in module.get_submodule(path).parameters()):
+                return path.removeprefix(PREFIX)
+    raise CutError(f"{name} has no layer behind its cut that could be its private head", hint="head='shared'")
 
 
-def _tail_layers(source: ViewSource, name: str) -> dict[str, nn.Module]:
-    """The layers that are called behind a sub-model's cut, by their paths in the base-model."""
-    tail = source.traced.live[source.traced.live.index(source.cuts[name]) + 1 :]
-    calls = [str(node.target) for node in tail if node.op == "call_module"]
-    return {path.removeprefix(PREFIX): source.traced.module.get_submodule(path) for path in calls}
+def _tail(source: ViewSource, name: str) -> list[fx.Node]:
+    """What runs behind a sub-model's cut."""
+    return source.traced.live[source.traced.live.index(source.cuts[name]) + 1 :]
 
 
 def _parameters(value: Any) -> list[nn.Parameter]:

@@ -94,7 +94,7 @@ class Files:
             label = int(sample["cls"])
         except (KeyError, ValueError) as error:
             raise DataError(f"{name} has no label", hint="its .cls file holds the number of its class") from error
-        return self._checked(BytesIO(image), label, name)
+        return self._checked(BytesIO(image), self.labels.get(label, label), name)
 
     def _checked(self, file: Any, label: Any, name: str) -> tuple[Image.Image, int]:
         """An open file's picture and its label, if that is one of the classes'."""

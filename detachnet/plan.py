@@ -48,7 +48,7 @@ class DetachPlan(BaseModel):
         model: Class of the base-model.
         input_size: Shape of one image, `(C, H, W)`.
         norm: `private` (each sub-model has its own batch norms) or `shared` (the paper's).
-        head: The same of the last layer with weights.
+        head: The same of the last layer with weights, which makes the output.
         models: The base-model first.
         hints: What is legal but worth a second thought.
     """

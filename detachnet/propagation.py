@@ -56,27 +56,30 @@ class Propagation:
     def _separate(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One model after another: the backward pass of each frees its activations before the next one runs."""
         losses: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
+        teacher: dict[str, Tensor] = {}
         for name in self.models:
-            found, made = self.losses(images, labels, (name,), outputs)
+            found, made = self.losses(images, labels, (name,), teacher)
             self.accelerator.backward(self.loss.weights.get(name, 1.0) * found[name])
-            losses[name], outputs[name] = found[name].detach(), made[name].detach()
+            losses[name] = found[name].detach()
+            if not teacher or self.loss.teacher == "larger":
+                teacher = {name: made[name].detach()}
         return losses
 
     def _losses(
-        self, images: Tensor, labels: Tensor, models: tuple[str, ...], before: dict[str, Tensor]
+        self, images: Tensor, labels: Tensor, models: tuple[str, ...], teacher: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss and logits of some models; their teachers may be among those that ran `before`."""
+        """Loss and logits of some models; `teacher` has logits of one that ran before."""
         out = self.model(images, which=models, features=self.wants_features)
         out, features = out if self.wants_features else (out, None)
-        outputs = before | {name: logits(output) for name, output in out.items()}
+        outputs = teacher | {name: logits(output) for name, output in out.items()}
         losses = self.loss.per_model(outputs, labels, features)
         return {name: losses[name] for name in models}, outputs
 
     def _compiled(self) -> Callable[..., Any]:
-        """`_losses` through torch.compile; on CUDA as CUDA graphs: small batches would wait for launches."""
+        """`_losses` through torch.compile; on CUDA as a CUDA graph: small batches would wait for launches."""
         self.net.train()
         for models in (self.models,) if self.joint else ((name,) for name in self.models):
             self.net.prepare(models, self.wants_features)
-        mode = "reduce-overhead" if self.accelerator.device.type == "cuda" else None
+        graphs = self.joint and self.accelerator.device.type == "cuda"  # several would free each other's gradients
+        mode = "reduce-overhead" if graphs else None
         return torch.compile(self._losses, mode=mode)

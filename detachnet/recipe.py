@@ -39,7 +39,7 @@ class FamilyTable(_Table):
     norm: Literal["private", "shared"] = "private"
     """Batch norms: each sub-model's own, or the base-model's (the paper)."""
     head: Literal["private", "shared"] = "shared"
-    """The last layer with weights: likewise."""
+    """The last layer with weights, which makes the output: likewise."""
     stepdown: Literal["conv", "stem", "identity"] = "conv"
     """One convolution (the paper); several with batch norms; the flattened image as it is (NSN)."""
     stem: Stem = Stem()

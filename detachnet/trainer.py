@@ -18,9 +18,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from timm.layers import convert_sync_batchnorm
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.utils import distribute_bn
 from torch import Tensor
 
+from detachnet.averaging import AveragedWeights
 from detachnet.checkpoint import (
     LIVE,
     TRAINER,
@@ -180,9 +181,9 @@ class _Trainer:
         self.net.to(self.device)
         if on_cuda:
             self.net.to(memory_format=torch.channels_last)
-        self.averaged: ModelEmaV3 | None = None
+        self.averaged: AveragedWeights | None = None
         if decay := recipe.train.ema_decay:
-            self.averaged = ModelEmaV3(self.net, decay, use_warmup=True)
+            self.averaged = AveragedWeights(self.net, decay, use_warmup=True)
         self.model, self.prepared = self.accelerator.prepare(self.net, self.optimizer)
         self.propagate = Propagation(recipe, self.net, self.model, self.accelerator)
         self.sums = torch.zeros(len(recipe.models), dtype=torch.float64, device=self._sum_device)
@@ -219,7 +220,7 @@ class _Trainer:
         for name, tensor in without_prefix(tensors, TRAINER).items():
             parameter, _, key = name.rpartition(".")
             owner = self.parameters[parameter]
-            keep = key == "step"  # torch keeps step counts on the CPU
+            keep = key == "step" and self.device.type != "cuda"  # where fused updates have it on the device
             self.optimizer.state[owner][key] = tensor.clone() if keep else tensor.to(owner.device)
         self.family.accuracy = dict(header.accuracy)
         self.at = _Progress(state.epoch, state.step, state.train_s, state.wait_s, list(state.rows))

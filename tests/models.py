@@ -354,3 +354,15 @@ class UsesFunction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv2(threshold(self.conv1(x))).mean((2, 3))
+
+
+class NormedHead(nn.Module):
+    """A norm and a linear layer, kept whole by some tests."""
+
+    def __init__(self, in_chs: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm1d(in_chs), nn.Linear(in_chs, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.norm(x))
+        return logits

@@ -140,6 +140,8 @@ def test_what_can_be_wrong_with_shards(tmp_path: Path, monkeypatch: pytest.Monke
     opened = open_files("wds/x", tmp_path, "t-0.tar|4")
     good, label, image, cls = opened.samples(opened.shards)
     assert opened.decode(good)[1] == 1
+    turned = open_files("wds/x", tmp_path, "t-0.tar|4", ("yes", "no"))
+    assert turned.decode(good)[1] == 0
     with pytest.raises(detachnet.DataError, match=r"b of .*t-0.tar has the label 2, but there are 2 classes"):
         opened.decode(label)
     with pytest.raises(detachnet.DataError, match=r"c of .*t-0.tar has no image"):

@@ -192,7 +192,7 @@ def test_private_heads(norm: Norm, training: bool) -> None:
     assert torch.equal(detached.classifier.weight, net.heads.sub1.classifier.weight)
 
 
-def test_the_head_is_the_last_layer_with_weights() -> None:
+def test_the_head_is_the_last_layer() -> None:
     net = detachnet.make_detachable(models.Plain(), ["conv1", "pool"], (3, 8, 8), head="private")
     last = [name for name, layer in models.Plain().named_modules() if isinstance(layer, torch.nn.Linear)][-1]
     assert {name for name, _ in net.heads.named_parameters()} == {
@@ -200,3 +200,27 @@ def test_the_head_is_the_last_layer_with_weights() -> None:
     }
     with pytest.raises(detachnet.CutError, match="head is 'private' or 'shared', not 'own'"):
         detachnet.make_detachable(models.Plain(), ["conv1"], (3, 8, 8), head="own")  # type: ignore[arg-type]
+
+
+class _Twice(torch.nn.Module):
+    """A trunk, and a main output from a layer that was called before, with a norm and another output behind it."""
+
+    def __init__(self, functional: bool = False) -> None:
+        super().__init__()
+        self.conv, self.fc, self.mid = torch.nn.Conv2d(3, 4, 8), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.norm, self.aux = torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+        self.functional = functional
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = self.conv(x).flatten(1)
+        deep = self.mid(self.fc(features))
+        logits = torch.nn.functional.linear(deep, self.fc.weight) if self.functional else self.norm(self.fc(deep))
+        return {"out": logits, "aux": self.aux(features)}
+
+
+def test_heads_of_awkward_models() -> None:
+    net = detachnet.make_detachable(_Twice(), ["conv"], (3, 8, 8), head="private")
+    assert [name for name, _ in net.heads.named_parameters()] == ["sub0.fc.weight", "sub0.fc.bias"]
+    assert [name for name, _ in net.norms.named_parameters()] == ["sub0.norm.weight", "sub0.norm.bias"]
+    with pytest.raises(detachnet.CutError, match="sub0 has no layer behind its cut that could"):
+        detachnet.make_detachable(_Twice(functional=True), ["conv"], (3, 8, 8), head="private")

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import detachnet
 from detachnet.recalibration import recalibrate
 from detachnet.trainer import train
+from tests import models
 from tests.test_trainer import recipe
 
 IMAGES = [torch.randn(8, 3, 32, 32) + i for i in range(3)]
@@ -98,3 +99,13 @@ def test_heads_are_kept() -> None:
         parameter.data += 1
     fresh = recalibrate(net, [torch.randn(4, 3, 32, 32)])
     assert torch.equal(fresh.heads.sub0.classifier.weight, net.heads.sub0.classifier.weight)
+
+
+def test_a_head_that_holds_a_norm_is_kept_whole() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(1), models.NormedHead(4, 5))
+    net = detachnet.make_detachable(
+        model, ["0"], (3, 8, 8), norm="shared", head="private", leaf_modules=[models.NormedHead]
+    )
+    fresh = recalibrate(net, [torch.randn(4, 3, 8, 8)])
+    assert len(list(fresh.heads.parameters())) == len(list(net.heads.parameters())) == 4
+    assert not {p.data_ptr() for p in fresh.heads.parameters()} & {p.data_ptr() for p in fresh.base.parameters()}

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import detachnet
 from detachnet import trainer
+from detachnet.averaging import AveragedWeights
 from detachnet.evaluation import evaluate
 from detachnet.images import read_image, to_tensor
 from detachnet.recipe import Recipe, load_recipe
@@ -253,3 +254,21 @@ def test_two_processes(folder: Path, tmp_path: Path, name: str) -> None:
     assert family.accuracy == rows(tmp_path / "run")[-1]["test_accuracy"]
     out = CliRunner().invoke(app, ["evaluate", str(tmp_path / "run"), "--data-root", str(root), "--json"])
     assert {r["model"]: r["test_accuracy"] for r in json.loads(out.output)["models"]} == family.accuracy
+
+
+def test_a_tensor_with_two_names_is_averaged_once_a_step() -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)
+            self.again = self.one
+
+    model = Tied()
+    averaged = AveragedWeights(model, 0.9)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data += 1
+    before = {name: tensor.clone() for name, tensor in averaged.module.state_dict().items()}
+    averaged.update(model)
+    for name, tensor in averaged.module.state_dict().items():
+        expected = before[name] + (0.1 if tensor.is_floating_point() else 1)
+        torch.testing.assert_close(tensor, expected)

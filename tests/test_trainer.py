@@ -14,7 +14,7 @@ import torch
 
 import detachnet
 from detachnet import trainer
-from detachnet.data import Split, load_data
+from detachnet.data import Split, describe_data, load_data
 from detachnet.evaluation import evaluate
 from detachnet.family import build_family, start_from
 from detachnet.recipe import Recipe, load_recipe
@@ -443,3 +443,22 @@ def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
         one._step(*next(batches))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_models_that_flatten_with_view_are_evaluated() -> None:
+    class Viewing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool, self.fc = (
+                torch.nn.Conv2d(3, 4, 3),
+                torch.nn.AvgPool2d(10),
+                torch.nn.Linear(36, 10),
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.fc(self.pool(self.conv(x)).view(-1, 36))
+            return logits
+
+    net = detachnet.make_detachable(Viewing(), ["conv"], (3, 32, 32))
+    net.data = describe_data("cifar10-mini", tenth())
+    assert evaluate(net, tenth()[1]).keys() == {"base", "sub0"}
