@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -129,7 +130,7 @@ def write(options: argparse.Namespace, rows: Sequence[Row], targets: Sequence[Ta
         return
     machine, packages = describe(options)
     judged = [asdict(target) | {"met": target.met} for target in targets]
-    result = {"quick": options.quick, "rows": rows, "targets": judged, **more}
+    result = {"date": date.today().isoformat(), "quick": options.quick, "rows": rows, "targets": judged, **more}
     result |= {"hardware": machine, "versions": packages}
     options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

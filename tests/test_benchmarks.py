@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def test_a_report_says_all(options: argparse.Namespace, capsys: pytest.CaptureFi
     assert result["hardware"]["threads"] == "1"
     assert set(result["versions"]) == {"python", "detachnet", "torch", "torchvision", "timm"}
     assert (result["extra"], result["quick"]) == ([1], True)
+    assert date.fromisoformat(result["date"]) <= date.today()
 
 
 def test_training_step(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
