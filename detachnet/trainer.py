@@ -170,6 +170,9 @@ class _Trainer:
             check_classes(self.net)
         if recipe.train.init and not resuming:
             start_from(self.net, recipe.train.init)
+        self.net.to(self.device)
+        if on_cuda:
+            self.net.to(memory_format=torch.channels_last)
         self.parameters = self.net.parameters_of(recipe.models)
         for name, parameter in self.net.named_parameters():
             frozen = recipe.train.freeze_base and name.startswith("base.")
@@ -178,9 +181,6 @@ class _Trainer:
         trained = [p for p in self.parameters.values() if p.requires_grad]
         self.optimizer = make_optimizer(recipe, trained, on_cuda)
         self.schedule = make_schedule(recipe, self.optimizer, len(self.batches))
-        self.net.to(self.device)
-        if on_cuda:
-            self.net.to(memory_format=torch.channels_last)
         self.averaged: AveragedWeights | None = None
         if decay := recipe.train.ema_decay:
             self.averaged = AveragedWeights(self.net, decay, use_warmup=True)
@@ -220,8 +220,10 @@ class _Trainer:
         for name, tensor in without_prefix(tensors, TRAINER).items():
             parameter, _, key = name.rpartition(".")
             owner = self.parameters[parameter]
-            keep = key == "step" and self.device.type != "cuda"  # where fused updates have it on the device
-            self.optimizer.state[owner][key] = tensor.clone() if keep else tensor.to(owner.device)
+            on_cpu = key == "step" and self.device.type != "cuda"  # where fused updates have it on the device
+            alike = tensor.shape == owner.shape  # fused updates want the parameter's layout, too
+            here = torch.empty_like(owner, dtype=tensor.dtype) if alike else tensor.to(owner.device)
+            self.optimizer.state[owner][key] = tensor.clone() if on_cpu else here.detach().copy_(tensor)
         self.family.accuracy = dict(header.accuracy)
         self.at = _Progress(state.epoch, state.step, state.train_s, state.wait_s, list(state.rows))
         self.sums.copy_(torch.tensor([state.sums[name] for name in self.recipe.models], dtype=torch.float64))
