@@ -7,7 +7,7 @@ One step is forward, the sum of the models' losses, backward and update (SGD wit
 reads; `freed` is the same with a backward pass after each model, which frees its activations before the next
 (`train.strategy = "separate"`); `joint` is `net(images, which="all")`. All run in turn on one family. `mac_ratio`
 is the sum of all models' multiply-accumulates over the base-model's: what joint ÷ base is where arithmetic is all
-that counts.
+that counts. Freed memory is kept, as `detachnet train` has it.
 
 Memory is what two steps add at their highest to a family that is made already: activations, gradients, momentum.
 On CUDA torch's allocator tells it, on Linux the highest resident memory of a process per alternative.
@@ -30,6 +30,7 @@ from torch import Tensor
 
 import detachnet
 from common import Row, Target, arguments, begin, report, time_in_turn
+from detachnet.heap import keep_freed
 from detachnet.peak import measure_here
 from detachnet.plan import Norm
 
@@ -70,6 +71,7 @@ QUICK = (VGG("VGG-16-BN/32, half width", kwargs={"width": 0.5}), SMALL[1]())
 
 def main() -> None:
     options = begin(arguments(__doc__))
+    keep_freed()
     rows, targets = [], []
     for case in QUICK if options.quick else cases():
         if reason := left_out(case, options.device):
@@ -173,6 +175,7 @@ def added_memory(case: Case, way: str, options: argparse.Namespace) -> int | Non
 def resident_memory(case: Case, way: str, threads: int) -> int:
     """Of this process."""
     torch.set_num_threads(threads)
+    keep_freed()
     step = Step(case, torch.device("cpu"))
     torch.nn.Conv2d(3, 8, 3)(torch.randn(1, 3, 32, 32))  # what the library sets up once is not the model's
     return measure_here(lambda: partial(step.run, way), runs=2)

@@ -31,7 +31,9 @@ def cascade(
     from detachnet.cascade import calibrate
     from detachnet.data import load_data
     from detachnet.errors import CheckpointError
+    from detachnet.heap import keep_freed
 
+    keep_freed()
     path, net = open_family(checkpoint)
     if net.data is None:
         raise CheckpointError(f"{path} does not say what it was trained on", hint="use a file that train wrote")

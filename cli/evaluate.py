@@ -34,6 +34,7 @@ def evaluate(
     from detachnet.data import is_files, load_data
     from detachnet.errors import CheckpointError
     from detachnet.evaluation import evaluate as score
+    from detachnet.heap import keep_freed
     from detachnet.plan import si
 
     path, net = open_family(checkpoint)
@@ -43,6 +44,7 @@ def evaluate(
             f"{path} does not say what it was trained on", hint="evaluate a file that train wrote"
         )
     device = fastest_device()
+    keep_freed()
     images: Split | FileBatches
     if is_files(name):
         images = _test_files(net, name, data_root, device)

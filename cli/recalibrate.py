@@ -28,8 +28,10 @@ def recalibrate(
     from detachnet.checkpoint import save
     from detachnet.data import Batches, load_data, select
     from detachnet.evaluation import EVAL_BATCH, evaluate
+    from detachnet.heap import keep_freed
     from detachnet.recalibration import recalibrate as measure
 
+    keep_freed()
     path, net = open_family(checkpoint)
     if net.data is None:
         raise CheckpointError(

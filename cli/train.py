@@ -40,6 +40,7 @@ def train(
     checked = load_recipe(path, overrides or [])
     folder = out or Path("runs") / path.stem
     from detachnet import trainer
+    from detachnet.heap import keep_freed
     from detachnet.report import COLUMNS, result_cells
 
     class Display(TrainingDisplay, trainer.Listener):
@@ -47,6 +48,7 @@ def train(
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     display = Display() if first else None
+    keep_freed()
     try:
         result = trainer.train(
             checked,

@@ -7,13 +7,14 @@ value and runs the model; the difference is what holding and running that model 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from detachnet.heap import give_back
 
 HOW = "highest resident memory of a process with this model alone, less that before the model was made"
 RUNS = 5
@@ -52,20 +53,13 @@ def resident_peaks(
 def measure_here(prepare: Callable[[], Run], runs: int = RUNS) -> int:
     """Bytes that making something and running it add to this process's resident memory at their highest."""
     gc.collect()
-    _give_back()
+    give_back()
     before = _resident("VmRSS")
     run = prepare()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     for _ in range(runs):
         run()
     return _resident("VmHWM") - before
-
-
-def _give_back() -> None:
-    """Return what the C library has kept of freed memory, where it can."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _resident(field: str) -> int:

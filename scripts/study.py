@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from detachnet.comparison import COLUMNS, cells, compare, figure
+from detachnet.heap import keep_freed
 from detachnet.recipe import Recipe, load_recipe
 from detachnet.report import markdown
 from detachnet.runs import RunFolder
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--set", action="append", default=[], dest="changes", help="override the recipe")
     options = parser.parse_args()
+    keep_freed()
     names = options.names or list(RUNS)
     for seed in range(options.seeds):
         for name in names:
