@@ -64,7 +64,7 @@ class TorchBackend:
     """A family in torch, on whatever device it is; its models share their weights in memory.
 
     Args:
-        net: The family. It is in evaluation mode while it runs.
+        net: The family, in evaluation mode.
         threads: Threads of the CPU per run; torch's present number by default.
     """
 
@@ -76,10 +76,11 @@ class TorchBackend:
         self.names, self.input_size, self.data = net.names, net.plan.input_size, net.data
         like = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
         self.device, self.dtype = like.device, like.dtype
+        self._models = {name: net.detach(name, share=True) for name in net.names}
 
     def costs(self, name: str) -> Costs:
         """What a model costs by counting."""
-        model = self.net.base if name == BASE else self.net.detach(name, share=True)
+        model = self.net.base if name == BASE else self._models[name]
         tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
         plan = self.net.plan[name]
         accuracy = self.net.accuracy.get(name)
@@ -91,8 +92,11 @@ class TorchBackend:
 
     def run(self, name: str, images: Tensor) -> Tensor:
         """Output `(B, num_classes)` of a model; a CUDA device has finished."""
-        with num_threads(self.threads), torch.no_grad():
-            output = logits(self.net(images, which=name))
+        if torch.is_grad_enabled() or torch.get_num_threads() != self.threads:
+            # Only then: setting what is set already takes as long as a small layer.
+            with num_threads(self.threads), torch.no_grad():
+                return self.run(name, images)
+        output = logits(self._models[name](images))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return output
