@@ -31,6 +31,7 @@ bench: .venv/dev ## the quick benchmarks
 	$(BIN)/python benchmarks/detached_inference.py --quick
 	$(BIN)/python benchmarks/switching.py --quick
 	$(BIN)/python benchmarks/data_pipeline.py --quick
+	$(BIN)/python benchmarks/image_files.py --quick
 	$(BIN)/python benchmarks/deadline.py --quick
 
 clean:

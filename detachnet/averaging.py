@@ -26,6 +26,6 @@ class AveragedWeights(ModelEmaV3):  # type: ignore[misc]
         )
         averaged, moved = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
         torch._foreach_lerp_(averaged, moved, weight=1 - decay)
-        for ours, theirs in pairs:
-            if not ours.is_floating_point():
-                ours.copy_(theirs)
+        if counts := [pair for pair in pairs if not pair[0].is_floating_point()]:
+            ours, theirs = zip(*counts, strict=True)
+            torch._foreach_copy_(ours, theirs)

@@ -59,9 +59,9 @@ def read_image(source: str | Path | BinaryIO | Image.Image, name: str | None = N
             if isinstance(source, Image.Image):
                 upright = ImageOps.exif_transpose(source)
             else:
-                with Image.open(source, formats=_formats()) as image:
-                    image.load()
-                    upright = ImageOps.exif_transpose(image)
+                with Image.open(source, formats=_formats()) as upright:
+                    upright.load()
+                    ImageOps.exif_transpose(upright, in_place=True)
     except FileNotFoundError as error:
         raise DataError(f"there is no file {name}", nearest=_neighbours(name)) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -117,7 +117,8 @@ def to_tensor(image: Image.Image, data: DataInfo, input_size: tuple[int, ...]) -
 
 def to_mode(image: Image.Image, num_chs: int) -> Image.Image:
     """A picture that `read_image` read, opaque, in grey or in colours: with 1 or 3 channels."""
-    return _opaque(image).convert(_MODES[num_chs])
+    opaque, mode = _opaque(image), _MODES[num_chs]
+    return opaque if opaque.mode == mode else opaque.convert(mode)
 
 
 @lru_cache

@@ -144,17 +144,22 @@ class FileBatches:
 
 @contextmanager
 def random_state(seed: int) -> Iterator[None]:
-    """Python's, NumPy's and PyTorch's (CPU) random numbers from a seed; afterwards they go on as before."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Python's, NumPy's and PyTorch's (CPU) random numbers from a seed; afterwards they go on as before.
+
+    Not in a worker process, where nobody else draws any: keeping them takes as long as mirroring an image.
+    """
+    ours = get_worker_info() is None
+    before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if ours else None
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+        if before:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.set_rng_state(before[2])
 
 
 class _Order:

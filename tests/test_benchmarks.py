@@ -12,6 +12,7 @@ import torch
 import common
 import data_pipeline
 import detached_inference
+import image_files
 import switching
 import training_step
 from common import Target, Timing
@@ -132,3 +133,15 @@ def test_data_pipeline(options: argparse.Namespace) -> None:
     assert [row["pipeline"] for row in rows] == ["in memory", "DataLoader, 0 workers", "DataLoader, 2 workers"]
     assert rows[0]["in_memory_to_this"] == 1
     assert ratio == min(row["in_memory_to_this"] for row in rows[1:])
+
+
+def test_image_files_of_detachnet_and_of_timm(options: argparse.Namespace, tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    size = image_files.write_photographs(tmp_path / "folder", 2 * image_files.BATCH)
+    assert size == pytest.approx(88e3, rel=0.1)
+    sources = {"folder": tmp_path / "folder"}
+    sources["shards"] = image_files.write_shards(sources["folder"], tmp_path / "shards")
+    rows = image_files.measure(sources, 0, options, seconds=0, least=1)
+    assert [row["pipeline"] for row in rows] == ["folder", "shards", "timm"]
+    assert all(row["images_per_s"] == row["per_core"] > 0 for row in rows)
+    assert rows[2]["to_timm"] == 1

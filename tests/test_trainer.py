@@ -5,18 +5,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import detachnet
 from detachnet import trainer
-from detachnet.data import Split, describe_data, load_data
+from detachnet.data import Batches, Split, describe_data, load_data
 from detachnet.evaluation import evaluate
 from detachnet.family import build_family, start_from
+from detachnet.optimizer import make_optimizer
 from detachnet.recipe import Recipe, load_recipe
 from detachnet.runs import RunFolder
 from detachnet.sources import MemorySource
@@ -443,6 +447,61 @@ def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
         one._step(*next(batches))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class OnPaper:
+    """A CUDA device as torch's fake tensors have it: devices and shapes, no values, no backward pass."""
+
+    device, num_processes, process_index = torch.device("cuda", 0), 1, 0
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        assert loss.device == self.device
+        for parameter in self.parameters:
+            parameter.grad = torch.empty_like(parameter)
+
+
+def move_to_paper(module: torch.nn.Module) -> None:
+    """To that device, channels-last."""
+    for part in module.modules():
+        for name, tensor in part._parameters.items():
+            if tensor is not None:
+                layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+                moved = torch.empty_like(tensor, device=OnPaper.device, memory_format=layout)
+                part._parameters[name] = torch.nn.Parameter(moved)
+        for name, tensor in part._buffers.items():
+            if tensor is not None:
+                part._buffers[name] = torch.empty_like(tensor, device=OnPaper.device)
+
+
+@pytest.mark.parametrize("name", ["vgg16_cifar10", "vgg16_cifar10_improved", "resnet20_cifar10"])
+def test_on_cuda_nothing_of_a_step_is_elsewhere_or_reads_a_value(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake tensors refuse to mix devices, and to be read: what would wait for the device."""
+    chosen = load_recipe(QUICKSTART.with_name(f"{name}.toml"), ["train.ema_decay=0.99", "train.batch_size=8"])
+    splits = tenth()
+    one = trainer._Trainer(chosen, RunFolder(tmp_path), MemorySource(chosen.data, splits), Listener())
+    one.net.train()
+    one.net.prepare(one.net.names)
+    assert one.averaged
+    monkeypatch.setattr(torch, "Generator", lambda device: SimpleNamespace(manual_seed=lambda seed: None))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for net in (one.net, one.averaged.module):
+            move_to_paper(net)
+        one.batches = Batches(splits[0], one.net.data, 8, OnPaper.device, pad=4, flip=True, shuffle=True)
+        # A fused update is one kernel, which fake tensors have not.
+        one.optimizer = one.prepared = make_optimizer(chosen, list(one.net.parameters()), fused=False)
+        one.accelerator = one.propagate.accelerator = OnPaper(one.net.parameters())
+        one.device, one.sums = OnPaper.device, one.sums.to(OnPaper.device)
+        for images, labels in islice(one.batches.epoch(), 2):
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            losses = one._step(images, labels)
+        assert {loss.device for loss in losses.values()} == {images.device} == {labels.device}
+        with pytest.raises(DataDependentOutputException):
+            losses["base"].item()
 
 
 def test_models_that_flatten_with_view_are_evaluated() -> None:
