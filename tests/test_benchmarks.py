@@ -135,6 +135,8 @@ def test_data_pipeline(options: argparse.Namespace) -> None:
     assert ratio == min(row["in_memory_to_this"] for row in rows[1:])
 
 
+# timm's data set leaves it to Python to close files.
+@pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_image_files_of_detachnet_and_of_timm(options: argparse.Namespace, tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
     size = image_files.write_photographs(tmp_path / "folder", 2 * image_files.BATCH)
