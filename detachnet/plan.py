@@ -167,6 +167,8 @@ def make_plan(
         num_params = entry.num_params + analysis.tail_params(node)
         models.append(ModelPlan(name=name, cut=named[name], stepdown=entry, macs=macs, num_params=num_params))
         hints += _hints(analysis, name, named[name], node)
+        if entry.stem and macs >= models[-2].macs:
+            hints.append(f"{name} costs no less than {models[-2].name}: its stem wants less width")
     plan = DetachPlan(
         model=traced.class_name,
         input_size=image,

@@ -21,6 +21,7 @@ from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from detachnet.errors import CutError, DetachNetError
+from detachnet.norms import norm_parts
 from detachnet.plan import BASE
 from detachnet.trace import TracedGraph, has_tensor, writes_in_place
 from detachnet.tracer import PREFIX, PROBE_BATCH, Spec, leaves_of
@@ -238,6 +239,9 @@ class _ViewBuilder:
 
     def _per_model(self, node: fx.Node, count: int) -> fx.Node:
         """Split the batch, run each model's part through its own layer, stack the results."""
+        if self._is_norm(node):
+            layers = [self.graph.get_attr(self._target(node, name)) for name in self.stack[:count]]
+            return self.graph.call_function(norm_parts, (self.made[self._inputs(node)[0]][0], layers))
         pieces = {n: self.graph.call_function(torch.chunk, (self.made[n][0], count)) for n in self._inputs(node)}
         outs = []
         for i, name in enumerate(self.stack[:count]):
@@ -251,6 +255,12 @@ class _ViewBuilder:
                 new.target = self._target(node, name)
             outs.append(new)
         return self._stacked(node, self.traced.values[node], self.source.second_probe[node], outs)
+
+    def _is_norm(self, node: fx.Node) -> bool:
+        """Whether a node is a batch norm and nothing else."""
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            return False
+        return isinstance(self.traced.module.get_submodule(str(node.target)), _BatchNorm)
 
     def _stacked(self, node: fx.Node, first: Any, second: Any, outs: list[fx.Node]) -> fx.Node:
         """The models' outputs of one layer, each tensor of them stacked along its first axis.

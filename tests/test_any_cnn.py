@@ -85,6 +85,16 @@ def test_which_call_of_a_module_is_meant() -> None:
     assert [plan["sub0"].stepdown.feature for plan in (first, second)] == [(4, 8, 8), (5, 4, 4)]  # type: ignore[union-attr]
 
 
+def test_a_stem_that_costs_more_than_it_saves() -> None:
+    with torch.device("meta"):
+        model = detachnet.create_model("torchvision:resnet50")
+    wide = detachnet.make_detachable(model, ["layer1", "layer2"], stepdown="stem").plan
+    assert wide.hints == ("sub0 costs no less than base: its stem wants less width",)
+    narrow = detachnet.make_detachable(model, ["layer1", "layer2"], stepdown=detachnet.Stem(width=0.25)).plan
+    assert narrow.hints == ()
+    assert narrow["sub1"].macs < narrow["sub0"].macs < narrow["base"].macs
+
+
 def test_a_decision_by_the_batch_size_is_refused() -> None:
     with pytest.raises(detachnet.TraceError, match="cannot trace BatchDecision"):
         detachnet.find_cuts(models.BatchDecision(), (3, 8, 8))
