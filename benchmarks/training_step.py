@@ -111,7 +111,9 @@ class Step:
         self.images = torch.randn(case.batch, *size, device=device).contiguous(memory_format=layout)
         self.target = torch.randint(10, (case.batch,), device=device)
         self.loss = detachnet.MultiModelLoss()
-        self.optimizer = torch.optim.SGD(self.net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4)
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4, fused=device.type == "cuda"
+        )
 
     def outputs(self, way: str) -> dict[str, Tensor]:
         if way == "joint":

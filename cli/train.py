@@ -39,6 +39,8 @@ def train(
 
     checked = load_recipe(path, overrides or [])
     folder = out or Path("runs") / path.stem
+    import torch
+
     from detachnet import trainer
     from detachnet.heap import keep_freed
     from detachnet.report import COLUMNS, result_cells
@@ -49,6 +51,7 @@ def train(
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     display = Display() if first else None
     keep_freed()
+    torch.backends.cudnn.benchmark = True  # the shapes of a training stay the same
     try:
         result = trainer.train(
             checked,
@@ -62,6 +65,8 @@ def train(
     finally:
         if display:
             display.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     if not first:
         return
     if result.table:

@@ -95,8 +95,9 @@ class TorchBackend:
         if torch.is_grad_enabled() or torch.get_num_threads() != self.threads:
             # Only then: setting what is set already takes as long as a small layer.
             with num_threads(self.threads), torch.no_grad():
-                return self.run(name, images)
-        output = logits(self._models[name](images))
+                output = logits(self._models[name](images))
+        else:
+            output = logits(self._models[name](images))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return output

@@ -127,19 +127,20 @@ class FileBatches:
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch from step `start` on: images `(B, 3, H, W)` float32, labels `(B,)`.
 
-        Where images are mixed the labels are the probability of each class, `(B, num_classes)` float32.
+        Where images are mixed the labels are the probability of each class, `(B, num_classes)` float32. Those to
+        train on are channels-last in memory: convolutions are faster so.
 
         Raises:
             DataError: An image cannot be read; the message names it.
         """
         self._order.epoch, self._order.start = epoch, start
         for step, (images, labels) in enumerate(self._batches, start):
-            if self.mixup is None:
-                yield images, labels
-            else:
+            layout = torch.channels_last if self._order.training else torch.preserve_format
+            batch = images.contiguous(memory_format=layout), labels
+            if self.mixup is not None:
                 with random_state(mix(self.seed, "mixup", epoch, step)):  # the same in all processes
-                    mixed = self.mixup(images, labels)
-                yield mixed
+                    batch = self.mixup(*batch)
+            yield batch
 
 
 @contextmanager

@@ -37,10 +37,12 @@ class Propagation:
             table.hint,
         )
         self.wants_features = bool(table.hint) and len(self.models) > 1
-        self.losses = self._compiled() if recipe.train.compile else self._losses
+        self.run: Callable[..., Any] = self._total if self.joint else self._losses
+        if recipe.train.compile:
+            self.run = self._compiled(self.run)
 
-    def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Add the gradients; each model's loss without its weight.
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Add the gradients; each model's loss without its weight, `(num_models,)`.
 
         Args:
             images: `(B, C, H, W)`.
@@ -48,22 +50,27 @@ class Propagation:
         """
         return self._joint(images, labels) if self.joint else self._separate(images, labels)
 
-    def _joint(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        losses, _ = self.losses(images, labels, self.models, {})
-        self.accelerator.backward(self.loss.total(losses))
-        return losses
+    def _joint(self, images: Tensor, labels: Tensor) -> Tensor:
+        total, losses = self.run(images, labels)
+        self.accelerator.backward(total)
+        return losses.clone()  # a CUDA graph writes the next step's to the same place
 
-    def _separate(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def _total(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The multi-model loss, and each model's own."""
+        losses, _ = self._losses(images, labels, self.models, {})
+        return self.loss.total(losses), torch.stack([loss.detach() for loss in losses.values()])
+
+    def _separate(self, images: Tensor, labels: Tensor) -> Tensor:
         """One model after another: the backward pass of each frees its activations before the next one runs."""
-        losses: dict[str, Tensor] = {}
+        losses = []
         teacher: dict[str, Tensor] = {}
         for name in self.models:
-            found, made = self.losses(images, labels, (name,), teacher)
+            found, made = self.run(images, labels, (name,), teacher)
             self.accelerator.backward(self.loss.weights.get(name, 1.0) * found[name])
-            losses[name] = found[name].detach()
+            losses.append(found[name].detach())
             if not teacher or self.loss.teacher == "larger":
                 teacher = {name: made[name].detach()}
-        return losses
+        return torch.stack(losses)
 
     def _losses(
         self, images: Tensor, labels: Tensor, models: tuple[str, ...], teacher: dict[str, Tensor]
@@ -75,11 +82,11 @@ class Propagation:
         losses = self.loss.per_model(outputs, labels, features)
         return {name: losses[name] for name in models}, outputs
 
-    def _compiled(self) -> Callable[..., Any]:
-        """`_losses` through torch.compile; on CUDA as a CUDA graph: small batches would wait for launches."""
+    def _compiled(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """A pass through torch.compile; the joint one on CUDA as a CUDA graph: small batches wait for launches."""
         self.net.train()
         for models in (self.models,) if self.joint else ((name,) for name in self.models):
             self.net.prepare(models, self.wants_features)
         graphs = self.joint and self.accelerator.device.type == "cuda"  # several would free each other's gradients
         mode = "reduce-overhead" if graphs else None
-        return torch.compile(self._losses, mode=mode)
+        return torch.compile(run, mode=mode)

@@ -113,7 +113,7 @@ def train(
     folder = RunFolder(out)
     restored = folder.reopen(recipe) if resume else None
     source = _source(recipe, data_root, download)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         trainer = _Trainer(recipe, folder, source, listener or Listener(), restored is not None)
         if not resume and trainer.accelerator.is_main_process:
             folder.start(recipe)
@@ -203,6 +203,8 @@ class _Trainer:
         share = (self.accelerator.process_index, self.accelerator.num_processes)
         if (size := self.recipe.train.batch_size) % share[1]:
             raise RecipeError(f"train.batch_size = {size} is no multiple of {share[1]} processes")
+        if self.recipe.train.compile and share[1] > 1:
+            raise RecipeError("train.compile is for one process: synchronized norms and gradients break the graph")
         if self.recipe.train.strategy == "separate" and share[1] > 1:
             raise RecipeError(
                 "train.strategy = 'separate' is for one process: several add up one pass's gradients"
@@ -259,11 +261,15 @@ class _Trainer:
             self.at.step += 1
             self.at.train_s += time.monotonic() - began
             began = time.monotonic()
-            self.listener.on_step(self.at.epoch, len(images) * self.accelerator.num_processes, losses)
+            named = dict(zip(self.recipe.models, losses, strict=True))
+            self.listener.on_step(self.at.epoch, len(images) * self.accelerator.num_processes, named)
             if self.at.step < steps:
                 if self._must_stop(deadline, interrupted):
                     return False
                 self._save_if_due()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the last steps may be queued only
+        self.at.train_s += time.monotonic() - began
         return True
 
     def _waiting(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -285,8 +291,8 @@ class _Trainer:
             return False
         return bool(self.accelerator.reduce(torch.tensor(float(wish), device=self.device), "sum"))
 
-    def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """One update; each model's loss."""
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One update; each model's loss, `(num_models,)`."""
         update = self.at.epoch * len(self.batches) + self.at.step
         torch.manual_seed(mix(self.recipe.train.seed, "model", update, self.accelerator.process_index))
         self.schedule.step_update(update)
@@ -295,7 +301,7 @@ class _Trainer:
         self.prepared.zero_grad()
         if self.averaged:
             self.averaged.update(self.net, update + 1)
-        self.sums += torch.stack([loss.detach() for loss in losses.values()]).to(self._sum_device, torch.float64)
+        self.sums += losses.to(self._sum_device, torch.float64)
         return losses
 
     def _end_epoch(self) -> None:

@@ -403,7 +403,7 @@ def propagated(
     losses = one.propagate(images, labels)
     grads = {f"grad {name}": p.grad for name, p in one.parameters.items() if p.grad is not None}
     buffers = {f"buffer {name}": buffer for name, buffer in one.net.named_buffers()}
-    return {name: loss.detach() for name, loss in losses.items()} | grads | buffers
+    return dict(zip(one.recipe.models, losses, strict=True)) | grads | buffers
 
 
 @pytest.mark.parametrize("norm", ["private", "shared"])
@@ -423,18 +423,33 @@ def test_separate_passes_need_no_hint_and_one_process() -> None:
         recipe("train.strategy=separate", "loss.hint=1.0")
 
 
-def test_the_compiled_step_is_one_graph_and_the_same(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def as_one_graph(function: Any, mode: str | None) -> Any:
-        return compiled(function, backend="eager", fullgraph=True)  # the default backend takes minutes
-
+@pytest.fixture
+def _one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile without kernels, whose making takes minutes; it refuses what is no single graph."""
     compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", as_one_graph)
+    monkeypatch.setattr(torch, "compile", lambda run, mode: compiled(run, backend="eager", fullgraph=True))
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_one_graph")
+@pytest.mark.parametrize("strategy", ["joint", "separate"])
+@pytest.mark.parametrize("norm", ["private", "shared"])
+def test_the_compiled_step_is_one_graph_and_the_same(tmp_path: Path, norm: str, strategy: str) -> None:
+    images, labels = torch.randn(12, 3, 32, 32, dtype=torch.double), torch.arange(12) % 10
+    levers = [f"family.norm={norm}", "loss.distillation=1.0", f"train.strategy={strategy}"]
+    plain = propagated(tmp_path, images, labels, *levers)
+    compiled = propagated(tmp_path, images, labels, *levers, "train.compile=true")
+    assert plain.keys() == compiled.keys()
+    for name, one in plain.items():
+        assert torch.allclose(one.double(), compiled[name].double(), 1e-9, 1e-11), name
+
+
+@pytest.mark.usefixtures("_one_graph")
+def test_a_compiled_training(whole: Path, tmp_path: Path) -> None:
     assert train(recipe("train.compile=true", "train.epochs=1"), tmp_path / "run").status == "finished"
     rows = [json.loads((path / "metrics.jsonl").read_text().splitlines()[0]) for path in (whole, tmp_path / "run")]
     for name, loss in rows[0]["train_loss"].items():
-        assert rows[1]["train_loss"][name] == pytest.approx(loss, rel=1e-5)
+        assert rows[1]["train_loss"][name] == pytest.approx(loss, rel=1e-3)  # rounding grows from step to step
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -499,9 +514,9 @@ def test_on_cuda_nothing_of_a_step_is_elsewhere_or_reads_a_value(
         for images, labels in islice(one.batches.epoch(), 2):
             assert images.is_contiguous(memory_format=torch.channels_last)
             losses = one._step(images, labels)
-        assert {loss.device for loss in losses.values()} == {images.device} == {labels.device}
+        assert losses.device == images.device == labels.device == OnPaper.device
         with pytest.raises(DataDependentOutputException):
-            losses["base"].item()
+            losses[0].item()
 
 
 def test_models_that_flatten_with_view_are_evaluated() -> None:
