@@ -28,6 +28,7 @@ study: .venv/dev ## docs/study.md's runs, some hours on two cores; DATA=folder o
 bench: .venv/dev ## the quick benchmarks
 	$(BIN)/python benchmarks/surgery.py --quick
 	$(BIN)/python benchmarks/training_step.py --quick
+	$(BIN)/python benchmarks/kernels.py --quick
 	$(BIN)/python benchmarks/detached_inference.py --quick
 	$(BIN)/python benchmarks/switching.py --quick
 	$(BIN)/python benchmarks/data_pipeline.py --quick

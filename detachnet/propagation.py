@@ -53,7 +53,8 @@ class Propagation:
     def _joint(self, images: Tensor, labels: Tensor) -> Tensor:
         total, losses = self.run(images, labels)
         self.accelerator.backward(total)
-        return losses.clone()  # a CUDA graph writes the next step's to the same place
+        kept: Tensor = losses.clone()  # a CUDA graph writes the next step's to the same place
+        return kept
 
     def _total(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The multi-model loss, and each model's own."""

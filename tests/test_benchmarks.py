@@ -13,6 +13,7 @@ import common
 import data_pipeline
 import detached_inference
 import image_files
+import kernels
 import switching
 import training_step
 from common import Target, Timing
@@ -147,3 +148,13 @@ def test_image_files_of_detachnet_and_of_timm(options: argparse.Namespace, tmp_p
     assert [row["pipeline"] for row in rows] == ["folder", "shards", "timm"]
     assert all(row["images_per_s"] == row["per_core"] > 0 for row in rows)
     assert rows[2]["to_timm"] == 1
+
+
+def test_operators_of_a_step_are_counted_without_views() -> None:
+    case = training_step.VGG("tiny", kwargs={"width": 0.05}, batch=2)
+    row = kernels.measure(case, compiled=False)
+    assert row["base_operators"] < row["joint_operators"] < row["separate_operators"]
+    with kernels.Operators() as operators:
+        x = torch.ones(2, 3)
+        (x.view(3, 2).t() + x).sum()
+    assert operators.count == 3  # ones, add, sum

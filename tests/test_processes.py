@@ -60,7 +60,14 @@ def test_synchronized_norms_keep_their_activations() -> None:
         torch.testing.assert_close(out, expected[name])
 
 
-def test_a_batch_that_cannot_be_dealt_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batch_size=25", "train.batch_size = 25 is no multiple of 2 processes"),
+        ("train.compile=true", "train.compile is for one process"),
+        ("train.strategy=separate", "train.strategy = 'separate' is for one process"),
+    ],
+)
+def test_what_several_processes_cannot_do(tmp_path: Path, override: str, message: str) -> None:
     run = [DETACHNET, "train", "quickstart", *OPTIONS, "--out", str(tmp_path / "run")]
-    out = torchrun(2, *run, "--set", "train.batch_size=25", check=False)
-    assert "train.batch_size = 25 is no multiple of 2 processes" in out
+    assert message in torchrun(2, *run, "--set", override, check=False)
