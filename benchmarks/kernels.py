@@ -3,9 +3,9 @@
     python benchmarks/kernels.py [--quick] [--json FILE]
 
 Forward and backward pass and losses of the families of `training_step.py` at 32×32 pixels; the update, one kernel
-on CUDA, is left out. `operators` are torch's that compute something, not views: about what an accelerator is given
-to start without torch.compile. `compiled` are the kernels that torch.compile's inductor makes (not with --quick:
-they take half a minute each); here it makes them for the CPU, where it fuses much as it does elsewhere. Counted, not
+on CUDA, is left out. `operators` are torch's that compute something, not views: about what an accelerator is to
+start without torch.compile. `compiled` are the kernels that torch.compile's inductor makes; here it makes them for
+the CPU, where it fuses much as it does elsewhere (not with --quick: they take half a minute each). Counted, not
 timed.
 """
 

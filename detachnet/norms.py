@@ -47,9 +47,17 @@ def _normalized(x: Tensor, norms: Sequence[Any]) -> Tensor:
     bias = torch.stack([norm.bias for norm in norms]).view_as(mean)
     out: Tensor = (parts - mean) * (torch.rsqrt(variance + norms[0].eps) * weight) + bias
     count = x.numel() // mean.numel()
-    unbiased = variance.detach() * (count / (count - 1))
-    for norm, part_mean, part_variance in zip(norms, mean.detach(), unbiased, strict=True):
-        norm.running_mean.mul_(1 - norm.momentum).add_(part_mean.flatten(), alpha=norm.momentum)
-        norm.running_var.mul_(1 - norm.momentum).add_(part_variance.flatten(), alpha=norm.momentum)
-        norm.num_batches_tracked.add_(1)
+    _follow(norms, mean.detach().flatten(1), variance.detach().flatten(1) * (count / (count - 1)))
     return out.to(x.dtype).flatten(0, 1)
+
+
+def _follow(norms: Sequence[Any], means: Tensor, variances: Tensor) -> None:
+    """Move running statistics towards those of each part, `(len(norms), C)`; all at once where they differ."""
+    at_once = len(norms) if len({id(norm) for norm in norms}) == len(norms) else 1
+    for first in range(0, len(norms), at_once):
+        some = norms[first : first + at_once]
+        running = [norm.running_mean for norm in some] + [norm.running_var for norm in some]
+        seen = [*means[first : first + at_once], *variances[first : first + at_once]]
+        torch._foreach_mul_(running, 1 - some[0].momentum)
+        torch._foreach_add_(running, seen, alpha=some[0].momentum)
+        torch._foreach_add_([norm.num_batches_tracked for norm in some], 1)
