@@ -240,6 +240,7 @@ class _ViewBuilder:
     def _per_model(self, node: fx.Node, count: int) -> fx.Node:
         """Split the batch, run each model's part through its own layer, stack the results."""
         if self._is_norm(node):
+            self._check_batch_first(node, self.traced.values[node], self.source.second_probe[node])
             layers = [self.graph.get_attr(self._target(node, name)) for name in self.stack[:count]]
             return self.graph.call_function(norm_parts, (self.made[self._inputs(node)[0]][0], layers))
         pieces = {n: self.graph.call_function(torch.chunk, (self.made[n][0], count)) for n in self._inputs(node)}
@@ -274,10 +275,14 @@ class _ViewBuilder:
                 for i, pair in pairs
             ]
             return self.graph.call_function(type(first), (parts,))
+        self._check_batch_first(node, first, second)
+        return self.graph.call_function(torch.cat, (outs,))
+
+    def _check_batch_first(self, node: fx.Node, first: Any, second: Any) -> None:
+        """Refuse a value that cannot be stacked, known at two batch sizes."""
         sizes = [value.shape[0] for value in (first, second) if isinstance(value, Spec) and value.shape]
         if len(sizes) < 2 or sizes[0] * (PROBE_BATCH + 1) != sizes[1] * PROBE_BATCH:
             raise JointError(f"{self.traced.describe(node)} gives a value without the batch as its first axis")
-        return self.graph.call_function(torch.cat, (outs,))
 
     def _target(self, node: fx.Node, name: str) -> str:
         """The layer `name` runs a node with: its own copy if it has one."""

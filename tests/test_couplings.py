@@ -237,3 +237,21 @@ def test_coupled_layers_of_other_shapes_share_one_pass(
     )
     assert_joint_equals_separate(net, torch.randn(4, 3, 8, 8, dtype=torch.double))
     assert not caplog.records
+
+
+class BatchLast(nn.Module):
+    """A batch norm of positions, in which the images are the last axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.bn(self.conv(x).flatten(2).permute(2, 1, 0))
+        return normed.permute(2, 1, 0).mean(2)
+
+
+def test_a_batch_norm_whose_first_axis_is_not_the_batch(caplog: pytest.LogCaptureFixture) -> None:
+    net = detachnet.make_detachable(BatchLast().double(), ["conv"], (3, 6, 6))
+    assert_joint_equals_separate(net, torch.randn(4, 3, 6, 6, dtype=torch.double))
+    assert "'bn' gives a value without the batch as its first axis" in caplog.text
