@@ -5,8 +5,8 @@
 Made-up photographs of ImageNet's usual size (500×375 pixels, about 90 kB of JPEG) become batches of 32 at 224×224
 pixels, augmented as `recipes/resnet50_imagenet.toml` says: from a folder and from WebDataset shards by detachnet,
 from the folder by timm's `create_loader`, in turn, with one worker process and with two. Mixing, which is the
-training process's work, is left out on both sides. An epoch's time has starting the workers in it; `per_core`
-counts no more workers than there are cores.
+training process's work, is left out on both sides. An epoch's time has starting the workers in it, which
+tells with --quick; `per_core` counts no more workers than there are cores.
 """
 
 from __future__ import annotations
