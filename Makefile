@@ -25,7 +25,7 @@ zoo: .venv/dev ## every model of torchvision and timm against tests/zoo/table.cs
 study: .venv/dev ## docs/study.md's runs, some hours on two cores; DATA=folder of CIFAR-10
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/study.py --data-root $(DATA)
 
-bench: .venv/dev ## the quick benchmarks
+bench: .venv/dev .venv/peers/ready ## the quick benchmarks
 	$(BIN)/python benchmarks/surgery.py --quick
 	$(BIN)/python benchmarks/training_step.py --quick
 	$(BIN)/python benchmarks/kernels.py --quick
@@ -34,6 +34,7 @@ bench: .venv/dev ## the quick benchmarks
 	$(BIN)/python benchmarks/data_pipeline.py --quick
 	$(BIN)/python benchmarks/image_files.py --quick
 	$(BIN)/python benchmarks/deadline.py --quick
+	.venv/peers/bin/python benchmarks/peers.py --quick
 
 clean:
 	rm -rf .venv site build *.egg-info
@@ -49,4 +50,12 @@ clean:
 
 .venv/docs: .venv/package
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+# The peers have an environment of their own, which finds torch and the rest in ours.
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+.venv/peers/ready: .venv/dev
+	$(BIN)/python -m venv .venv/peers
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$(.venv/peers/bin/python $(PURELIB))/ours.pth"
+	.venv/peers/bin/python -m pip install --quiet earlyon torch-pruning
 	touch $@

@@ -1,7 +1,7 @@
 """What do three smaller budgets cost with detachnet, with early exits, and with pruning?
 
-    python -m venv peers && peers/bin/pip install detachnet earlyon torch-pruning
-    peers/bin/python benchmarks/peers.py [--quick] [--json FILE] [--threads N]
+    make .venv/peers/ready  # early exits and pruning, in an environment of their own
+    .venv/peers/bin/python benchmarks/peers.py [--quick] [--json FILE] [--threads N]
 
 torchvision's ResNet-18, 1000 classes, 224×224 images, untrained weights: this compares procedures and costs, and
 says nothing about accuracy. Each approach makes a set of three models, from the full network down. Two functions

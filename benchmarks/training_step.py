@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,8 +30,8 @@ import torch
 from torch import Tensor
 
 import detachnet
-from common import Row, Target, arguments, begin, report, time_in_turn
-from detachnet.heap import keep_freed
+from common import Row, Target, arguments, begin, report, time_in_turn, write
+from detachnet.heap import give_back, keep_freed
 from detachnet.peak import measure_here
 from detachnet.plan import Norm
 
@@ -74,12 +75,13 @@ def main() -> None:
     keep_freed()
     rows, targets = [], []
     for case in QUICK if options.quick else cases():
-        if reason := left_out(case, options.device):
+        if reason := left_out(case, rows, options.device):
             print(f"left out: {case.name}: {reason}")
             continue
-        row = measure(case, options, seconds=6 if options.quick else 24)
+        row = measure(case, options, *((6, 3) if options.quick else (24, 5)))
         rows.append(row)
         targets += judge(case, row, options.device)
+        write(options, rows, targets)  # a full run takes long
     report(options, rows, targets)
 
 
@@ -91,11 +93,21 @@ def cases() -> Iterator[Case]:
         yield from (family(batch=batch) for batch in BATCHES)
 
 
-def left_out(case: Case, device: torch.device) -> str:
-    """Why a case is not measured; nothing if it is."""
-    if device.type == "cpu" and case.size == 224 and case.batch > 32:
-        return "minutes per step and many gigabytes on a CPU"
+def left_out(case: Case, rows: Sequence[Row], device: torch.device) -> str:
+    """Why a case is not measured, from what the same family took with the smaller batch; nothing if it is."""
+    same = [row for row in rows if (row["model"], row["norm"]) == (case.label, case.norm)]
+    images = [(row[f"{way}_mb"] or 0) / row["batch"] for row in same for way in WAYS]
+    most = max(images, default=0) * 1e6 * case.batch
+    if most and most > 0.9 * (there := total_memory(device)):
+        return f"it would take {most / 1e9:.0f} GB of the {there / 1e9:.0f} GB there are"
     return ""
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes, of the device or the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Step:
@@ -133,12 +145,14 @@ class Step:
         self.optimizer.step()
 
 
-def measure(case: Case, options: argparse.Namespace, seconds: float, least: int = 3) -> Row:
+def measure(case: Case, options: argparse.Namespace, seconds: float, least: int) -> Row:
     """Times, ratios and memory of one case."""
     step = Step(case, options.device)
     macs = [model.macs for model in step.net.plan.models]
     timing = time_in_turn({way: partial(step.run, way) for way in WAYS}, options.device, seconds, least)
     del step
+    gc.collect()
+    give_back()  # what runs next is measured in processes of their own
     memory = {way: added_memory(case, way, options) for way in WAYS}
     return {
         "model": case.label,
