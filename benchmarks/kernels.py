@@ -11,11 +11,9 @@ timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,26 +58,18 @@ def count_operators(step: Step, way: str) -> int:
     return operators.count
 
 
-def count_compiled(step: Step, way: str) -> int:
+def count_compiled(case: Case, way: str) -> int:
     """Kernels of the compiled forward and backward pass."""
-    models = step.net.names if way == "joint" else step.net.names[:1]
-    step.net.prepare(models)
-
-    def total(images: Tensor, target: Tensor) -> Tensor:
-        loss: Tensor = step.loss(step.net(images, which=models), target)
-        return loss
-
-    torch._dynamo.reset()
+    step = Step(case, CPU, compiled=True)
     metrics.reset()
-    compiled: Callable[..., Tensor] = torch.compile(total, fullgraph=True)
-    compiled(step.images, step.target).backward()
+    step.forward[way](step.passes(way)).backward()
     return metrics.generated_kernel_count
 
 
 def measure(case: Case, compiled: bool) -> Row:
     """The counts of one family, and the joint pass's over others'."""
     operators = {way: count_operators(Step(case, CPU), way) for way in WAYS if way != "freed"}
-    kernels = {way: count_compiled(Step(case, CPU), way) if compiled else None for way in ONE_PASS}
+    kernels = {way: count_compiled(case, way) if compiled else None for way in ONE_PASS}
     return {
         "model": case.label,
         "norm": case.norm,

@@ -1,6 +1,6 @@
 """What does training a whole family cost, in one joint pass, in separate passes, and beside the base-model alone?
 
-    python benchmarks/training_step.py [--quick] [--json FILE] [--device cuda] [--threads N]
+    python benchmarks/training_step.py [--quick] [--json FILE] [--device cuda] [--threads N] [--compile]
 
 One step is forward, the sum of the models' losses, backward and update (SGD with momentum), on random images.
 `separate` runs each model by itself and adds the losses up before one backward pass, which is how the paper
@@ -10,7 +10,8 @@ is the sum of all models' multiply-accumulates over the base-model's: what joint
 that counts. Freed memory is kept, as `detachnet train` has it.
 
 Memory is what two steps add at their highest to a family that is made already: activations, gradients, momentum.
-On CUDA torch's allocator tells it, on Linux the highest resident memory of a process per alternative.
+On CUDA torch's allocator tells it, on Linux the highest resident memory of a process per alternative; with
+`--compile`, too, of the steps without it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,7 +72,11 @@ QUICK = (VGG("VGG-16-BN/32, half width", kwargs={"width": 0.5}), SMALL[1]())
 
 
 def main() -> None:
-    options = begin(arguments(__doc__))
+    parser = arguments(__doc__)
+    parser.add_argument(
+        "--compile", action="store_true", help="time forward passes and losses through torch.compile"
+    )
+    options = begin(parser)
     keep_freed()
     rows, targets = [], []
     for case in QUICK if options.quick else cases():
@@ -81,8 +86,8 @@ def main() -> None:
         row = measure(case, options, *((6, 3) if options.quick else (24, 5)))
         rows.append(row)
         targets += judge(case, row, options.device)
-        write(options, rows, targets)  # a full run takes long
-    report(options, rows, targets)
+        write(options, rows, targets, compiled=options.compile)  # a full run takes long
+    report(options, rows, targets, compiled=options.compile)
 
 
 def cases() -> Iterator[Case]:
@@ -113,7 +118,7 @@ def total_memory(device: torch.device) -> int:
 class Step:
     """One optimizer step of a family, in each of the ways."""
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: Case, device: torch.device, compiled: bool = False) -> None:
         torch.manual_seed(0)
         model = detachnet.create_model(case.model, **case.kwargs)
         size = (3, case.size, case.size)
@@ -126,28 +131,41 @@ class Step:
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4, fused=device.type == "cuda"
         )
+        torch._dynamo.reset()  # what earlier families left
+        self.forward = {way: self.compile(way) if compiled else self.total for way in WAYS}
 
-    def outputs(self, way: str) -> dict[str, Tensor]:
-        if way == "joint":
-            outputs: dict[str, Tensor] = self.net(self.images, which="all")
-            return outputs
-        names = self.net.names if way == "separate" else self.net.names[:1]
-        return {name: self.net(self.images, which=name) for name in names}
+    def compile(self, way: str) -> Callable[[Sequence[tuple[str, ...]]], Tensor]:
+        """Forward passes and losses through torch.compile, as `train.compile` has it: on CUDA into CUDA graphs."""
+        for models in self.passes(way):
+            self.net.prepare(models)
+        graphs = way != "freed" and self.images.is_cuda  # several would free each other's gradients
+        return torch.compile(self.total, fullgraph=True, mode="reduce-overhead" if graphs else None)
+
+    def passes(self, way: str) -> list[tuple[str, ...]]:
+        """Which models run together, pass by pass."""
+        names = self.net.names
+        return {"base": [names[:1]], "joint": [names]}.get(way, [(name,) for name in names])
+
+    def total(self, passes: Sequence[tuple[str, ...]]) -> Tensor:
+        """The sum of the losses of all models in some passes."""
+        outputs: dict[str, Tensor] = {}
+        for models in passes:
+            outputs |= self.net(self.images, which=models)
+        loss: Tensor = self.loss(outputs, self.target)
+        return loss
 
     def run(self, way: str) -> None:
         """A step; gradients of layers that do not take part stay None and cost nothing."""
         self.optimizer.zero_grad()
-        if way == "freed":
-            for name in self.net.names:
-                self.loss({name: self.net(self.images, which=name)}, self.target).backward()
-        else:
-            self.loss(self.outputs(way), self.target).backward()
+        passes = self.passes(way)
+        for some in ([one] for one in passes) if way == "freed" else (passes,):
+            self.forward[way](some).backward()
         self.optimizer.step()
 
 
 def measure(case: Case, options: argparse.Namespace, seconds: float, least: int) -> Row:
     """Times, ratios and memory of one case."""
-    step = Step(case, options.device)
+    step = Step(case, options.device, options.compile)
     macs = [model.macs for model in step.net.plan.models]
     timing = time_in_turn({way: partial(step.run, way) for way in WAYS}, options.device, seconds, least)
     del step

@@ -67,6 +67,7 @@ def test_a_report_says_all(options: argparse.Namespace, capsys: pytest.CaptureFi
 def test_training_step(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_step, "added_memory", lambda case, way, _: {"base": 1_000_000}.get(way))
     case = training_step.VGG("tiny", batch=32, kwargs={"width": 0.03})
+    options.compile = False
     row = training_step.measure(case, options, seconds=0, least=2)
     assert row["n"] == 2
     assert row["mac_ratio"] > 1
@@ -88,10 +89,12 @@ def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert training_step.total_memory(CPU) > 1e8
 
 
-def test_every_way_is_the_same_step() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_way_is_the_same_step(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Joint and separate steps give the same weights; that of the base-model leaves the step-downs as they are."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # graphs, but no kernels
     case = training_step.VGG("tiny", batch=4, kwargs={"width": 0.03})
-    base, separate, freed, joint = (training_step.Step(case, CPU) for _ in training_step.WAYS)
+    base, separate, freed, joint = (training_step.Step(case, CPU, compiled) for _ in training_step.WAYS)
     before = [parameter.clone() for parameter in base.net.stepdowns.parameters()]
     base.run("base")
     separate.run("separate")
