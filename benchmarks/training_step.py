@@ -9,9 +9,12 @@ reads; `freed` is the same with a backward pass after each model, which frees it
 is the sum of all models' multiply-accumulates over the base-model's: what joint ÷ base is where arithmetic is all
 that counts. Freed memory is kept, as `detachnet train` has it.
 
-Memory is what two steps add at their highest to a family that is made already: activations, gradients, momentum.
-On CUDA torch's allocator tells it, on Linux the highest resident memory of a process per alternative; with
-`--compile`, too, of the steps without it.
+With `--compile` forward passes and losses run through torch.compile, as with `train.compile`, and `joint_to_plain`
+is the joint step over the same one without it.
+
+Memory is what two steps add at their highest to a family that is made already: activations, gradients, momentum;
+always without torch.compile. On CUDA torch's allocator tells it, on Linux the highest resident memory of a process
+per alternative.
 """
 
 from __future__ import annotations
@@ -73,9 +76,7 @@ QUICK = (VGG("VGG-16-BN/32, half width", kwargs={"width": 0.5}), SMALL[1]())
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument(
-        "--compile", action="store_true", help="time forward passes and losses through torch.compile"
-    )
+    parser.add_argument("--compile", action="store_true", help="forward passes and losses through torch.compile")
     options = begin(parser)
     keep_freed()
     rows, targets = [], []
@@ -167,8 +168,11 @@ def measure(case: Case, options: argparse.Namespace, seconds: float, least: int)
     """Times, ratios and memory of one case."""
     step = Step(case, options.device, options.compile)
     macs = [model.macs for model in step.net.plan.models]
-    timing = time_in_turn({way: partial(step.run, way) for way in WAYS}, options.device, seconds, least)
-    del step
+    runs = {way: partial(step.run, way) for way in WAYS}
+    if options.compile:
+        runs["plain"] = partial(Step(case, options.device).run, "joint")
+    timing = time_in_turn(runs, options.device, seconds, least)
+    del step, runs
     gc.collect()
     give_back()  # what runs next is measured in processes of their own
     memory = {way: added_memory(case, way, options) for way in WAYS}
@@ -180,6 +184,7 @@ def measure(case: Case, options: argparse.Namespace, seconds: float, least: int)
         "joint_to_separate": timing.ratio("joint", "separate"),
         "joint_to_base": timing.ratio("joint", "base"),
         "mac_ratio": sum(macs) / macs[0],
+        **({"joint_to_plain": timing.ratio("joint", "plain")} if options.compile else {}),
         **{f"{way}_mb": memory[way] and memory[way] / 1e6 for way in WAYS},
         "n": timing.n,
     }
