@@ -198,7 +198,7 @@ class TrainTable(_Table):
     """One pass for all models; or one model after another, each freeing its activations before the next: the same
     gradients, less memory, more time."""
     compile: bool = False
-    """Compile forward pass and losses with `torch.compile`, on CUDA into CUDA graphs."""
+    """Forward pass and losses through `torch.compile`, on CUDA into CUDA graphs; on a CPU it gains nothing."""
 
 
 class Recipe(_Table):
