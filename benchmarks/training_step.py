@@ -132,11 +132,11 @@ class Step:
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4, fused=device.type == "cuda"
         )
-        torch._dynamo.reset()  # what earlier families left
         self.forward = {way: self.compile(way) if compiled else self.total for way in WAYS}
 
     def compile(self, way: str) -> Callable[[Sequence[tuple[str, ...]]], Tensor]:
         """Forward passes and losses through torch.compile, as `train.compile` has it: on CUDA into CUDA graphs."""
+        torch._dynamo.reset()  # what earlier families left
         for models in self.passes(way):
             self.net.prepare(models)
         graphs = way != "freed" and self.images.is_cuda  # several would free each other's gradients

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import common
 import data_pipeline
@@ -24,6 +25,14 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def options(tmp_path: Path) -> argparse.Namespace:
     return common.begin(common.arguments("q", fixed=True), ["--quick", "--json", str(tmp_path / "result.json")])
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """Counts the graphs of torch.compile, which makes no kernels of them."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    return counter
 
 
 def test_alternatives_run_in_turn_and_then_the_other_way_round() -> None:
@@ -64,13 +73,22 @@ def test_a_report_says_all(options: argparse.Namespace, capsys: pytest.CaptureFi
     assert date.fromisoformat(result["date"]) <= date.today()
 
 
-def test_training_step(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_step(
+    compiled: bool,
+    options: argparse.Namespace,
+    compiler: CompileCounterWithBackend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(training_step, "added_memory", lambda case, way, _: {"base": 1_000_000}.get(way))
     case = training_step.VGG("tiny", batch=32, kwargs={"width": 0.03})
-    options.compile = False
+    options.compile = compiled
     row = training_step.measure(case, options, seconds=0, least=2)
     assert row["n"] == 2
     assert row["mac_ratio"] > 1
+    assert ("joint_to_plain" in row) == compiled
+    graphs = 3 + 2 if compiled else 0  # one a way; `freed` runs three, the first is the base-model's
+    assert compiler.frame_count == graphs  # so the joint step beside them is not compiled
     assert (row["base_mb"], row["joint_mb"]) == (1.0, None)
     of_separate, of_base = training_step.judge(case, row, CPU)
     assert (of_separate.limit, of_base.limit) == (0.80, row["mac_ratio"])
@@ -90,9 +108,8 @@ def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_every_way_is_the_same_step(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_is_the_same_step(compiled: bool, compiler: CompileCounterWithBackend) -> None:
     """Joint and separate steps give the same weights; that of the base-model leaves the step-downs as they are."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # graphs, but no kernels
     case = training_step.VGG("tiny", batch=4, kwargs={"width": 0.03})
     base, separate, freed, joint = (training_step.Step(case, CPU, compiled) for _ in training_step.WAYS)
     before = [parameter.clone() for parameter in base.net.stepdowns.parameters()]
@@ -100,6 +117,7 @@ def test_every_way_is_the_same_step(compiled: bool, monkeypatch: pytest.MonkeyPa
     separate.run("separate")
     freed.run("freed")
     joint.run("joint")
+    assert compiler.frame_count == (3 + 3 if compiled else 0)  # one a way, and one a model in `freed`
     for step in (freed, joint):
         for one, other in zip(separate.net.parameters(), step.net.parameters(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
