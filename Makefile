@@ -2,14 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint docs zoo study bench clean
+.PHONY: quickstart test fast lint docs zoo zoo-sample study bench clean
 
 quickstart: .venv/package ## train a small family on embedded data, a few minutes on two cores
 	rm -rf runs/quickstart
 	$(BIN)/detachnet train quickstart
 
 test: .venv/dev ## everything that must pass
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0
+
+fast: .venv/dev ## the tests that are not marked slow, five minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --max-worker-restart 0
 
 lint: .venv/dev ## format, rules, types
 	$(BIN)/ruff format --check .
@@ -21,6 +24,9 @@ docs: .venv/docs ## build the pages into site/, strictly
 
 zoo: .venv/dev ## every model of torchvision and timm against tests/zoo/table.csv, up to 20 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.check
+
+zoo-sample: .venv/dev ## a hundred of them, chosen at random; it prints the seed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.check --sample 100
 
 study: .venv/dev ## docs/study.md's runs, some hours on two cores; DATA=folder of CIFAR-10
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/study.py --data-root $(DATA)

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from detachnet.measure import alternate, find_device, hardware, versions
-from detachnet.plan import align
+from detachnet.deploy.profile import alternate
+from detachnet.machine import find_device, hardware, versions
+from detachnet.text import Table
 
 Row = dict[str, Any]
 """One line of a table: name of a column → text, number or None. Names end in their unit."""
@@ -145,7 +146,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     """Rows as lines with aligned columns, headed by their keys."""
     if not rows:
         return []
-    return align([[key.replace("_", " ") for key in rows[0]], *([text(v) for v in row.values()] for row in rows)])
+    header = tuple(key.replace("_", " ") for key in rows[0])
+    return Table(header, tuple(tuple(text(v) for v in row.values()) for row in rows)).lines()
 
 
 def text(value: object) -> str:

@@ -20,7 +20,8 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
 from common import Row, Target, arguments, begin, report, time_in_turn
-from detachnet.data import Batches, Split, describe_data
+from detachnet.data.batches import Batches
+from detachnet.data.datasets import Split, describe_data
 
 BATCH = 128
 LIMIT = 10.0

@@ -18,6 +18,7 @@ import random
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +28,10 @@ import torch
 
 import detachnet
 from common import Target, arguments, begin, write
-from detachnet.backends import TorchBackend
-from detachnet.deadline import DeadlineRunner, Served
-from detachnet.recipe import load_recipe
-from detachnet.runtime import Family
+from detachnet.deploy.backends import TorchBackend
+from detachnet.deploy.deadline import DeadlineRunner, Served
+from detachnet.deploy.family import Family
+from detachnet.training.recipe import load_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 OVERRIDES = (
@@ -57,7 +58,7 @@ def main() -> None:
     first = measure(net, path)
     print(first.profile, end="\n\n")
     target_ms = 20e3 * first.profile["base"].p50_s
-    fastest = min(net.accuracy, key=lambda name: first.profile[name].p50_s)
+    fastest = min(net.facts.accuracy, key=lambda name: first.profile[name].p50_s)
     choices = {"base alone": ["base"], f"{fastest} alone": [fastest], "runner": None}
     served: dict[str, list[list[Served]]] = {name: [] for name in choices}
     switches = Counter(dict.fromkeys(choices, 0))
@@ -110,14 +111,15 @@ def poisson(rate: float, seed: int) -> list[float]:
 def serve(
     now: Round, target_ms: float, models: list[str] | None, arrivals: list[float]
 ) -> tuple[list[Served], int]:
-    """The answers to all requests, and how often the model changed."""
+    """The answers to the requests that were not refused as hopeless, and how often the model changed."""
     image = torch.randn(now.family.input_size, generator=torch.Generator().manual_seed(0))
     with DeadlineRunner(now.family, target_ms, models, max_waiting=len(arrivals)) as runner:
         began, futures = time.perf_counter(), []
         for arrival in arrivals:
             time.sleep(max(0.0, began + arrival - time.perf_counter()))
-            futures.append(runner.submit(image))
-    return [future.result() for future in futures], runner.policy.switches
+            with suppress(detachnet.LateError):
+                futures.append(runner.submit(image))
+    return [future.result() for future in futures if not future.exception()], runner.policy.switches
 
 
 def row(
@@ -135,7 +137,7 @@ def row(
         "longest_run_ms": [1e3 * max(answer.service_s for answer in served) for served in rounds],
         "shares": shares,
         "switches": switches,
-        "weighted_accuracy": sum(share * net.accuracy.get(model, 0.0) for model, share in shares.items()),
+        "weighted_accuracy": sum(share * net.facts.accuracy.get(model, 0.0) for model, share in shares.items()),
         "n": count.total(),
     }
 

@@ -22,7 +22,7 @@ from torchvision.models import resnet18
 
 import detachnet
 from common import Row, Target, arguments, begin, report, time_in_turn
-from detachnet.zoo import VGG16Cifar
+from detachnet.models import VGG16Cifar
 
 LIMIT = 1.02
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
@@ -28,10 +27,11 @@ import torch
 from PIL import Image
 
 from common import Row, Target, arguments, begin, report, time_in_turn
-from detachnet.files import open_files
-from detachnet.loader import Augmentation, FileBatches
-from detachnet.recipe import FilesTable, load_recipe
-from detachnet.sources import FileSource
+from detachnet.data.folders import open_files
+from detachnet.data.loader import Augmentation, FileBatches
+from detachnet.data.shards import make_shards
+from detachnet.training.data import FileSource
+from detachnet.training.recipe import FilesTable, load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "resnet50_imagenet.toml"
@@ -80,9 +80,6 @@ def write_photographs(folder: Path, count: int) -> float:
 
 def write_shards(folder: Path, out: Path) -> Path:
     """The same as WebDataset shards, enough of them for all workers."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from make_shards import make_shards
-
     make_shards(folder, out, per_shard=5 * BATCH)
     return out
 

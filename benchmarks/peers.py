@@ -39,8 +39,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import detachnet
 from common import arguments, begin, write
-from detachnet.measure import alternate, versions
-from detachnet.plan import align
+from detachnet.deploy.profile import alternate
+from detachnet.machine import versions
+from detachnet.text import Table
 
 IMAGE = (1, 3, 224, 224)
 CUTS = ["layer1", "layer2"]
@@ -271,7 +272,7 @@ def costs_table(costs: Sequence[dict[str, Any]]) -> list[str]:
         )
         for cost in costs
     ]
-    return align([header, *rows])
+    return Table(tuple(header), tuple(map(tuple, rows))).lines()
 
 
 def latency_table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -285,7 +286,7 @@ def latency_table(rows: Sequence[dict[str, Any]]) -> list[str]:
         )
         for row in rows
     ]
-    return align([header, *cells])
+    return Table(tuple(header), tuple(map(tuple, cells))).lines()
 
 
 def main(words: Sequence[str] | None = None) -> int:

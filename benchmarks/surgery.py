@@ -14,7 +14,7 @@ import torch
 
 import detachnet
 from common import Row, arguments, begin, report
-from detachnet.trace import trace
+from detachnet.surgery.trace import trace
 
 QUICK = ("torchvision:resnet18", "torchvision:resnet152", "torchvision:densenet201", "timm:efficientnetv2_l")
 FULL = (

@@ -20,7 +20,7 @@ import torch
 
 import detachnet
 from common import Row, Target, arguments, begin, report, time_in_turn
-from detachnet.backends import TorchBackend
+from detachnet.deploy.backends import TorchBackend
 
 VGG_CUTS, RESNET_CUTS = ("features.6", "features.23"), ("layer1", "layer2")
 CASES: tuple[tuple[str, str, tuple[str, ...], dict[str, Any]], ...] = (

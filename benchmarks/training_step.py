@@ -1,8 +1,10 @@
 """What does training a whole family cost, in one joint pass, in separate passes, and beside the base-model alone?
 
-    python benchmarks/training_step.py [--quick] [--json FILE] [--device cuda] [--threads N] [--compile]
+    python benchmarks/training_step.py [--quick] [--json FILE] [--device cuda] [--threads N]
+        [--compile] [--layouts]
 
-One step is forward, the sum of the models' losses, backward and update (SGD with momentum), on random images.
+One step is the trainer's (`TrainingStep`): forward, the sum of the models' losses, backward and update (SGD with
+momentum), on random images.
 `separate` runs each model by itself and adds the losses up before one backward pass, which is how the paper
 reads; `freed` is the same with a backward pass after each model, which frees its activations before the next
 (`train.strategy = "separate"`); `joint` is `net(images, which="all")`. All run in turn on one family. `mac_ratio`
@@ -10,7 +12,8 @@ is the sum of all models' multiply-accumulates over the base-model's: what joint
 that counts. Freed memory is kept, as `detachnet train` has it.
 
 With `--compile` forward passes and losses run through torch.compile, as with `train.compile`, and `joint_to_plain`
-is the joint step over the same one without it.
+is the joint step over the same one without it. With `--layouts` `joint_to_first` is the joint step on
+channels-last images, as training has them, over the same one on channels-first images.
 
 Memory is what two steps add at their highest to a family that is made already: activations, gradients, momentum;
 always without torch.compile. On CUDA torch's allocator tells it, on Linux the highest resident memory of a process
@@ -22,7 +25,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,9 +38,9 @@ from torch import Tensor
 
 import detachnet
 from common import Row, Target, arguments, begin, report, time_in_turn, write
-from detachnet.heap import give_back, keep_freed
-from detachnet.peak import measure_here
-from detachnet.plan import Norm
+from detachnet.memory import give_back, keep_freed, measure_here
+from detachnet.surgery.plan import Norm
+from detachnet.training.step import TrainingStep
 
 WAYS = ("base", "separate", "freed", "joint")
 BATCHES = (32, 128)
@@ -77,6 +80,9 @@ QUICK = (VGG("VGG-16-BN/32, half width", kwargs={"width": 0.5}), SMALL[1]())
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--compile", action="store_true", help="forward passes and losses through torch.compile")
+    parser.add_argument(
+        "--layouts", action="store_true", help="also with images that are channels-first in memory"
+    )
     options = begin(parser)
     keep_freed()
     rows, targets = [], []
@@ -117,51 +123,54 @@ def total_memory(device: torch.device) -> int:
 
 
 class Step:
-    """One optimizer step of a family, in each of the ways."""
+    """The trainer's step of a family, in each of the ways; its layers that do not take part cost nothing."""
 
-    def __init__(self, case: Case, device: torch.device, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        compiled: bool = False,
+        layout: torch.memory_format = torch.channels_last,  # as the trainer has it
+    ) -> None:
         torch.manual_seed(0)
         model = detachnet.create_model(case.model, **case.kwargs)
         size = (3, case.size, case.size)
         self.net = detachnet.make_detachable(model, case.cuts, size, norm=case.norm).to(device).train()
-        layout = torch.channels_last  # as the trainer has it
         self.net.to(memory_format=layout if device.type == "cuda" else torch.preserve_format)
         self.images = torch.randn(case.batch, *size, device=device).contiguous(memory_format=layout)
         self.target = torch.randint(10, (case.batch,), device=device)
-        self.loss = detachnet.MultiModelLoss()
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4, fused=device.type == "cuda"
         )
-        self.forward = {way: self.compile(way) if compiled else self.total for way in WAYS}
+        if compiled:
+            torch._dynamo.reset()  # what earlier families left
+            for name in self.net.names:
+                self.net.prepare((name,))
+        self.ways = {way: self.make(way, compiled) for way in WAYS}
 
-    def compile(self, way: str) -> Callable[[Sequence[tuple[str, ...]]], Tensor]:
-        """Forward passes and losses through torch.compile, as `train.compile` has it: on CUDA into CUDA graphs."""
-        torch._dynamo.reset()  # what earlier families left
-        for models in self.passes(way):
-            self.net.prepare(models)
-        graphs = way != "freed" and self.images.is_cuda  # several would free each other's gradients
-        return torch.compile(self.total, fullgraph=True, mode="reduce-overhead" if graphs else None)
+    def make(self, way: str, compiled: bool) -> TrainingStep:
+        """The step in one of the ways."""
+        return TrainingStep(
+            self.net,
+            self.net.names[:1] if way == "base" else self.net.names,
+            detachnet.MultiModelLoss(),
+            self.optimizer,
+            strategy="separate" if way == "freed" else "joint",
+            forward=self.one_by_one if way == "separate" else None,
+            compiled=compiled,
+        )
 
-    def passes(self, way: str) -> list[tuple[str, ...]]:
-        """Which models run together, pass by pass."""
-        names = self.net.names
-        return {"base": [names[:1]], "joint": [names]}.get(way, [(name,) for name in names])
-
-    def total(self, passes: Sequence[tuple[str, ...]]) -> Tensor:
-        """The sum of the losses of all models in some passes."""
+    def one_by_one(self, images: Tensor, which: Sequence[str], features: bool) -> dict[str, Tensor]:
+        """The outputs of some models, each from a pass of its own."""
+        assert not features
         outputs: dict[str, Tensor] = {}
-        for models in passes:
-            outputs |= self.net(self.images, which=models)
-        loss: Tensor = self.loss(outputs, self.target)
-        return loss
+        for name in which:
+            outputs |= self.net(images, which=(name,))
+        return outputs
 
     def run(self, way: str) -> None:
-        """A step; gradients of layers that do not take part stay None and cost nothing."""
-        self.optimizer.zero_grad()
-        passes = self.passes(way)
-        for some in ([one] for one in passes) if way == "freed" else (passes,):
-            self.forward[way](some).backward()
-        self.optimizer.step()
+        """Make a step."""
+        self.ways[way](self.images, self.target)
 
 
 def measure(case: Case, options: argparse.Namespace, seconds: float, least: int) -> Row:
@@ -171,6 +180,8 @@ def measure(case: Case, options: argparse.Namespace, seconds: float, least: int)
     runs = {way: partial(step.run, way) for way in WAYS}
     if options.compile:
         runs["plain"] = partial(Step(case, options.device).run, "joint")
+    if options.layouts:
+        runs["first"] = partial(Step(case, options.device, layout=torch.contiguous_format).run, "joint")
     timing = time_in_turn(runs, options.device, seconds, least)
     del step, runs
     gc.collect()
@@ -185,6 +196,7 @@ def measure(case: Case, options: argparse.Namespace, seconds: float, least: int)
         "joint_to_base": timing.ratio("joint", "base"),
         "mac_ratio": sum(macs) / macs[0],
         **({"joint_to_plain": timing.ratio("joint", "plain")} if options.compile else {}),
+        **({"joint_to_first": timing.ratio("joint", "first")} if options.layouts else {}),
         **{f"{way}_mb": memory[way] and memory[way] / 1e6 for way in WAYS},
         "n": timing.n,
     }

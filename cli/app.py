@@ -5,14 +5,16 @@ Nothing here imports torch; a command imports what it needs when it runs, so hel
 
 from __future__ import annotations
 
-from importlib.metadata import version
+import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
 from .cascade import cascade
 from .compare import compare
-from .console import show_tracebacks
+from .console import show_tracebacks, show_warnings, show_what_is_said
 from .detach import detach
 from .evaluate import evaluate
 from .export import export
@@ -34,6 +36,11 @@ COMMANDS = (
     *(train, inspect, evaluate, compare, recalibrate, detach),
     *(export, profile, cascade, predict, report, recipes),
 )
+PACKAGES = (
+    *("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy", "pillow"),
+    *("onnx", "onnxruntime", "executorch", "webdataset", "datasets"),
+)
+"""What a report of a mistake should name, as far as it is installed."""
 for command in COMMANDS:
     app.command()(command)
 
@@ -41,6 +48,10 @@ for command in COMMANDS:
 def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"detachnet {version('detachnet')}")
+        typer.echo(f"python {platform.python_version()}, {platform.platform()}")
+        for package in PACKAGES:
+            with suppress(PackageNotFoundError):
+                typer.echo(f"{package} {version(package)}")
         raise typer.Exit
 
 
@@ -48,10 +59,15 @@ def _print_version(asked: bool) -> None:
 def _options(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the versions, for reports of mistakes."
+        ),
     ] = False,
 ) -> None:
     show_tracebacks(traceback)
+    show_warnings()
+    show_what_is_said()
 
 
 def main() -> None:

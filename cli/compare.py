@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .console import friendly, note, print_json, table
+from .console import friendly, note, plain, print_json, show
+from .options import AsJson
 
 
 @friendly
@@ -20,22 +21,21 @@ def compare(
         Path | None, typer.Option(help="Also draw accuracy against MACs: a .png, .svg or .pdf.")
     ] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Put runs side by side: accuracies over seeds, and the differences to training alone."""
-    from detachnet import comparison
-    from detachnet.report import markdown
+    from detachnet.report import comparison
 
     entries = comparison.compare(runs)
     if figure is not None:
         comparison.figure(entries, figure)
-    cells = comparison.cells(entries)
+    table = comparison.table(entries)
     if as_json:
         print_json([asdict(entry) for entry in entries])
     elif as_markdown:
-        typer.echo(markdown(comparison.COLUMNS, cells), nl=False)
+        typer.echo(plain(table.markdown()), nl=False)
     else:
-        table("Accuracy, mean ± standard deviation over seeds", comparison.COLUMNS, cells, left=2)
+        show(table)
         note(
             "\nBest is chosen over the epochs on the images it is measured on; differences are of the last epoch,"
         )

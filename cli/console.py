@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import typer
 
-from detachnet.errors import DetachNetError
+from detachnet.errors import DetachNetError, TrainingError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-    from detachnet.detachable import DetachableNet
-    from detachnet.plan import DetachPlan
+    from detachnet.surgery.detachable import DetachableNet
+    from detachnet.text import Table
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,7 +43,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def friendly(command: Callable[P, R]) -> Callable[P, R]:
-    """Show a user's mistake as its message and leave with exit code 2."""
+    """Show a user's mistake as its message and leave with exit code 2; a training that went wrong with 1."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -50,6 +53,11 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
             if _settings["traceback"]:
                 raise
             show_error(error)
+            raise typer.Exit(1 if isinstance(error, TrainingError) else 2) from None
+        except OSError as error:  # a path that is none, a disk that fails: no mistake of the program
+            if _settings["traceback"] or isinstance(error, BrokenPipeError):
+                raise
+            show_error(DetachNetError(f"cannot read or write: {error}"))
             raise typer.Exit(2) from None
 
     return run
@@ -64,25 +72,37 @@ def show_error(error: DetachNetError, label: str = "Error") -> None:
         out.print(f"[dim]{_escape(line[:11])}[/]{_escape(line[11:])}", soft_wrap=True)
 
 
-def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
-    """Print a table; the first `left` columns stand on the left, the others on the right."""
-    from rich.table import Table
+class _Warnings(logging.Handler):
+    """Shows what the library warns of."""
 
-    grid = Table(header_style="dim", box=None, pad_edge=False)
-    for i, name in enumerate(header):
-        grid.add_column(name, justify="left" if i < left else "right", no_wrap=i != left - 1 or i == 0)
-    for row in rows:
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a warning on standard error."""
+        console(stderr=True).print(f"[yellow]Warning:[/] {_escape(record.getMessage())}", soft_wrap=True)
+
+
+def show_warnings() -> None:
+    """Show what the library warns of on the terminal, as everything else: without what speaks to it."""
+    logger = logging.getLogger("detachnet")
+    if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
+        logger.addHandler(_Warnings(logging.WARNING))
+
+
+def show(table: Table) -> None:
+    """Print a table and its notes."""
+    from rich.table import Table as Grid
+
+    grid = Grid(header_style="dim", box=None, pad_edge=False)
+    for i, name in enumerate(table.header):
+        left = i < table.left
+        grid.add_column(name, justify="left" if left else "right", no_wrap=i != table.left - 1 or i == 0)
+    for row in table.rows:
         grid.add_row(*map(_escape, row))
     out = console()
-    out.print(f"\n[bold]{_escape(title)}[/]", soft_wrap=True)
+    out.print(f"\n[bold]{_escape(table.title)}[/]", soft_wrap=True)
     out.print(grid)
-
-
-def plan_table(plan: DetachPlan) -> None:
-    """Print a family's plan."""
-    table(plan.title, plan.header, plan.rows(), left=4)
-    for hint in plan.hints:
-        console().print(f"[yellow]hint:[/] {_escape(hint)}")
+    for line in table.notes:
+        word, colon, rest = line.partition(":")
+        out.print(f"[yellow]{_escape(word)}{colon}[/]{_escape(rest)}", soft_wrap=True)
 
 
 def note(text: str) -> None:
@@ -103,7 +123,7 @@ class TrainingDisplay:
         """Show the plan, then the bar."""
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        plan_table(net.plan)
+        show(net.plan.table)
         note("")
         if done:
             note(f"going on after step {done} of {total}")
@@ -146,12 +166,65 @@ class TrainingDisplay:
         accuracy = "  ".join(f"{name} {100 * value:5.2f} %" for name, value in row["test_accuracy"].items())
         loss = " ".join(f"{value:.3f}" for value in row["train_loss"].values())
         line = f"epoch {row['epoch']:>3}  accuracy  {accuracy}  training loss {loss}"
-        (self.progress.console if self.progress else console()).print(line)
+        (self.progress.console if self.progress else console()).print(_escape(line))
 
     def close(self) -> None:
         """Take the bar away."""
         if self.progress is not None:
             self.progress.stop()
+
+
+@contextmanager
+def progress() -> Iterator[None]:
+    """A bar on standard error for what the library tells inside; nothing where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from detachnet.progress import listening
+
+    columns = (
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+    )
+    # It is drawn between two steps and by no thread of its own: what is timed meanwhile must not wait for it.
+    bar = Progress(*columns, console=console(stderr=True), transient=True, auto_refresh=False)
+    tasks: dict[str, TaskID] = {}
+    shown = 0.0
+
+    def told(what: str, done: int, total: int) -> None:
+        nonlocal shown
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done, total=total, visible=done < total)
+        if (now := time.monotonic()) - shown > 0.1 or done == total:
+            shown = now
+            bar.refresh()
+
+    with bar, listening(told):
+        yield
+
+
+class Said(logging.Handler):
+    """What the library logs, on standard error as it is then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        label = "Warning" if record.levelno >= logging.WARNING else "Note"
+        console(stderr=True).print(f"[yellow]{label}:[/] {_escape(record.getMessage())}", soft_wrap=True)
+
+
+def show_what_is_said() -> None:
+    """Show what the library logs, in the first of the processes that torchrun starts."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    logger = logging.getLogger("detachnet")
+    if not any(isinstance(handler, Said) for handler in logger.handlers):
+        logger.addHandler(Said())
+        logger.setLevel(logging.INFO)
 
 
 def print_json(value: object) -> None:
@@ -162,6 +235,18 @@ def print_json(value: object) -> None:
 
 
 def _escape(text: str) -> str:
+    """Text as it is shown: rich's brackets stay brackets, and nothing in it speaks to the terminal."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(plain(text))
+
+
+def plain(text: str) -> str:
+    """A text whose control characters are written out, as `\\x1b` and the like; lines stay lines."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _SHOWN else repr(c)[1:-1] for c in text)
+
+
+_SHOWN = "\n\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}"
+"""Neither printable, as Python has it, nor of any harm."""

@@ -10,22 +10,24 @@ import typer
 from detachnet.errors import CheckpointError
 
 from .console import friendly, note
-from .family import open_family
+from .opening import open_family
+from .options import Checkpoint, ModelFile
 
 
 @friendly
 def detach(
-    checkpoint: Annotated[Path, typer.Argument(help="A family's file, or the folder of a run.")],
+    checkpoint: Checkpoint,
     model: Annotated[str, typer.Option(help="The model to take out: base, sub0, …")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A new file.")],
+    model_file: ModelFile = None,
 ) -> None:
     """Write one model of a family to a file of its own, with only the weights it needs."""
     if out.exists():
         raise CheckpointError(f"{out} exists already", hint="name a new file, or remove this one")
     from detachnet.checkpoint import save
-    from detachnet.plan import si
+    from detachnet.text import si
 
-    path, net = open_family(checkpoint)
+    path, net = open_family(checkpoint, model_file)
     save(net, out, which=model)
     plan, sizes = net.plan[model], (out.stat().st_size / 1e6, path.stat().st_size / 1e6)
     note(

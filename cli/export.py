@@ -10,20 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from detachnet.errors import CheckpointError
-
-from .console import friendly, note, table
-from .family import open_family
+from .console import friendly, note, progress, show
+from .opening import known_root, open_family
+from .options import Checkpoint, DataRoot, Download, ModelFile
 
 if TYPE_CHECKING:
-    from detachnet.data import Split
-    from detachnet.detachable import DetachableNet
-    from detachnet.export import Latency, Manifest
+    from detachnet.data.datasets import Split
+    from detachnet.deploy.manifest import Latency, Manifest
+    from detachnet.surgery.detachable import DetachableNet
 
 
 @friendly
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A family's file, or the folder of a run.")],
+    checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")],
     format: Annotated[
         Literal["onnx", "pt2", "pte"],
@@ -36,37 +35,35 @@ def export(
         bool,
         typer.Option("--int8", help="Quantize the ONNX graphs to int8, with training images of the data set."),
     ] = False,
-    data_root: Annotated[
-        Path | None, typer.Option(help="Where data sets are; then $DETACHNET_DATA, then ./data.")
-    ] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch a data set that is not found.")] = False,
+    legs: Annotated[
+        bool,
+        typer.Option("--legs", help="Also what models share and what each has behind, to go on from a feature."),
+    ] = False,
+    data_root: DataRoot = None,
+    download: Download = False,
+    model_file: ModelFile = None,
 ) -> None:
     """Write the models of a family as graphs for another runtime, each one checked against PyTorch."""
-    from detachnet.export import export as write
+    from detachnet.deploy.export import export as write
 
-    path, net = open_family(checkpoint)
-    splits = _splits(net, path, data_root, download) if int8 else None
-    with _only_our_words():
-        manifest = write(net, out, format, model, int8=splits, latency=_latency(path))
+    path, net = open_family(checkpoint, model_file)
+    splits = _splits(net, known_root(checkpoint, data_root), download) if int8 else None
+    with _only_our_words(), progress():
+        manifest = write(net, out, format, model, int8=splits, latency=_latency(path), legs=legs)
     _show(manifest, out)
 
 
-def _splits(net: DetachableNet, path: Path, data_root: Path | None, download: bool) -> tuple[Split, Split]:
+def _splits(net: DetachableNet, data_root: Path | None, download: bool) -> tuple[Split, Split]:
     """The data the family was trained on."""
-    from detachnet.data import load_data
+    from detachnet.data.datasets import load_data
 
-    if net.data is None:
-        raise CheckpointError(
-            f"{path} does not say what it was trained on, so there are no images to calibrate int8 with",
-            hint="export a file that train wrote, or leave out --int8",
-        )
-    return load_data(net.data.name, data_root, download)
+    return load_data(net.facts.known_data.name, data_root, download)
 
 
 def _latency(path: Path) -> dict[str, Latency]:
     """What detachnet profile measured of the family, if it did."""
-    from detachnet.export import Latency
-    from detachnet.measure import read_profile
+    from detachnet.deploy.manifest import Latency
+    from detachnet.deploy.profile import read_profile
 
     profile = read_profile(path)
     if profile is None:
@@ -86,7 +83,7 @@ def _only_our_words() -> Iterator[None]:
 
 def _show(manifest: Manifest, out: Path) -> None:
     """A row per model, and what is in the folder."""
-    from detachnet.plan import si
+    from detachnet.text import Table, si
 
     header = ["model", "file", "MACs", "parameters", "alone", "test accuracy"]
     if manifest.precision == "int8":
@@ -103,7 +100,10 @@ def _show(manifest: Manifest, out: Path) -> None:
         for model in manifest.models
     ]
     total = sum(file.stat().st_size for file in out.iterdir())
-    table(f"{out}: {manifest.format}, {manifest.precision}, {total / 1e6:.2f} MB together", header, cells, left=2)
+    title = f"{out}: {manifest.format}, {manifest.precision}, {total / 1e6:.2f} MB together"
+    show(Table(tuple(header), tuple(cells), title, left=2))
+    for part in manifest.legs:
+        note(f"{part.file}: {part.leg}, {si(part.macs)} MACs")
     if manifest.num_test:
         note(f"\nAccuracy on n = {manifest.num_test} test images.")
     when = "before int8, each" if manifest.precision == "int8" else "each"

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from detachnet.errors import ModelError
-
-from .console import friendly, note, plan_table, print_json, table
+from .console import friendly, note, print_json, show
+from .options import AsJson
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from detachnet.cuts import CutPoint
+    from detachnet.surgery.cuts import CutPoint
+    from detachnet.surgery.plan import DetachPlan
+    from detachnet.surgery.spans import SpanPoint
+    from detachnet.surgery.widths import Widths
 
 PLACES = {"activation": "best", "module": "good", "inner": "fair"}
+DEAR = "dear"
 
 
 @friendly
@@ -32,6 +35,21 @@ def inspect(
             "the MACs to keep, such as 0.7."
         ),
     ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A:B", help="Show the plan for a sub-model that leaves out this span; repeatable."),
+    ] = None,
+    sub_models: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|SHARES",
+            help="Show the plan for so many sub-models, or for shares of the MACs such as 0.7,0.4; what each "
+            "leaves out is chosen.",
+        ),
+    ] = None,
+    stepdown: Annotated[
+        Literal["conv", "stem"], typer.Option(help="What sub-models take in the image through, which is priced.")
+    ] = "conv",
     input_size: Annotated[
         str | None, typer.Option(metavar="C,H,W", help="Shape of one image; what the model declares if not given.")
     ] = None,
@@ -39,59 +57,136 @@ def inspect(
     show_all: Annotated[
         bool, typer.Option("--all", help="Every node, also inside modules, and why it is no cut.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    spans: Annotated[
+        bool, typer.Option("--spans", help="What a sub-model can leave out, and what must stand for it.")
+    ] = False,
+    widths: Annotated[
+        bool,
+        typer.Option("--widths", help="Which filters go together, and what a narrower network can leave out."),
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show where a model can be cut, and what each sub-model would cost."""
     size = _parse_size(input_size)
-    network = _network(model, num_classes)
+    from detachnet.zoo import build_model
+
+    kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    network = build_model(model, **kwargs)
     import detachnet
 
-    if cut:
-        plan = detachnet.make_detachable(network, _parse_cuts(cut), size).plan
-        print_json(plan.model_dump(mode="json")) if as_json else plan_table(plan)
+    if sum(map(bool, (cut, drop, sub_models))) > 1:
+        raise typer.BadParameter("ask for one of --cut, --drop and --sub-models")
+    if cut or drop or sub_models:
+        _show_plan(_plan(network, size, cut, drop, sub_models, stepdown), as_json, in_toml=bool(sub_models))
         return
-    from detachnet.cuts import cut_points, every_node
-    from detachnet.trace import trace
+    if spans:
+        _show_spans(model, detachnet.find_spans(network, size), as_json)
+        return
+    if widths:
+        _show_widths(model, detachnet.find_widths(network, size), as_json)
+        return
+    from detachnet.surgery.cuts import cut_points, every_node
+    from detachnet.surgery.trace import trace
+    from detachnet.text import Table
 
     traced = trace(network, size)
-    points = cut_points(traced)
+    points = cut_points(traced, stepdown)
     if as_json:
         print_json([_record(point) for point in points])
     elif show_all:
         valid = {point.name: point for point in points}
         rows = [(name, _by(shape), _price(valid.get(name)), why) for name, shape, why in every_node(traced)]
         columns = ("node", "feature", "MACs of base", "why it is no cut")
-        table(f"{model}: {len(rows)} nodes, {len(points)} valid cuts", columns, rows, left=4)
+        show(Table(columns, tuple(rows), f"{model}: {len(rows)} nodes, {len(points)} valid cuts", left=4))
     else:
-        shown = [point for point in points if point.place != "inner"] or points
+        outer = [point for point in points if point.place != "inner" and not point.in_block]
+        shown = outer or [point for point in points if point.place != "inner"] or points
         header = ("cut", "place", "feature", "reduction", "step-down", "MACs", "of base", "parameters")
-        table(f"{model}: {len(points)} valid cuts, {len(shown)} behind modules", header, map(_row, shown), left=3)
+        title = f"{model}: {len(points)} valid cuts, {len(shown)} behind modules"
+        show(Table(header, tuple(map(_row, shown)), title, left=3))
         note(
             "\nbest: behind an activation or pooling that ends a module; good: behind another module; more: --all"
         )
+        if any(point.caution for point in shown):
+            note(f"{DEAR}: the step-down has more than it replaces, or only the classifier is left; never chosen")
         note(f"Plan a family: detachnet inspect {model} --cut auto, or --cut NAME --cut NAME")
 
 
-def _network(model: str, num_classes: int | None) -> nn.Module:
-    """A model of the zoo, or what a function of a user's file returns."""
-    path, colon, function = model.rpartition(":")
-    kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    if not path.endswith(".py"):
-        import detachnet
+def _plan(
+    network: nn.Module,
+    size: tuple[int, ...] | None,
+    cut: list[str] | None,
+    drop: list[str] | None,
+    number: str | None,
+    stepdown: str,
+) -> DetachPlan:
+    """The plan of what was asked for."""
+    import detachnet
 
-        return detachnet.create_model(model, **kwargs)
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if not colon or spec is None or spec.loader is None or not Path(path).is_file():
-        raise ModelError(f"there is no file {path}", hint="path/to/file.py:FUNCTION")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
-        raise ModelError(f"{path} has no function {function!r} that makes a model")
+    if number:
+        shares = _parse_shares(number)
+        return detachnet.make_detachable(
+            network, None, size, sub_models=shares, stepdown=stepdown, check="none"
+        ).plan
+    asked = {"sub0": detachnet.SubModel(drop=drop)} if drop else _parse_cuts(cut or [])
+    return detachnet.make_detachable(network, asked, size, stepdown=stepdown, check="none").plan
+
+
+def _show_plan(plan: DetachPlan, as_json: bool, in_toml: bool) -> None:
+    """A plan as a table, and as a recipe has it."""
+    if as_json:
+        print_json(plan.model_dump(mode="json"))
+        return
+    show(plan.table)
+    if in_toml:
+        note("\nIn a recipe:")
+        for model in plan.models[1:]:
+            note(f"[family.models.{model.name}]\ndrop = {json.dumps([str(span) for span in model.spans])}")
+
+
+def _parse_shares(text: str) -> int | list[float]:
+    """`2` or `0.7,0.4`."""
     try:
-        network: nn.Module = getattr(module, function)(**kwargs)
-    except TypeError as error:
-        raise ModelError(f"{function} of {path} cannot be called with {kwargs}", what=str(error)) from error
-    return network
+        return int(text) if text.isdecimal() else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            "write a number of sub-models or shares, for example 2 or 0.7,0.4", param_hint="--sub-models"
+        ) from None
+
+
+def _show_spans(model: str, points: list[SpanPoint], as_json: bool) -> None:
+    """What a model can do without."""
+    from detachnet.text import Table, by, si
+
+    if as_json:
+        bridges = ({"bridge": point.bridge and point.bridge.model_dump(mode="json")} for point in points)
+        print_json([vars(point) | bridge for point, bridge in zip(points, bridges, strict=True)])
+        return
+    rows = (
+        (
+            point.name,
+            by(point.shape),
+            "–" if point.bridge is None else str(point.bridge),
+            si(point.macs_saved),
+            f"{100 * point.macs_of_base:.0f} %",
+            si(point.params_saved),
+        )
+        for point in points
+    )
+    header = ("span", "feature", "bridge", "MACs saved", "of base", "parameters saved")
+    show(Table(header, tuple(rows), f"{model}: {len(points)} spans to leave out", left=3))
+    note("\n–: both ends have one shape, so nothing stands for it. Spans that follow each other are one.")
+    note(f"Plan a sub-model: detachnet inspect {model} --drop A:B --drop C:D")
+
+
+def _show_widths(model: str, groups: Widths, as_json: bool) -> None:
+    """Which filters of a model go together."""
+    if as_json:
+        print_json([asdict(group) for group in groups])
+        return
+    cut = sum(not group.reason for group in groups)
+    show(groups.table(f"{model}: {len(groups)} groups of filters, {cut} can be cut"))
+    note("\nMACs and parameters: of all layers that make or read them; layers between two groups count in both.")
 
 
 def _parse_cuts(cuts: list[str]) -> Any:
@@ -109,19 +204,20 @@ def _parse_cuts(cuts: list[str]) -> Any:
 
 def _record(point: CutPoint) -> dict[str, Any]:
     fields = {
-        name: getattr(point, name) for name in ("name", "place", "shape", "macs", "macs_of_base", "num_params")
+        name: getattr(point, name)
+        for name in ("name", "place", "in_block", "caution", "shape", "macs", "macs_of_base", "num_params")
     }
     return fields | {"reduction": point.stepdown.reduction, "stepdown": point.stepdown.model_dump(mode="json")}
 
 
 def _row(point: CutPoint) -> tuple[str, ...]:
-    from detachnet.plan import si
+    from detachnet.text import si
 
     reduction = "" if point.stepdown.reduction is None else f"{point.stepdown.reduction:g}"
     share = f"{100 * point.macs_of_base:.0f} %"
     return (
         point.name,
-        PLACES[point.place],
+        DEAR if point.caution else PLACES[point.place],
         _by(point.shape),
         reduction,
         str(point.stepdown),

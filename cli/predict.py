@@ -13,14 +13,15 @@ import typer
 from detachnet.errors import DataError
 
 from .console import friendly, note, print_json, show_error
-from .family import fastest_device, open_family
+from .opening import fastest_device, open_family
+from .options import AsJson, Checkpoint, ModelFile
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from detachnet.detachable import DetachableNet
-    from detachnet.predictions import Prediction
+    from detachnet.evaluation import Prediction
+    from detachnet.surgery.detachable import DetachableNet
 
 BATCH = 64
 STDIN = "-"
@@ -28,7 +29,7 @@ STDIN = "-"
 
 @friendly
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(help="A family's file, or the folder of a run.")],
+    checkpoint: Checkpoint,
     images: Annotated[
         list[str],
         typer.Argument(metavar="IMAGE...", help="Image files, folders of them, or - for standard input."),
@@ -39,17 +40,15 @@ def predict(
         typer.Option(help="Run the most accurate model that takes at most so long here, as profile measured it."),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    as_json: AsJson = False,
+    model_file: ModelFile = None,
 ) -> None:
     """Say what is on pictures. Those that cannot be read are named and skipped, and the exit code is then 1."""
-    from detachnet.predictions import known_data, trained_model
-
     if model is not None and budget_ms is not None:
         raise typer.BadParameter("name the model or give a budget, not both", param_hint="--budget-ms")
-    path, net = open_family(checkpoint)
+    path, net = open_family(checkpoint, model_file)
     net.to(fastest_device())
-    name = trained_model(net, model) if budget_ms is None else _within(budget_ms, path, net)
-    known_data(net)
+    name = net.facts.model(net.names, model) if budget_ms is None else _within(budget_ms, path, net)
     reader = _Reader(net)
     answers = list(_answers(net, name, top, reader.tensors(images)))
     if as_json:
@@ -69,9 +68,9 @@ def predict(
 
 def _within(budget_ms: float, path: Path, net: DetachableNet) -> str:
     """The most accurate model that keeps a budget by the profile beside the checkpoint."""
-    from detachnet.backends import TorchBackend
-    from detachnet.measure import read_profile
-    from detachnet.runtime import Family
+    from detachnet.deploy.backends import TorchBackend
+    from detachnet.deploy.family import Family
+    from detachnet.deploy.profile import read_profile
 
     measured = read_profile(path)
     family = Family(TorchBackend(net, measured.rows[0].threads if measured else None), path, measured)
@@ -87,10 +86,9 @@ class _Reader:
 
     def tensors(self, sources: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield each picture's name and tensor; tell of those that cannot be read."""
-        from detachnet.images import to_tensor
-        from detachnet.predictions import known_data
+        from detachnet.data.images import to_tensor
 
-        data, input_size = known_data(self.net), self.net.plan.input_size
+        data, input_size = self.net.facts.known_data, self.net.plan.input_size
         for source in sources:
             try:
                 names = _expand(source)
@@ -112,14 +110,14 @@ class _Reader:
 
 def _expand(source: str) -> list[str]:
     """A source's pictures by name; more than one for a folder."""
-    from detachnet.images import find_images
+    from detachnet.data.images import find_images
 
     return [source] if source == STDIN else [str(path) for path in find_images([source])]
 
 
 def _read(name: str) -> Image.Image:
     """A file, or standard input."""
-    from detachnet.images import read_image
+    from detachnet.data.images import read_image
 
     if name != STDIN:
         return read_image(name)
@@ -137,7 +135,7 @@ def _answers(
 
     import torch
 
-    from detachnet.predictions import predict
+    from detachnet.evaluation import predict
 
     while batch := list(islice(tensors, BATCH)):
         names, images = zip(*batch, strict=True)
@@ -150,13 +148,14 @@ def _record(image: str, answer: Prediction) -> dict[str, object]:
 
 
 def _print_answers(title: str, answers: list[tuple[str, Prediction]]) -> None:
-    from detachnet.plan import align
+    from detachnet.text import Table
 
-    rows = [("image", "answer", "probability", "then" if len(answers[0][1].labels) > 1 else "")]
+    header = ("image", "answer", "probability", "then" if len(answers[0][1].labels) > 1 else "")
+    rows = []
     for image, answer in answers:
         texts = [f"{100 * share:.1f} %" for share in answer.probabilities]
         rest = ", ".join(f"{label} {text}" for label, text in zip(answer.labels[1:], texts[1:], strict=True))
         rows.append((image, answer.labels[0], texts[0], rest))
     note(title)
-    for line in align(rows):
+    for line in Table(header, tuple(rows)).lines():
         note(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,13 +10,14 @@ import typer
 
 from detachnet.errors import MeasurementError
 
-from .console import friendly, note, print_json, table
-from .family import open_family
+from .console import friendly, note, print_json, progress, show
+from .opening import open_family
+from .options import AsJson, CheckpointOrExport, ModelFile
 
 
 @friendly
 def profile(
-    family: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A family's file, or the folder of a run.")],
+    family: CheckpointOrExport,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     runtime: Annotated[
         Literal["torch", "onnx"] | None, typer.Option(help="What runs it: torch a checkpoint, onnx an export.")
@@ -26,23 +28,25 @@ def profile(
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Timed runs per model.")] = 100,
     warmup: Annotated[int, typer.Option(min=0, help="Runs per model before these.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    as_json: AsJson = False,
+    model_file: ModelFile = None,
 ) -> None:
     """Measure latency, throughput, peak memory and size of each model on this machine."""
-    from detachnet.backends import is_export
-    from detachnet.measure import profile as measure
-    from detachnet.measure import write_profile
+    from detachnet.deploy.profile import profile as measure, write_profile
+    from detachnet.storage import locate
 
-    found = "onnx" if is_export(family) else "torch"
+    place = locate(family)
+    found = "onnx" if place.is_export else "torch"
     if runtime not in (None, found):
         raise _other_runtime(family, runtime)
-    path, subject = (family, family) if found == "onnx" else open_family(family)
-    measured = measure(subject, device, batch, threads, n, warmup)
+    path, subject = (family, family) if place.is_export else open_family(family, model_file)
+    with progress():
+        measured = measure(subject, device, batch, threads, n, warmup)
     written = write_profile(measured, path)
     if as_json:
         print_json(measured.model_dump(mode="json"))
         return
-    table(measured.title, measured.header, measured.cells())
+    show(replace(measured.table, notes=()))
     note(f"\nPeak MB: {measured.memory}.")
     note(f"Written to {written}, from where models are chosen.")
 

@@ -1,46 +1,30 @@
-"""`detachnet recipes`, and how a recipe is found."""
+"""`detachnet recipes`."""
 
 from __future__ import annotations
 
 import tomllib
-from importlib import resources
-from pathlib import Path
+from typing import Annotated
 
-from detachnet.errors import RecipeError, nearest
+import typer
 
-from .console import friendly, note, table
+from detachnet.training.shipped import find_recipe, shipped_recipes
+
+from .console import friendly, note, show
 
 
 @friendly
-def recipes() -> None:
+def recipes(
+    name: Annotated[str | None, typer.Option("--show", metavar="NAME", help="Print that one, to copy.")] = None,
+) -> None:
     """List the recipes that come with detachnet; `train NAME` runs one."""
+    if name is not None:
+        typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+        return
+    from detachnet.text import Table
+
     rows = [
-        (name, tomllib.loads(path.read_text(encoding="utf-8"))["description"]) for name, path in shipped().items()
+        (name, tomllib.loads(path.read_text(encoding="utf-8"))["description"])
+        for name, path in shipped_recipes().items()
     ]
-    table("Recipes", ("name", "what it does"), rows, left=2)
-    note("\nTrain one: detachnet train NAME. See or copy one: the recipes/ folder of the repository.")
-
-
-def shipped() -> dict[str, Path]:
-    """The shipped recipes by name."""
-    folder = Path(str(resources.files("detachnet_recipes")))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe's file: a path, or the name of a shipped one.
-
-    Raises:
-        RecipeError: There is neither.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    known = shipped()
-    if path.stem in known and (path.suffix in ("", ".toml")):
-        return known[path.stem]
-    raise RecipeError(
-        f"there is no recipe {name}",
-        hint="give a TOML file, or a name that detachnet recipes lists",
-        nearest=nearest(path.stem, known) or list(known),
-    )
+    show(Table(("name", "what it does"), tuple(rows), "Recipes", left=2))
+    note("\nTrain one: detachnet train NAME. Copy one: detachnet recipes --show NAME > mine.toml")

@@ -9,24 +9,26 @@ import typer
 
 from detachnet.errors import CheckpointError
 
-from .console import friendly, note
+from .console import friendly, note, progress
+from .opening import own_model
+from .options import DataRoot, ModelFile
 
 
 @friendly
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
-    data_root: Annotated[
-        Path | None, typer.Option(help="Where data sets are; then $DETACHNET_DATA, then ./data.")
-    ] = None,
+    data_root: DataRoot = None,
+    model_file: ModelFile = None,
 ) -> None:
     """Put runs on one HTML page: results, curves, trade-offs, the family, predictions, hardware and recipe."""
     if out.suffix != ".html":
         raise CheckpointError(f"{out} is no name for a page", hint="-o report.html; an older page is replaced")
-    from detachnet.checkpoint import replace_file
-    from detachnet.page import make_page
+    from detachnet.report.page import make_page
+    from detachnet.storage import replace_file
 
-    page = make_page(runs, data_root)
+    with progress():
+        page = make_page(runs, data_root, own_model(runs[0], model_file))
     content = page.html.encode()
     replace_file(out, content)
     for sentence in page.missing:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import TrainingDisplay, friendly, note, table
-from .recipes import find_recipe
+from detachnet.training.shipped import find_recipe
+
+from .console import TrainingDisplay, friendly, note, show
+from .opening import known_root
+from .options import DataRoot, Download
+
+if TYPE_CHECKING:
+    from detachnet.training.recipe import Recipe
 
 WORTH_SAYING = 0.05
-"""Share of the training's time spent waiting for images."""
+"""Share of the run's time spent waiting for images."""
 
 
 @friendly
@@ -23,39 +29,41 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override one key; repeatable."),
     ] = None,
-    data_root: Annotated[
-        Path | None, typer.Option(help="Where data sets are; then $DETACHNET_DATA, then ./data.")
-    ] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch a data set that is not found.")] = False,
+    data_root: DataRoot = None,
+    download: Download = False,
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/RECIPE if not given.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in that folder.")] = False,
     max_minutes: Annotated[
-        float | None, typer.Option(min=0, help="Stop after that time, with a checkpoint to go on from.")
+        float | None, typer.Option(min=0, help="Stop after that time, with a checkpoint to resume from.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show plan, data and steps, and train nothing.")
+    ] = False,
 ) -> None:
     """Train a recipe's family of models."""
-    path = find_recipe(recipe)
-    from detachnet.recipe import load_recipe
+    path = find_recipe(recipe)  # before anything heavy is loaded
+    from detachnet.training import trainer
+    from detachnet.training.recipe import load_recipe
+    from detachnet.training.results import result_table
+    from detachnet.training.runs import default_folder
 
     checked = load_recipe(path, overrides or [])
-    folder = out or Path("runs") / path.stem
-    import torch
 
-    from detachnet import trainer
-    from detachnet.heap import keep_freed
-    from detachnet.report import COLUMNS, result_cells
+    if resume:
+        data_root = known_root(out or default_folder(checked), data_root)
+    if dry_run:
+        _preview(checked, out, data_root, download)
+        return
 
     class Display(TrainingDisplay, trainer.Listener):
         """The terminal as a listener."""
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     display = Display() if first else None
-    keep_freed()
-    torch.backends.cudnn.benchmark = True  # the shapes of a training stay the same
     try:
         result = trainer.train(
             checked,
-            folder,
+            out,
             resume=resume,
             data_root=data_root,
             download=download,
@@ -65,18 +73,13 @@ def train(
     finally:
         if display:
             display.close()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
     if not first:
         return
     if result.table:
         epochs = f"{result.epochs} of {checked.train.epochs} epochs"
         images = "held-out" if checked.data.holdout else "test"
-        table(
-            f"{checked.data.name} {images} accuracy, {epochs}, seed {checked.train.seed}",
-            COLUMNS,
-            result_cells(result.table),
-        )
+        title = f"{checked.data.name} {images} accuracy, {epochs}, seed {checked.train.seed}"
+        show(result_table(result.table, title))
         note("\nBest is over the accuracies of all epochs, as in the paper; last is the last epoch's.")
     if result.wait_share > WORTH_SAYING:
         note(f"{100 * result.wait_share:.0f} % of the time went into waiting for images.")
@@ -87,7 +90,28 @@ def train(
     words += [word for override in overrides or [] for word in ("--set", override)]
     words += ["--data-root", str(data_root)] if data_root else []
     words += ["--out", str(out)] if out else []
-    note(f"\nStopped ({result.status}); saved in {result.folder.last}. Go on with:")
+    note(f"\nStopped ({result.status}); saved in {result.folder.last}. Resume with:")
     note(f"  {shlex.join([*words, '--resume'])}")
     if result.status == "interrupted":
         raise typer.Exit(130)
+
+
+def _preview(recipe: Recipe, out: Path | None, data_root: Path | None, download: bool) -> None:
+    """Show what a run would be."""
+    from detachnet.text import si
+    from detachnet.training.preview import preview
+    from detachnet.training.runs import RunFolder, default_folder
+
+    seen = preview(recipe, data_root, download)
+    show(seen.plan.table)
+    table, data = seen.recipe.train, seen.data
+    if seen.recipe.family.chosen:
+        note(f"\nChosen for {seen.recipe.family.chosen}; the run's recipe names them.")
+    test = f", {data.num_test} test images" if data.num_test else f", {recipe.data.holdout} held out"
+    note(f"\nData: {data.name}, {seen.num_train} training images{test}, {len(data.classes)} classes")
+    note(f"Trained: {', '.join(seen.recipe.models)}: {si(seen.num_trained)} of {si(seen.num_params)} parameters")
+    steps = seen.steps_per_epoch
+    note(f"Steps: {table.epochs} epochs of {steps}, {table.epochs * steps} together, of {table.batch_size} images")
+    folder = RunFolder(out or default_folder(recipe))
+    there = ": there is a run in it already, --resume goes on with it" if folder.recipe.exists() else ""
+    note(f"Folder: {folder.path}{there}")

@@ -5,21 +5,29 @@
     ├── TraceError        a model that torch.fx cannot turn into a graph
     ├── CutError          a cut that is unknown, crossed, repeated or out of order
     ├── StepDownError     a feature map that no step-down can produce
+    ├── WidthError        a width out of range, or of filters that cannot be left out
     ├── RecipeError       a recipe file or an override
     ├── DataError         a data set that is missing or damaged
     ├── CheckpointError   a checkpoint file or a run folder
+    ├── TrainingError     a training that went wrong: a loss or a weight that is not finite
     ├── MeasurementError  a measurement that is missing, or cannot be made as asked
     ├── BudgetError       a budget that no model of the family keeps
+    │   └── LateError     a request that even the fastest model cannot answer in time any more
     └── ExportError       a model that a format cannot express, or an export folder
 
 The first line of a message is complete in itself; up to four lines with fixed labels follow it: `what`
-(the underlying message), `where` (node, submodule, file), `try` (what to do) and `nearest` (known names).
+(the underlying message), `where` (node, submodule, file), `try` (what to do) and `nearest` (known names). Of a
+line longer than `LONGEST` characters the middle is left out.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+
+LONGEST = 500
+"""Characters of a line of a message."""
 
 
 class DetachNetError(Exception):
@@ -49,12 +57,12 @@ class DetachNetError(Exception):
         nearest: Sequence[str] = (),
         node: str | None = None,
     ) -> None:
-        self.summary = summary
+        self.summary = shorten(summary)
         self.node = node
         self.candidates = tuple(nearest)
         details = {"what": what, "where": where, "try": hint, "nearest": ", ".join(map(repr, nearest))}
-        lines = [f"  {label:<8} {text}" for label, text in details.items() if text]
-        super().__init__("\n".join([summary, *lines]))
+        lines = [f"  {label:<8} {shorten(text)}" for label, text in details.items() if text]
+        super().__init__("\n".join([self.summary, *lines]))
 
 
 class ModelError(DetachNetError, ValueError):
@@ -73,6 +81,10 @@ class StepDownError(DetachNetError, ValueError):
     """A feature map that no step-down can produce from the image."""
 
 
+class WidthError(DetachNetError, ValueError):
+    """A width that is out of range, or of filters that are not there or cannot be left out."""
+
+
 class RecipeError(DetachNetError, ValueError):
     """A recipe with an unknown key, a wrong type or a value out of range."""
 
@@ -85,6 +97,10 @@ class CheckpointError(DetachNetError):
     """A checkpoint that is missing, damaged, or does not fit what it is used for."""
 
 
+class TrainingError(DetachNetError):
+    """A training whose losses or weights are not finite any more."""
+
+
 class MeasurementError(DetachNetError, ValueError):
     """A measurement that is missing, damaged, of another family, or cannot be made as asked."""
 
@@ -93,10 +109,29 @@ class BudgetError(DetachNetError, ValueError):
     """A budget that no model of the family keeps, or that makes no sense."""
 
 
+class LateError(BudgetError):
+    """A request that even the fastest model could not answer in time any more; it was not run."""
+
+
 class ExportError(DetachNetError):
     """A model that cannot be exported, or an export folder that is missing, damaged or in the way."""
 
 
+def shorten(text: str, longest: int = LONGEST) -> str:
+    """A text without its middle, if it is longer than so many characters."""
+    if len(text) <= longest:
+        return text
+    end = longest // 3
+    return f"{text[: longest - end - 1]}…{text[-end:]}"
+
+
+def one_line(error: BaseException) -> str:
+    """The first lines of an error's message, as one; its class where it has none."""
+    text = re.sub(r" \[type=.*|For further information visit .*", "", str(error))  # of pydantic
+    lines = [line.strip() for line in shorten(text, 4 * LONGEST).splitlines() if line.strip()]
+    return "; ".join(lines[:3]) or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
     """The `n` known names that look most like `name`, best first; empty when none comes close."""
-    return difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+    return difflib.get_close_matches(name[:LONGEST], list(known), n=n, cutoff=0.5)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from detachnet.data import Batches, BatchSource, Split
-from detachnet.detachable import DetachableNet
+from detachnet.data.batches import Batches, BatchSource
+from detachnet.data.datasets import Split
 from detachnet.errors import CheckpointError
 from detachnet.losses import logits
+from detachnet.progress import counted
+from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.modules import evaluating
 
 EVAL_BATCH = 500
 """Images per batch of an evaluation."""
@@ -21,37 +25,34 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Test accuracy, in [0, 1], and mean cross entropy of each trained model of a family.
 
+    It runs in evaluation mode; afterwards each submodule is in the mode it was in.
+
     Args:
-        net: A family with `data`, as the trainer writes it.
+        net: A family that knows its data, as the trainer writes it.
         images: Of the same classes; batches must be on the device.
         device: Where to run.
 
     Raises:
         CheckpointError: The family does not know what it was trained on.
     """
-    if net.data is None:
-        raise CheckpointError("the family does not know how its images are normalized: it has no data info")
-    models = net.trained or net.names
-    batches = Batches(images, net.data, EVAL_BATCH, device) if isinstance(images, Split) else images
+    models = net.facts.models(net.names)
+    batches = Batches(images, net.facts.known_data, EVAL_BATCH, device) if isinstance(images, Split) else images
     return scores(score_batches(net.to(device), batches, models), models)
 
 
 def score_batches(model: nn.Module, batches: BatchSource, models: Sequence[str]) -> Tensor:
     """Number of right answers, sum of losses and number of images, per model: `(len(models), 3)`, float64."""
-    was = model.training
-    model.eval()
     device = batches.device
     rows = torch.zeros(len(models), 3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     criterion = nn.CrossEntropyLoss(reduction="sum")
-    with torch.no_grad():
-        for images, labels in batches.epoch():
+    with evaluating(model), torch.no_grad():
+        for images, labels in counted(batches.epoch(), len(batches), "batches of images"):
             outputs = model(images, which=tuple(models))
             rows[:, 2] += len(labels)
             for i, name in enumerate(models):
                 out = logits(outputs[name]).float()
                 rows[i, 0] += (out.argmax(1) == labels).sum().to(rows.device)
                 rows[i, 1] += criterion(out, labels).to(rows.device)
-    model.train(was)
     return rows
 
 
@@ -61,3 +62,41 @@ def scores(totals: Tensor, models: Sequence[str]) -> dict[str, dict[str, float]]
         name: {"accuracy": right / count, "loss": loss / count}
         for name, (right, loss, count) in zip(models, totals.tolist(), strict=True)
     }
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about one image.
+
+    Attributes:
+        labels: Names of classes, the most probable first.
+        probabilities: Of each, in [0, 1]: the softmax of the model's output.
+    """
+
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def predict(net: DetachableNet, images: Tensor, model: str, top: int = 5) -> list[Prediction]:
+    """What one model of a family says about each image.
+
+    Args:
+        net: The family, in evaluation mode.
+        images: Normalized images `(B, C, H, W)`, as `images.to_tensor` makes them.
+        model: Which model.
+        top: How many classes; all of them where there are fewer.
+
+    Raises:
+        CheckpointError: The family does not know its classes.
+    """
+    classes = net.facts.known_data.classes
+    like = next(p for p in net.parameters() if p.is_floating_point())
+    with torch.inference_mode():
+        shares = logits(net(images.to(like.device, like.dtype), which=model)).float().softmax(1)
+    if shares.shape[1] != len(classes):
+        raise CheckpointError(f"{model} has {shares.shape[1]} outputs, but {len(classes)} classes are named")
+    best, indices = shares.topk(min(top, len(classes)))
+    return [
+        Prediction(tuple(classes[i] for i in row), tuple(values))
+        for row, values in zip(indices.tolist(), best.tolist(), strict=True)
+    ]

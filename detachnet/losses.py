@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -59,7 +59,8 @@ class MultiModelLoss(nn.Module):
             features: As `net(images, which="all", features=True)` returns them.
 
         Raises:
-            RecipeError: A weight belongs to no model, or there is a hint but no features.
+            RecipeError: A weight belongs to no model, or there is a hint but no features; or these are the outputs
+                of one model only.
         """
         return self.total(self.per_model(outputs, target, features))
 
@@ -70,6 +71,11 @@ class MultiModelLoss(nn.Module):
         features: Features | None = None,
     ) -> dict[str, Tensor]:
         """Each model's own loss, without its weight."""
+        if not isinstance(outputs, Mapping):
+            raise RecipeError(
+                f"the multi-model loss takes the outputs of all models by name, not one {type(outputs).__name__}",
+                hint='loss(net(images, which="all"), target)',
+            )
         predictions = {name: logits(out) for name, out in outputs.items()}
         losses = {name: self.criterion(prediction, target) for name, prediction in predictions.items()}
         if self.distillation:
@@ -84,14 +90,18 @@ class MultiModelLoss(nn.Module):
             losses[name] = losses[name] + self.hint * error
         return losses
 
-    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+    def total(self, losses: Mapping[str, Tensor], models: Collection[str] = ()) -> Tensor:
         """The weighted sum of what `per_model` returned.
+
+        Args:
+            losses: Model → its loss.
+            models: All that there are, where these are some of them.
 
         Raises:
             RecipeError: A weight belongs to no model.
         """
         for name in self.weights:
-            if name not in losses:
+            if name not in (models or losses):
                 raise RecipeError(
                     f"there is a loss weight for {name!r}, but no such model",
                     nearest=nearest(name, losses) or list(losses),

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
-from collections.abc import Callable
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
 import torchvision
-from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
-from torchvision.models.vgg import cfgs as vgg_cfgs
-from torchvision.models.vgg import make_layers
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
 
 from detachnet.errors import ModelError, nearest
+from detachnet.models import NSN, ResNetCifar, VGG16Cifar
+
+logger = logging.getLogger("detachnet")
+WEIGHTS = frozenset({"checkpoint_path", "pretrained", "weights"})
+"""Arguments that give a model trained weights."""
+FETCHING = WEIGHTS | {
+    "cache_dir",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "weights_backbone",
+}
+"""Arguments by which a model's constructor reads or fetches a file, and those that say how. They are of no use to
+build the model again: the weights are in the family's file."""
 
 
 @dataclass(frozen=True)
@@ -24,115 +41,6 @@ class ModelSource:
 
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-class VGG16Cifar(nn.Module):
-    """VGG-16 for 32×32 images, as the paper trains it.
-
-    Batch norm after every weight layer but the last; the first two fully connected layers are removed and
-    the last one is 512 → `num_classes`. The layers are torchvision's, so `features.6` and `features.23` are
-    the first and the third pooling layer, the paper's two cuts.
-
-    Args:
-        num_classes: Size of the output, `(B, num_classes)`.
-        width: Multiplies every number of channels.
-
-    Source: Fuengfusin & Tamukoh, JRNAL 8(1), 2021, section 3; initialized as torchvision's VGG.
-    """
-
-    def __init__(self, num_classes: int = 10, width: float = 1.0) -> None:
-        super().__init__()
-        cfg = [v if isinstance(v, str) else max(1, round(v * width)) for v in vgg_cfgs["D"]]
-        num_chs = [v for v in cfg if isinstance(v, int)]
-        self.features = make_layers(cfg, batch_norm=True)
-        self.classifier = nn.Linear(num_chs[-1], num_classes)
-        for module in self.features:
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.constant_(module.bias, 0)  # type: ignore[arg-type]
-        nn.init.normal_(self.classifier.weight, 0, 0.01)
-        nn.init.zeros_(self.classifier.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of images `(B, 3, 32, 32)`."""
-        logits: Tensor = self.classifier(self.features(x).flatten(1))
-        return logits
-
-
-class ResNetCifar(nn.Module):
-    """A residual network for 32×32 images: three stages of basic blocks with 16, 32 and 64 channels.
-
-    `layer1` and `layer2` are the places to cut. The blocks are torchvision's; where a stage changes the size, the
-    shortcut is a 1×1 convolution.
-
-    Args:
-        num_classes: Size of the output, `(B, num_classes)`.
-        depth: Number of weight layers, 6n + 2: 20, 32, 44, 56, ….
-        width: Multiplies every number of channels.
-
-    Raises:
-        ValueError: `depth` is not 6n + 2.
-
-    Source: He et al., arXiv 1512.03385, section 4.2, with its shortcuts of option B.
-    """
-
-    def __init__(self, num_classes: int = 10, depth: int = 20, width: float = 1.0) -> None:
-        super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth is 6n + 2, such as 20 or 56, not {depth}")
-        small, middle, large = (max(1, round(n * width)) for n in (16, 32, 64))
-        count = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, small, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(small)
-        self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _stage(small, small, count, stride=1)
-        self.layer2 = _stage(small, middle, count, stride=2)
-        self.layer3 = _stage(middle, large, count, stride=2)
-        self.fc = nn.Linear(large, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of images `(B, 3, 32, 32)`."""
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        logits: Tensor = self.fc(x.mean((2, 3)))
-        return logits
-
-
-def _stage(in_chs: int, out_chs: int, count: int, stride: int) -> nn.Sequential:
-    """`count` basic blocks, the first of which changes the size and the number of channels."""
-    shortcut = None
-    if stride != 1 or in_chs != out_chs:
-        shortcut = nn.Sequential(nn.Conv2d(in_chs, out_chs, 1, stride, bias=False), nn.BatchNorm2d(out_chs))
-    blocks = [BasicBlock(in_chs, out_chs, stride, shortcut)]
-    return nn.Sequential(*blocks, *(BasicBlock(out_chs, out_chs) for _ in range(count - 1)))
-
-
-class NSN(nn.Module):
-    """An MLP whose hidden layers are as wide as the image has pixels, so that each can take in the image itself.
-
-    784-784-784-10 by default: `hidden.0` and `hidden.1` are the places to cut, with `stepdown="identity"`.
-
-    Args:
-        num_classes: Size of the output, `(B, num_classes)`.
-        depth: Number of hidden layers.
-        dropout: Probability behind each hidden layer.
-
-    Source: Fuengfusin & Tamukoh, "Network with Sub-Networks", arXiv 1908.00763.
-    """
-
-    def __init__(self, num_classes: int = 10, depth: int = 2, dropout: float = 0.5) -> None:
-        super().__init__()
-        layers = [nn.Sequential(nn.Linear(784, 784), nn.ReLU(), nn.Dropout(dropout)) for _ in range(depth)]
-        self.hidden = nn.Sequential(*layers)
-        self.head = nn.Linear(784, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of images `(B, 1, 28, 28)`."""
-        logits: Tensor = self.head(self.hidden(x.flatten(1)))
-        return logits
 
 
 _OWN: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
@@ -159,9 +67,11 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     code of the user's.
 
     Args:
-        name: `torchvision:NAME`, `timm:NAME` or `detachnet:NAME`.
+        name: `torchvision:NAME`, `timm:NAME`, where timm's tags may follow (`timm:resnet18.a1_in1k`), or
+            `detachnet:NAME`.
         **kwargs: Passed to the library's own constructor: `num_classes=10`, `weights="DEFAULT"`
-            (torchvision), `pretrained=True` (timm).
+            (torchvision), `pretrained=True` (both) or `checkpoint_path="weights.safetensors"` (timm). With
+            published weights and another number of classes the classifier stays new.
 
     Raises:
         ModelError: An unknown name, or arguments the model does not take.
@@ -170,13 +80,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         >>> model = detachnet.create_model("torchvision:vgg16_bn", num_classes=10)
     """
     library, _, short = name.partition(":")
-    if name not in (known := list_models()):
-        same_library = [k for k in known if k.startswith(f"{library}:")] or known
-        raise ModelError(
-            f"unknown model {name!r}",
-            hint="a name is 'torchvision:NAME', 'timm:NAME' or 'detachnet:NAME'",
-            nearest=nearest(name, same_library) or nearest(name, known),
-        )
+    _check_name(name, library, short)
     build: Callable[..., nn.Module] = {
         "detachnet": partial(_own_model, short),
         "torchvision": partial(torchvision.models.get_model, short),
@@ -184,15 +88,187 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     }[library]
     if library == "torchvision" and "weights_backbone" in inspect.signature(_builder(short)).parameters:
         kwargs = {"weights_backbone": None} | kwargs  # torchvision would fetch them
+    extra: dict[str, Any] = {}
     try:
-        model = build(**kwargs)
+        if library == "torchvision" and any(kwargs.get(key) for key in ("pretrained", "weights")):
+            model, extra = _published(short, kwargs)
+        else:
+            model = build(**kwargs)
     except Exception as error:  # whatever the library's constructor raises
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModelError(f"{name} cannot be built with {kwargs}", what=what) from error
-    # Weights are in the checkpoint; loading a family must not fetch them a second time.
-    kept = {k: v for k, v in kwargs.items() if k not in ("weights", "weights_backbone", "pretrained")}
+    kept = extra | {key: value for key, value in kwargs.items() if key not in FETCHING}
+    if library == "timm" and kwargs.get("pretrained"):
+        _say_of_classifier(name, model)
+    if kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay"):
+        kept = _decided_by_cfg(model) | kept
     model.detachnet_source = ModelSource(name, kept)  # type: ignore[assignment]
     return model
+
+
+def _check_name(name: str, library: str, short: str) -> None:
+    """Refuse a name that no library has.
+
+    Raises:
+        ModelError: It is such.
+    """
+    if name in (known := list_models()):
+        return
+    plain, dot, _ = short.partition(".")
+    if dot and library == "timm" and f"timm:{plain}" in known:
+        tags = timm.list_pretrained(f"{plain}.*")
+        if short in tags:
+            return
+        raise ModelError(
+            f"timm has no weights {short!r} of {plain}",
+            hint=f"timm:{plain} without pretrained weights, or one of its tags",
+            nearest=[f"timm:{tag}" for tag in nearest(short, tags) or tags],
+        )
+    bare = name.removeprefix("hf_hub:").removeprefix("hf-hub:").removeprefix("timm/")
+    plain = bare.partition(".")[0]
+    meant = [
+        full for lib, short in (("timm", plain), ("torchvision", bare)) if (full := f"{lib}:{short}") in known
+    ]
+    meant = [f"timm:{bare}" if full.startswith("timm:") else full for full in meant]
+    same_library = [k for k in known if k.startswith(f"{library}:")] or known
+    raise ModelError(
+        f"unknown model {name!r}",
+        hint="a name is 'torchvision:NAME', 'timm:NAME' or 'detachnet:NAME'",
+        nearest=meant or nearest(name, same_library) or nearest(name, known),
+    )
+
+
+def _published(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """torchvision's model with published weights, and the arguments that they decide.
+
+    torchvision refuses another number of classes; here the classifier is left out of the weights, as timm does.
+    """
+    given = dict(kwargs)
+    if given.pop("pretrained", False) and not given.get("weights"):
+        given["weights"] = "DEFAULT"
+    num_classes = given.pop("num_classes", None)
+    whole = torchvision.models.get_model(name, **given)
+    extra = {key: getattr(whole, key) for key in ("transform_input", "aux_logits") if hasattr(whole, key)}
+    theirs = whole.state_dict()
+    weights = given["weights"]
+    known = torchvision.models.get_model_weights(name)
+    outputs = len(
+        (weights if isinstance(weights, known) else known[str(weights).rpartition(".")[2]]).meta["categories"]
+    )
+    if num_classes in (None, outputs):
+        return whole, extra
+    rest = {key: value for key, value in given.items() if key not in WEIGHTS} | extra
+    model: nn.Module = torchvision.models.get_model(name, **rest, num_classes=num_classes)
+    ours = model.state_dict()
+    fits = {key: value for key, value in theirs.items() if key in ours and ours[key].shape == value.shape}
+    new = sorted({key.rpartition(".")[0] for key in ours if key not in fits})
+    model.load_state_dict(fits, strict=False)
+    model.detachnet_new = tuple(new)  # type: ignore[assignment]
+    logger.info(
+        "torchvision:%s: %s new, for %s classes; the weights are of %s", name, _listed(new), num_classes, outputs
+    )
+    return model, extra
+
+
+def _say_of_classifier(name: str, model: nn.Module) -> None:
+    """Say that timm left the classifier out of the weights, where it did."""
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    outputs, ours = cfg.get("num_classes"), model.num_classes
+    if outputs and outputs != ours:
+        layers = cfg.get("classifier") or "the classifier"
+        new = [layers] if isinstance(layers, str) else list(layers)
+        model.detachnet_new = tuple(new)  # type: ignore[assignment]
+        named = _listed(new)
+        logger.info("%s: %s new, for %s classes; the weights are of %s", name, named, ours, outputs)
+
+
+def new_layers(model: nn.Module) -> tuple[str, ...]:
+    """The layers that `create_model` left out of published weights."""
+    layers: tuple[str, ...] = getattr(model, "detachnet_new", ())
+    return layers
+
+
+def _listed(layers: list[str]) -> str:
+    """Layers in a sentence."""
+    return f"{', '.join(map(repr, layers))} {'is' if len(layers) == 1 else 'are'}"
+
+
+def is_own(name: str) -> bool:
+    """Whether a model's name is `path/to/file.py:FUNCTION`."""
+    return name.rpartition(":")[0].endswith(".py")
+
+
+def build_model(name: str, folder: Path | None = None, **kwargs: Any) -> nn.Module:
+    """`create_model`, or what a function of a user's own file returns; its code runs.
+
+    Args:
+        name: A name of the zoo, or `path/to/file.py:FUNCTION`.
+        folder: Where a relative path is looked for, too.
+        **kwargs: Arguments of the constructor or of the function.
+
+    Raises:
+        ModelError: As `create_model`; there is no such file or function, or it fails, or returns no model.
+    """
+    if not is_own(name):
+        return create_model(name, **kwargs)
+    text, _, function = name.rpartition(":")
+    found = [path for path in (Path(text), *([folder / text] if folder else [])) if path.is_file()]
+    if not found:
+        raise ModelError(f"there is no file {text}", hint="path/to/file.py:FUNCTION")
+    with _importing_beside(found[0]):
+        make = getattr(_module(found[0]), function, None)
+        if not callable(make):
+            raise ModelError(f"{text} has no function {function!r} that makes a model")
+        try:
+            model = make(**kwargs)
+        except TypeError as error:
+            raise ModelError(f"{function} of {text} cannot be called with {kwargs}", what=str(error)) from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{function} of {text} returns a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _module(path: Path) -> Any:
+    """A file of Python, run."""
+    spec = importlib.util.spec_from_file_location(f"detachnet_user_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file raises
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ModelError(f"{path} cannot be run", what=what) from error
+    return module
+
+
+@contextmanager
+def _importing_beside(path: Path) -> Iterator[None]:
+    """Whatever is beside a file can be imported inside, as when it is run."""
+    sys.path.insert(0, folder := str(path.parent.resolve()))
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def inferred_source(model: nn.Module) -> ModelSource | None:
+    """Where a model that `timm.create_model` made came from, by its own account; None of any other."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not isinstance(cfg, dict) or not type(model).__module__.startswith("timm.models."):
+        return None
+    name, num_classes = f"timm:{cfg.get('architecture')}", getattr(model, "num_classes", None)
+    if not isinstance(num_classes, int) or name not in list_models("timm"):
+        return None
+    first = next((p for p in model.parameters() if p.ndim == 4), None)
+    in_chans = {} if first is None or first.shape[1] == cfg["input_size"][0] else {"in_chans": first.shape[1]}
+    return ModelSource(name, {"num_classes": num_classes, **in_chans})
+
+
+def _decided_by_cfg(model: nn.Module) -> dict[str, Any]:
+    """The arguments whose defaults timm takes from a `pretrained_cfg`."""
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    return {"num_classes": model.num_classes, "in_chans": cfg["input_size"][0]}
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:
@@ -228,3 +304,17 @@ def default_input_size(model: nn.Module) -> tuple[int, ...] | None:
         side = 299 if isinstance(model, torchvision.models.Inception3) else 224
         return (3, side, side)
     return None
+
+
+def normalization(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that a model's published weights expect: timm's for it, else ImageNet's.
+
+    Raises:
+        ModelError: timm has the model, but not these weights of it.
+    """
+    library, _, name = model.partition(":")
+    try:
+        cfg = timm.models.get_pretrained_cfg(name) if library == "timm" else None
+    except RuntimeError as error:
+        raise ModelError(f"unknown model {model!r}", what=str(error)) from error
+    return (tuple(cfg.mean), tuple(cfg.std)) if cfg else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from detachnet.data import COLUMNS, load_data
+from detachnet.data.datasets import COLUMNS, load_data
 
-TARGET = Path(__file__).parents[1] / "detachnet" / "embedded"
+TARGET = Path(__file__).parents[1] / "detachnet" / "data" / "embedded"
 
 
 def main(root: str) -> None:

@@ -12,12 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from detachnet.comparison import COLUMNS, cells, compare, figure
-from detachnet.heap import keep_freed
-from detachnet.recipe import Recipe, load_recipe
-from detachnet.report import markdown
-from detachnet.runs import RunFolder
-from detachnet.trainer import Listener, train
+from detachnet.memory import keep_freed
+from detachnet.report import comparison
+from detachnet.training.recipe import Recipe, load_recipe
+from detachnet.training.runs import RunFolder
+from detachnet.training.trainer import Listener, train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "study_cifar10.toml"
 NO_WEIGHTS = "loss.weights={}"
@@ -25,6 +24,14 @@ NO_DISTILLATION = "loss.distillation=0"
 ONE_HEAD = "family.head=shared"
 CONV = "family.stepdown=conv"
 SHARED = "family.norm=shared"
+NO_CUTS = "family.cuts=[]"
+LATE = 'family.models.late.drop=["features.16:features.22","features.26:features.32","features.36:features.42"]'
+"""Without convolutions 6, 7, 9, 10, 12 and 13."""
+INNER = (
+    'family.models.inner.drop=["features.2:features.5","features.9:features.12","features.16:features.22",'
+    '"features.26:features.29"]'
+)
+"""Without convolutions 2, 4, 6, 7 and 9."""
 
 RUNS: dict[str, tuple[str, ...]] = {
     "all": (),
@@ -43,6 +50,11 @@ RUNS: dict[str, tuple[str, ...]] = {
     "hint": ("loss.hint=1",),
     "larger": ("loss.teacher=larger",),
     "temperature": ("loss.temperature=2",),
+    "late": (NO_CUTS, LATE, NO_WEIGHTS),
+    "inner": (NO_CUTS, INNER, NO_WEIGHTS),
+    "late+inner": (NO_CUTS, LATE, INNER, NO_WEIGHTS),
+    "late-alone": (NO_CUTS, LATE, 'train.models=["late"]', NO_WEIGHTS),
+    "inner-alone": (NO_CUTS, INNER, 'train.models=["inner"]', NO_WEIGHTS),
 }
 """Name -> what is overridden in the recipe, which has all levers that help together."""
 
@@ -53,7 +65,7 @@ def run(name: str, seed: int, out: Path, data_root: str | None, changes: list[st
     recipe: Recipe = load_recipe(RECIPE, [*overrides, *changes, f"train.seed={seed}"])
     folder = RunFolder(out / f"{name}-{seed}")
     if folder.results.exists():
-        if folder.recipe.read_text() != recipe.to_toml():
+        if load_recipe(folder.recipe) != recipe:
             sys.exit(f"{folder.path} was trained with another recipe: remove it, or choose another --out")
         return
     print(f"{name}, seed {seed}", flush=True)
@@ -76,10 +88,10 @@ def main() -> None:
         for name in names:
             run(name, seed, options.out, options.data_root, options.changes)
     finished = [options.out / f"{name}-{seed}" for name in RUNS for seed in range(options.seeds)]
-    entries = compare([path for path in finished if RunFolder(path).results.exists()])
-    table = markdown(COLUMNS, cells(entries))
+    entries = comparison.compare([path for path in finished if RunFolder(path).results.exists()])
+    table = comparison.table(entries).markdown()
     (options.out / "table.md").write_text(table)
-    figure(entries, options.out / "accuracy.svg")
+    comparison.figure(entries, options.out / "accuracy.svg")
     print(table)
 
 

@@ -1,8 +1,16 @@
 import random
+import signal
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+
+from tests.runs import tenth
+
+settings.register_profile("detachnet", deadline=None)  # a busy machine is no failure
+settings.load_profile("detachnet")
 
 
 @pytest.fixture(autouse=True)
@@ -10,3 +18,25 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _signals_of_a_terminal() -> Iterator[None]:
+    """Signals are handled as where a person runs the tests: a shell's background jobs ignore Ctrl-C, say."""
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def little_data() -> Iterator[None]:
+    """Training runs read every tenth image."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detachnet.training.trainer.load_data", tenth)
+        yield

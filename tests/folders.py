@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from detachnet.recipe import Recipe, parse_recipe
+from detachnet.data import shards
+from detachnet.training.recipe import Recipe, parse_recipe
 
 CLASSES = ("10", "9", "cat", "dog")
 """Sorted as text; timm sorts numbers as numbers."""
@@ -47,3 +48,9 @@ def recipe(**changes: object) -> Recipe:
         else:
             tables[table] = value
     return parse_recipe({"description": "a test's", **tables})
+
+
+def make_shards(folder: Path, out: Path, per_shard: int) -> Path:
+    """The folder of shards, made."""
+    shards.make_shards(folder, out, per_shard)
+    return out

@@ -1,8 +1,10 @@
 """What several tests compare."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,11 @@ import detachnet
 from detachnet.losses import logits
 
 DROPPING = ("Dropout", "StochasticDepth", "DropPath")
+
+
+def slow_but(fast: Sequence[object], values: Iterable[object]) -> list[Any]:
+    """Values for `parametrize`; `make fast` runs only the fast ones."""
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -34,7 +41,10 @@ def assert_joint_equals_separate(net: detachnet.DetachableNet, images: Tensor) -
     together, apart = net.train(), copy.deepcopy(net).train()
     target = torch.arange(len(images)) % 5
     outputs = together(images, which="all")
-    separate = {name: apart(images, which=name) for name in apart.names}
+    separate = {}
+    for name in apart.names:
+        with apart.in_turn(name, apart.names):
+            separate[name] = apart(images, which=name)
     for results in (outputs, separate):
         torch.stack([F.cross_entropy(logits(out), target) for out in results.values()]).sum().backward()
     for name in net.names:
@@ -52,3 +62,7 @@ def assert_joint_equals_separate(net: detachnet.DetachableNet, images: Tensor) -
 def pairs(one: nn.Module, other: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
     for (name, p), (_, q) in zip(one.named_parameters(), other.named_parameters(), strict=True):
         yield name, p, q
+
+
+def shift(image: tuple[int, ...], feature: tuple[int, ...]) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(feature[1:]), nn.Conv2d(image[0], feature[0], 1))

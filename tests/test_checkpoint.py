@@ -1,21 +1,21 @@
 import json
-import resource
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 import detachnet
 from detachnet import checkpoint
-from detachnet.plan import Head, Norm
+from detachnet.surgery.plan import Head, Norm
 from detachnet.zoo import ModelSource
 from tests import models
-from tests.test_stepdown import shift
+from tests.disks import disk_of
+from tests.helpers import shift, slow_but
 
 
 @pytest.fixture
@@ -89,6 +89,7 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert_same(detachnet.load(tmp_path / "tied.safetensors", Tied()), net, torch.randn(2, 3, 8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", [{"drop_path_rate": 0.1}, {"num_classes": 3}])
 def test_arguments_of_the_zoo(tmp_path: Path, kwargs: dict[str, float]) -> None:
     net = detachnet.make_detachable(
@@ -192,21 +193,30 @@ def test_a_header_that_asks_for_something_unknown(
         detachnet.load(path)
 
 
+@pytest.mark.slow
+def test_arguments_that_fetch_are_not_stored(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_file(detachnet.create_model("timm:resnet18", num_classes=7).state_dict(), weights)
+    model = detachnet.create_model("timm:resnet18", num_classes=7, checkpoint_path=str(weights))
+    net = detachnet.make_detachable(model, ["layer1"], (3, 32, 32)).eval()
+    detachnet.save(net, tmp_path / "family.safetensors")
+    weights.unlink()
+    assert_same(detachnet.load(tmp_path / "family.safetensors"), net)
+
+
+@pytest.mark.slow
+def test_what_a_pretrained_cfg_decided_is_stored(tmp_path: Path) -> None:
+    overlay = {"num_classes": 5, "input_size": (1, 32, 32)}
+    model = detachnet.create_model("timm:resnet10t", pretrained_cfg_overlay=overlay)
+    net = detachnet.make_detachable(model, ["layer1"], (1, 32, 32)).eval()
+    detachnet.save(net, tmp_path / "family.safetensors")
+    assert_same(detachnet.load(tmp_path / "family.safetensors"), net, torch.randn(2, 1, 32, 32))
+
+
 def test_arguments_that_cannot_be_stored(net: detachnet.DetachableNet, tmp_path: Path) -> None:
     net.base.detachnet_source = ModelSource("timm:resnet18", {"act_layer": nn.ReLU})  # type: ignore[assignment]
     with pytest.raises(detachnet.CheckpointError, match="cannot be stored"):
         detachnet.save(net, tmp_path / "family.safetensors")
-
-
-@contextmanager
-def disk_of(num_bytes: int) -> Iterator[None]:
-    """Writing more than so many bytes to a file fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_full_disk_leaves_the_old_checkpoint(net: detachnet.DetachableNet, tmp_path: Path) -> None:
@@ -229,7 +239,7 @@ def test_unwritable_folder(net: detachnet.DetachableNet, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["base", "sub0", "sub1"])
 def test_one_model_alone(net: detachnet.DetachableNet, tmp_path: Path, name: str) -> None:
-    net.accuracy, net.trained = {"base": 0.5, "sub1": 0.25}, ("base", "sub1")
+    net.facts = net.facts.updated(accuracy={"base": 0.5, "sub1": 0.25}, trained=("base", "sub1"))
     path = tmp_path / "alone.safetensors"
     detachnet.save(net, path, which=name)
     alone = detachnet.load(path)
@@ -237,7 +247,7 @@ def test_one_model_alone(net: detachnet.DetachableNet, tmp_path: Path, name: str
     assert torch.equal(alone(IMAGES), net(IMAGES, which=name))
     header, tensors = checkpoint.read(path)
     assert (header.detached, header.plan.names) == (name, tuple(dict.fromkeys(["base", name])))
-    assert header.accuracy == {model: value for model, value in net.accuracy.items() if model == name}
+    assert header.accuracy == {model: value for model, value in net.facts.accuracy.items() if model == name}
     assert tensors.keys() == net.detach(name).state_dict().keys()
 
 
@@ -263,8 +273,143 @@ def test_one_model_is_no_family(net: detachnet.DetachableNet, tmp_path: Path) ->
         checkpoint.load_family(path)
     rewrite(path, {"detached": "sub7"})
     with pytest.raises(
-        detachnet.CheckpointError, match=r"says something unknown[\s\S]*'sub7' is none of the models"
+        detachnet.CheckpointError, match=r"says something unknown[\s\S]*'sub7', which is none of the models"
     ):
         detachnet.load(path)
     with pytest.raises(detachnet.CutError, match="no model is called 'sub9'"):
         detachnet.save(net, tmp_path / "other.safetensors", which="sub9")
+
+
+class Swap:
+    """Ways to change a model of the zoo: what its file says then."""
+
+    @staticmethod
+    def activation(model: nn.Module) -> None:
+        model.act1 = nn.SiLU()
+
+    @staticmethod
+    def epsilon(model: nn.Module) -> None:
+        model.bn1.eps = 0.1  # type: ignore[union-attr, assignment]
+
+    @staticmethod
+    def stride(model: nn.Module) -> None:
+        model.maxpool.stride = 1  # type: ignore[union-attr, assignment]
+
+    @staticmethod
+    def pooling(model: nn.Module) -> None:
+        model.maxpool = nn.Identity()
+
+    @staticmethod
+    def classes(model: nn.Module) -> None:
+        model.fc = nn.Linear(512, 3)
+
+
+CHANGES = {
+    Swap.activation: "class of 'act1' is SiLU, not ReLU",
+    Swap.epsilon: "eps of 'bn1' is 0.1, not 1e-05",
+    Swap.stride: "stride of 'maxpool' is 1, not 2",
+    Swap.pooling: "class of 'maxpool' is Identity, not MaxPool2d",
+    Swap.classes: r"out_features of 'fc' is 3, not 1000",
+}
+
+
+@pytest.mark.parametrize("change", slow_but([Swap.stride], CHANGES))
+def test_a_changed_model_of_the_zoo_is_saved_as_ones_own(
+    tmp_path: Path, change: Callable[[nn.Module], None]
+) -> None:
+    model = detachnet.create_model("timm:resnet18")
+    change(model)
+    net, path = detachnet.make_detachable(model, ["layer2"], (3, 64, 64)).eval(), tmp_path / "family.safetensors"
+    with pytest.raises(
+        detachnet.CheckpointError, match=rf"was changed afterwards[\s\S]*{CHANGES[change]}[\s\S]*own=True"
+    ):
+        detachnet.save(net, path)
+    detachnet.save(net, path, own=True)
+    with pytest.raises(
+        detachnet.CheckpointError, match=r"a model of the user's own, ResNet[\s\S]*load\(path, model=|model="
+    ):
+        detachnet.load(path)
+    assert_same(detachnet.load(path, model=model), net, torch.randn(2, 3, 64, 64))
+
+
+def test_loading_says_when_layers_are_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net, path = detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8)), tmp_path / "own.safetensors"
+    detachnet.save(net, path)
+    caplog.clear()
+    detachnet.load(path, models.Plain())
+    assert not caplog.records
+    other = models.Plain()
+    other.bn2.eps = 0.1
+    detachnet.load(path, other)
+    assert "was made from a Plain whose layers had other classes, attributes or shapes" in caplog.text
+
+
+class Scaling(nn.Conv2d):
+    """Keeps something besides its tensors."""
+
+    state: object = {"scale": 3}
+
+    def get_extra_state(self) -> object:
+        return self.state
+
+    def set_extra_state(self, state: object) -> None:
+        self.state = state
+
+
+def scaling(state: object) -> detachnet.DetachableNet:
+    model = models.Plain()
+    model.conv2 = Scaling(4, 8, 3, padding=1)
+    model.conv2.state = state  # type: ignore[attr-defined]
+    return detachnet.make_detachable(model, ["pool"], (3, 8, 8)).eval()
+
+
+@pytest.mark.parametrize("state", [{"scale": 3}, [1, "two", None], torch.ones(3)], ids=["dict", "list", "tensor"])
+@pytest.mark.parametrize("which", [None, "sub0"])
+def test_extra_state_comes_back(tmp_path: Path, state: object, which: str | None) -> None:
+    detachnet.save(scaling(state), tmp_path / "own.safetensors", which)
+    fresh = models.Plain()
+    fresh.conv2 = Scaling(4, 8, 3, padding=1)
+    again = detachnet.load(tmp_path / "own.safetensors", fresh)
+    layer = again.conv2 if which else again.base.conv2
+    assert torch.equal(layer.state, state) if isinstance(state, torch.Tensor) else layer.state == state
+
+
+@pytest.mark.parametrize("state", [{1: 2}, object(), (1, 2)], ids=["keys", "object", "tuple"])
+def test_extra_state_that_is_no_json(tmp_path: Path, state: object) -> None:
+    with pytest.raises(detachnet.CheckpointError, match="the extra state of 'conv2' cannot be stored"):
+        detachnet.save(scaling(state), tmp_path / "own.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"act_layer": nn.SiLU}, "the arguments the model was made with cannot be stored"),
+        ({"norm_layer": nn.BatchNorm2d}, "the arguments the model was made with cannot be stored"),
+    ],
+)
+def test_what_loading_refuses_is_refused_before(kwargs: dict[str, object], message: str) -> None:
+    model = detachnet.create_model("timm:resnet18", num_classes=5, **kwargs)
+    net = detachnet.make_detachable(model, ["layer1"], (3, 32, 32), check="none")
+    with pytest.raises(detachnet.CheckpointError, match=message):
+        checkpoint.check_storable(net)
+    checkpoint.check_storable(net, own=True)
+
+
+def test_what_timm_made_loads_without_its_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net = detachnet.make_detachable(
+        timm.create_model("resnet10t", num_classes=7, in_chans=1), ["layer2"], (1, 32, 32)
+    )
+    images = torch.randn(2, 1, 32, 32)
+    with caplog.at_level("INFO"):
+        detachnet.save(net, tmp_path / "net.safetensors")
+        again = detachnet.load(tmp_path / "net.safetensors")
+        assert torch.equal(again(images), net.eval()(images))
+        assert not caplog.text
+        net.base.layer1 = torch.nn.Sequential(*net.base.layer1.children(), torch.nn.Identity())  # type: ignore[union-attr]
+        changed = detachnet.make_detachable(net.base, ["layer2"], (1, 32, 32))
+        detachnet.save(changed, tmp_path / "changed.safetensors")
+    assert "changed.safetensors: loading it needs the model: load(path, model=ResNet(...))" in caplog.text
+    assert "; unlike timm:resnet10t, there is 'layer1.1'" in caplog.text
+    with pytest.raises(detachnet.CheckpointError, match="a model of the user's own, ResNet"):
+        detachnet.load(tmp_path / "changed.safetensors")
+    assert detachnet.load(tmp_path / "changed.safetensors", model=net.base).names == ("base", "sub0")

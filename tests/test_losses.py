@@ -83,3 +83,10 @@ def test_probabilities_as_targets() -> None:
     torch.testing.assert_close(loss(outputs, F.one_hot(target, 3).float()), hard)
     half = 0.5 * (F.one_hot(target, 3) + F.one_hot(target.flip(0), 3)).float()
     torch.testing.assert_close(loss(outputs, half), 0.5 * (hard + loss(outputs, target.flip(0))))
+
+
+def test_the_output_of_one_model_is_refused() -> None:
+    with pytest.raises(
+        detachnet.RecipeError, match=r"by name, not one Tensor\n  try      loss\(net\(images, which=\"all\"\)"
+    ):
+        detachnet.MultiModelLoss()(torch.randn(2, 3), torch.tensor([0, 1]))  # type: ignore[arg-type]

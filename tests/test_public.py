@@ -13,7 +13,7 @@ def test_public_names_are_sorted_and_exist() -> None:
     assert detachnet.__all__ == sorted(detachnet.__all__)
     for name in detachnet.__all__:
         assert getattr(detachnet, name).__doc__
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match=r"attribute '?nothing"):
         detachnet.nothing  # noqa: B018
 
 
@@ -31,6 +31,7 @@ def examples() -> list[tuple[str, str, str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "code", "printed"), examples())
 def test_every_example_runs_and_prints_what_the_page_says(
     page: str,

@@ -1,11 +1,29 @@
 """The checked-in table of every model; a sample of it is run here, all of it by `make zoo`."""
 
+import os
+import signal
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
 import pytest
 import timm
+import torch
 import torchvision
 
 import detachnet
-from tests.zoo.check import check, check_joint, every_name, family_of, page, read_table
+from detachnet.zoo import model_source, new_layers
+from tests.helpers import slow_but
+from tests.zoo.check import (
+    TABLE_OF,
+    check,
+    check_joint,
+    every_name,
+    family_of,
+    in_processes,
+    page,
+    read_table,
+    sample,
+)
 
 TABLE = {row.name: row for row in read_table()}
 SAMPLE = sorted({row.family: row.name for row in TABLE.values()}.values())[::6]
@@ -16,22 +34,58 @@ def working(names: list[str]) -> float:
     return sum(bool(row.cuts) and row.cuts != "0" and not row.refusal for row in rows) / len(rows)
 
 
-@pytest.mark.skipif(timm.__version__ != "1.0.31", reason="the table is of timm 1.0.31")
+of_this_timm = pytest.mark.skipif(timm.__version__ != TABLE_OF, reason=f"the table is of timm {TABLE_OF}")
+
+
+@of_this_timm
 def test_the_table_has_every_name() -> None:
     assert set(TABLE) == set(every_name())
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@of_this_timm
+@pytest.mark.parametrize("name", slow_but(SAMPLE[:1], SAMPLE))
 def test_a_sample_of_the_table(name: str) -> None:
     row, known = check(name), TABLE[name]
     assert (row.cuts, row.refusal) == (known.cuts, known.refusal)
 
 
+def test_samples(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    names = every_name()
+    assert sample(names, 20, 1) == sample(names, 20, 1) != sample(names, 20, 2)
+    assert len(sample(names, 20, 1)) == 20
+    monkeypatch.setattr("tests.zoo.check.TABLE_OF", "0")
+    assert {name.partition(":")[0] for name in sample(names, 20, 1)} == {"torchvision"}
+    assert "its models are left out" in capsys.readouterr().out
+
+
+def killed(name: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_ends_the_check() -> None:  # as where memory is short: not a wait without end
+    with pytest.raises(BrokenProcessPool):
+        list(in_processes(killed, ["a", "b", "c"], 2))
+
+
+def name_and_process(name: str) -> tuple[str, int]:
+    return name, os.getpid()
+
+
+def test_processes_are_new_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.zoo.check.FRESH", 3)
+    names = [f"model{i}" for i in range(20)]
+    made = list(in_processes(name_and_process, names, 2))
+    assert [name for name, _ in made] == names
+    assert len({process for _, process in made}) > 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm:levit_128s", "timm:mobilevitv2_050"])
 def test_joint_passes_of_a_sample(name: str) -> None:
     assert check_joint(name) == (name, "equal")
 
 
+@of_this_timm
 def test_targets() -> None:
     torchvision_names = [f"torchvision:{n}" for n in torchvision.models.list_models(module=torchvision.models)]
     assert len(torchvision_names) == 80
@@ -47,6 +101,7 @@ def test_detection_is_refused_with_advice() -> None:
     assert "make_detachable(model.backbone" in row.refusal
 
 
+@of_this_timm
 def test_the_page_is_made_from_the_table() -> None:
     from tests.zoo.check import PAGE
 
@@ -70,3 +125,50 @@ def test_resnets_for_small_images_have_the_papers_size() -> None:
     for depth, millions in sizes.items():
         model = detachnet.create_model("detachnet:resnet_cifar", depth=depth)
         assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == pytest.approx(millions, abs=0.011)
+
+
+def test_timms_tags() -> None:
+    model = detachnet.create_model("timm:resnet18.a1_in1k", num_classes=5)
+    source = model_source(model)
+    assert source is not None
+    assert (source.name, source.kwargs) == ("timm:resnet18.a1_in1k", {"num_classes": 5})
+    with pytest.raises(detachnet.ModelError, match=r"timm has no weights 'resnet18.a2' of resnet18") as error:
+        detachnet.create_model("timm:resnet18.a2")
+    assert "timm:resnet18.a1_in1k" in error.value.candidates
+
+
+@pytest.mark.parametrize("name", ["resnet18.a1_in1k", "timm/resnet18.a1_in1k", "hf_hub:timm/resnet18.a1_in1k"])
+def test_names_as_others_write_them(name: str) -> None:
+    with pytest.raises(detachnet.ModelError, match="unknown model") as error:
+        detachnet.create_model(name)
+    assert error.value.candidates[0] == "timm:resnet18.a1_in1k"
+
+
+@pytest.mark.parametrize(("name", "layer"), [("resnet18", "fc"), ("googlenet", "fc")])
+def test_published_weights_with_other_classes(
+    name: str, layer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    published = torchvision.models.get_model(name, init_weights=False) if name == "googlenet" else None
+    state = (published or torchvision.models.get_model(name)).state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: state)
+    with caplog.at_level("INFO"):
+        model = detachnet.create_model(f"torchvision:{name}", pretrained=True, num_classes=7)
+    assert f"'{layer}' is new, for 7 classes; the weights are of 1000" in caplog.text
+    assert new_layers(model) == (layer,)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[key]) != key.startswith(f"{layer}."), key
+    net = detachnet.make_detachable(model, 1, (3, 96, 96), check="none")
+    detachnet.save(net, tmp_path / "net.safetensors")
+    assert detachnet.load(tmp_path / "net.safetensors").base.fc.out_features == 7
+    caplog.clear()
+    same = detachnet.create_model(f"torchvision:{name}", weights="DEFAULT", num_classes=1000)
+    assert torch.equal(same.fc.weight, state["fc.weight"])  # type: ignore[union-attr,arg-type]
+    assert not caplog.text
+
+
+def test_timm_says_that_the_classifier_is_new(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth")}
+    with caplog.at_level("INFO"):
+        detachnet.create_model("timm:resnet10t", pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay)
+    assert "timm:resnet10t: 'fc' is new, for 7 classes; the weights are of 1000" in caplog.text

@@ -1,0 +1,222 @@
+"""name, root, split -> images of files, opened through timm's data factory."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data import create_dataset
+
+from detachnet.data.datasets import places_of
+from detachnet.data.images import SUFFIXES, read_image, to_mode
+from detachnet.errors import DataError, nearest
+
+_SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
+"""Names of folders that stand for one another, as in timm's `create_dataset`."""
+CLASSES = "classes.txt"
+"""Beside shards: the name of each class, one a line."""
+Sample = Mapping[str, Any]
+"""An image of a shard: the bytes of its files by suffix, its `__key__` and the `__url__` of its shard."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """One split of a data set of image files.
+
+    Attributes:
+        name: `folder`, `wds/NAME` or `hfds/NAME`.
+        split: Which split.
+        classes: Name of each class.
+        num_images: Images in the split.
+        shards: Paths of the WebDataset shards, which are read from front to back; empty where each image can be
+            read by its number.
+        reader: timm's, of images that can be.
+        labels: timm's labels to ours, where they differ.
+    """
+
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    num_images: int
+    shards: tuple[str, ...] = ()
+    reader: Any = None
+    labels: Mapping[int, int] = field(default_factory=dict)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """An image in colours, and its label.
+
+        Raises:
+            DataError: It cannot be read; the message names it.
+        """
+        name = self._name(index)
+        try:
+            file, label = self.reader[index]
+        except OSError as error:
+            raise DataError(f"{name} cannot be read", what=str(error)) from error
+        with file:
+            return self._checked(file, self.labels.get(label, label), name)
+
+    def samples(self, shards: Sequence[str]) -> Iterator[Sample]:
+        """Yield the images of some shards, not yet decoded.
+
+        Raises:
+            DataError: A shard is missing, truncated or damaged.
+        """
+        from webdataset.tariterators import group_by_keys, tar_file_expander  # an extra
+
+        for shard in shards:
+            try:
+                with open(shard, "rb") as stream:
+                    yield from group_by_keys(tar_file_expander([{"url": shard, "stream": stream}]))
+            except (OSError, tarfile.TarError, ValueError) as error:
+                what = str(error.args[0]) if error.args else type(error).__name__
+                raise DataError(f"the shard {shard} cannot be read", what=what) from error
+
+    def decode(self, sample: Sample) -> tuple[Image.Image, int]:
+        """The image of a shard's sample in colours, and its label.
+
+        Raises:
+            DataError: It cannot be read, or has no image or no `.cls` with a number.
+        """
+        name = f"{sample['__key__']} of {sample['__url__']}"
+        image = next((sample[key] for key in sample if f".{key}" in SUFFIXES), None)
+        if image is None:
+            raise DataError(f"{name} has no image", hint=f"suffixes looked for: {' '.join(SUFFIXES)}")
+        try:
+            label = int(sample["cls"])
+        except (KeyError, ValueError) as error:
+            raise DataError(f"{name} has no label", hint="its .cls file holds the number of its class") from error
+        return self._checked(BytesIO(image), self.labels.get(label, label), name)
+
+    def _checked(self, file: Any, label: Any, name: str) -> tuple[Image.Image, int]:
+        """An open file's picture and its label, if that is one of the classes'."""
+        if not isinstance(label, int) or not 0 <= label < len(self.classes):
+            raise DataError(f"{name} has the label {label!r}, but there are {len(self.classes)} classes")
+        return to_mode(read_image(file, name), 3), label
+
+    def _name(self, index: int) -> str:
+        """What errors call an image."""
+        if self.name == "folder":
+            return str(self.reader.filename(index, absolute=True))
+        return f"image {index} of {self.name}, {self.split}"
+
+
+def open_files(name: str, root: str | Path | None, split: str, classes: Sequence[str] = ()) -> Files:
+    """Open one split of a data set of image files.
+
+    Args:
+        name: `folder`: a folder per class; `wds/NAME`: WebDataset shards; `hfds/NAME`: a data set of Hugging
+            Face's, or the folder of one, which `datasets` fetches if it is not there.
+        root: Where to look first; then `$DETACHNET_DATA`, then `./data`. For `hfds/NAME` the folder in which
+            `datasets` keeps what it has fetched; its own if none is given.
+        split: A folder's name or a synonym of it (`val` for `validation`), a split of the shards' `_info.json` or
+            `NAME-{0000..0127}.tar|COUNT`, or a split of the data set.
+        classes: Those of the training split, for another split of it.
+
+    Raises:
+        DataError: The data, one of its classes or a package is missing.
+    """
+    scheme = name.partition("/")[0]
+    opened = {"folder": _folder, "wds": _shards, "hfds": _hub}[scheme](name, root, split)
+    if not classes or opened.classes == tuple(classes):
+        return opened
+    if unknown := [c for c in opened.classes if c not in classes]:
+        raise DataError(
+            f"the split {split!r} has a class {unknown[0]!r} that the training images do not have",
+            nearest=nearest(unknown[0], classes),
+        )
+    labels = {i: classes.index(c) for i, c in enumerate(opened.classes)}
+    return Files(name, split, tuple(classes), opened.num_images, opened.shards, opened.reader, labels)
+
+
+def _folder(name: str, root: str | Path | None, split: str) -> Files:
+    """A folder with a folder of images per class."""
+    names = (split, *(s for group in _SYNONYMS if split in group for s in group if s != split))
+    looked = [place / folder for place in places_of(root) for folder in names]
+    folder = next((path for path in looked if path.is_dir()), None)
+    if folder is None:
+        raise DataError(
+            f"there is no folder of {split} images",
+            what="looked for " + ", ".join(map(str, looked)),
+            hint="--data-root DIR or DETACHNET_DATA=DIR says where it is: DIR/train/CLASS/*.jpg",
+        )
+    reader = _create(name, str(folder), split, search_split=False).reader
+    start = len(str(folder)) + 1
+    full = {str(path)[start:].partition("/")[0] for path, _ in reader.samples}
+    for sub in sorted(folder.iterdir()):
+        if sub.is_dir() and sub.name not in full and not sub.name.startswith("."):
+            raise DataError(f"the class {sub.name!r} is empty: there is no image in {sub}")
+    if "" in reader.class_to_idx:
+        raise DataError(
+            f"there are images in {folder} itself, which belong to no class",
+            what=next(str(path) for path, label in reader.samples if label == reader.class_to_idx[""]),
+            hint=f"put them in a folder per class: {folder}/CLASS/*.jpg",
+        )
+    return Files(name, split, tuple(reader.class_to_idx), len(reader), reader=reader)
+
+
+def _shards(name: str, root: str | Path | None, split: str) -> Files:
+    """WebDataset shards: `KEY.jpg` and `KEY.cls` in tar files."""
+    _need("webdataset", "WebDataset shards", "wds")
+    places = places_of(root)
+    place = next((path for path in places if any(path.glob("*.tar"))), None)
+    if place is None:
+        raise DataError(
+            f"there are no shards of {name}",
+            what="looked for *.tar in " + ", ".join(map(str, places)),
+            hint="--data-root DIR or DETACHNET_DATA=DIR says where they are",
+        )
+    info = _create(name, str(place), split).reader.split_info
+    if not info.num_samples:
+        raise DataError(
+            f"it is not known how many images the shards {split!r} in {place} hold",
+            hint=f"write {split}|COUNT, or have python -m detachnet.data.shards make an _info.json beside them",
+        )
+    shards = tuple(str(place / file) for file in info.filenames)
+    if missing := [shard for shard in shards if not Path(shard).is_file()]:
+        raise DataError(f"{len(missing)} of {len(shards)} shards are missing", what=missing[0])
+    return Files(name, split, _class_names(place), info.num_samples, shards)
+
+
+def _class_names(place: Path) -> tuple[str, ...]:
+    """What `classes.txt` says."""
+    try:
+        lines = (place / CLASSES).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the shards in {place} do not say their classes",
+            what=str(error),
+            hint=f"put the name of each class into {place / CLASSES}, one a line, in the order of the labels",
+        ) from error
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _hub(name: str, root: str | Path | None, split: str) -> Files:
+    """A data set of Hugging Face's, with the columns `image` and `label`."""
+    _need("datasets", "Hugging Face data sets", "hfds")
+    reader = _create(name, str(root) if root else None, split).reader
+    if not reader.class_to_idx:
+        raise DataError(f"{name} does not name its classes", hint="its column 'label' must be a ClassLabel")
+    return Files(name, split, tuple(reader.class_to_idx), len(reader), reader=reader)
+
+
+def _create(name: str, root: str | None, split: str, **options: Any) -> Any:
+    """timm's `create_dataset`, whose libraries raise anything where data is missing."""
+    try:
+        return create_dataset(name, root, split, **options)
+    except Exception as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        where = f" in {root}" if root else ""
+        raise DataError(f"the split {split!r} of {name} cannot be opened{where}", what=what) from error
+
+
+def _need(package: str, what: str, extra: str) -> None:
+    """Refuse what an optional package reads where that is not installed."""
+    if find_spec(package) is None:
+        raise DataError(f"{what} need the package {package}", hint=f"pip install 'detachnet[{extra}]'")

@@ -1,0 +1,360 @@
+"""family + held-out images -> a chain of models that goes on only where it is not confident.
+
+A model goes on from where the one before parted from it: an image that goes on costs what the models it went
+through do not share. Models that part at the image share nothing, so that their costs add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from detachnet.data.batches import Batches
+from detachnet.data.datasets import Split
+from detachnet.deploy.budget import check
+from detachnet.deploy.family import Family
+from detachnet.errors import BudgetError, CutError, DataError
+from detachnet.losses import logits
+from detachnet.progress import counted
+from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.legs import shared_macs
+from detachnet.surgery.modules import evaluating
+from detachnet.text import Table, si
+
+STEPS = 50
+"""Thresholds tried per chain: quantiles of the confidences of its models."""
+SHOWN = 12
+"""Points of the curve that a table shows."""
+BATCH = 250
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What some models said about some images.
+
+    Attributes:
+        confidence: Model → largest softmax of each image, `(N,)`.
+        right: Model → whether the answer is right, `(N,)`, bool.
+        macs: Model → multiply-accumulates for one image.
+        shared: Two models → those that the second one need not spend where the first one ran.
+    """
+
+    confidence: dict[str, Tensor]
+    right: dict[str, Tensor]
+    macs: dict[str, int]
+    shared: Mapping[tuple[str, str], int] = field(default_factory=dict)
+
+    def added(self, models: Sequence[str], i: int) -> int:
+        """What the model at a place of a chain costs more than those in front of it."""
+        return self.macs[models[i]] - max((self.shared.get((m, models[i]), 0) for m in models[:i]), default=0)
+
+    def of(self, images: slice) -> Scores:
+        """Those of some images."""
+        confidence = {name: values[images] for name, values in self.confidence.items()}
+        right = {name: values[images] for name, values in self.right.items()}
+        return Scores(confidence, right, self.macs, self.shared)
+
+    @property
+    def num_images(self) -> int:
+        """Number of images."""
+        return len(next(iter(self.right.values())))
+
+
+class Point(BaseModel):
+    """A chain of models at one threshold.
+
+    Attributes:
+        models: In the order they are run; one alone is a chain, too.
+        threshold: An image goes on while the largest softmax is below it; the last model answers whatever comes.
+        shares: Model → share of the images it answers.
+        mean_macs: Multiply-accumulates per image on average, where each model goes on from the ones in front.
+        mean_macs_apart: The same where each one starts from the image.
+        accuracy: Share of right answers, in [0, 1].
+        n: Number of images that the figures are of.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: tuple[str, ...]
+    threshold: float
+    shares: dict[str, float]
+    mean_macs: float
+    mean_macs_apart: float
+    accuracy: float
+    n: int
+
+    @property
+    def chain(self) -> str:
+        """`sub1 → base`."""
+        return " → ".join(self.models)
+
+
+class Curve(BaseModel):
+    """The trade-off of a family's cascades; chosen on some images, with figures of others.
+
+    Attributes:
+        num_calibration: Number of images that chains and thresholds were chosen on.
+        singles: Each model alone, the cheapest first.
+        points: The cascades that no other cascade beat on the calibration images, the cheapest first.
+        chosen: The one for the target, if one was given.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_calibration: int
+    singles: tuple[Point, ...]
+    points: tuple[Point, ...]
+    chosen: Point | None = None
+
+    def better_single(self, point: Point) -> str | None:
+        """The model that alone is at least as accurate as a cascade for no more MACs."""
+        for single in reversed(self.singles):
+            if single.accuracy >= point.accuracy and single.mean_macs <= point.mean_macs:
+                return single.models[0]
+        return None
+
+    @property
+    def table(self) -> Table:
+        """Each model alone, then the curve, thinned out, and what was chosen."""
+        rows = [self._row(single, "alone") for single in self.singles]
+        rows += [self._row(point, self._verdict(point)) for point in thin(self.points, SHOWN)]
+        rows += [self._row(self.chosen, "chosen")] if self.chosen else []
+        apart = ("from the image",) if self.reuses else ()
+        header = ("models", "", "threshold", "answers", "mean MACs", "of base", *apart, "accuracy")
+        return Table(header, tuple(rows), left=2)
+
+    @property
+    def reuses(self) -> bool:
+        """Whether models go on from what others have computed."""
+        return any(point.mean_macs != point.mean_macs_apart for point in self.points)
+
+    def verdicts(self) -> list[str]:
+        """Where a cascade is worse than a single model, in sentences."""
+        better = [name for point in self.points if (name := self.better_single(point)) is not None]
+        names = ", ".join(sorted(set(better))) or "a single model"
+        lines = [
+            f"{len(better)} of {len(self.points)} cascades are worse than {names} alone: no cheaper, no better."
+        ]
+        name = self.better_single(self.chosen) if self.chosen else None
+        if name is not None:
+            alone = next(single for single in self.singles if single.models == (name,))
+            figures = f"{100 * alone.accuracy:.2f} % for {si(round(alone.mean_macs))} MACs"
+            lines.append(f"Use {name} alone instead of the cascade chosen: {figures}.")
+        return lines
+
+    def _verdict(self, point: Point) -> str:
+        name = self.better_single(point)
+        return f"worse than {name}" if name else ""
+
+    def _row(self, point: Point, remark: str) -> tuple[str, ...]:
+        alone = len(point.models) == 1
+        base_macs = self.singles[-1].mean_macs
+        return (
+            point.chain,
+            remark,
+            "" if alone else f"{point.threshold:.3f}",
+            " / ".join(f"{100 * point.shares[name]:.0f} %" for name in point.models),
+            si(round(point.mean_macs)),
+            f"{100 * point.mean_macs / base_macs:.0f} %",
+            *([f"{100 * point.mean_macs_apart / base_macs:.0f} %"] if self.reuses else []),
+            f"{100 * point.accuracy:.2f} %",
+        )
+
+
+class CascadeAnswer(NamedTuple):
+    """What a cascade said.
+
+    Attributes:
+        models: Which model answered each image.
+        output: `(B, num_classes)`.
+        macs: Multiply-accumulates spent on all images.
+    """
+
+    models: tuple[str, ...]
+    output: Tensor
+    macs: int
+
+
+class Cascade:
+    """A chain of a family's models, ready to run.
+
+    Args:
+        family: The models.
+        models: In the order they are run.
+        threshold: An image goes on while the largest softmax is below it.
+
+    Raises:
+        CutError: No model has one of the names, or there is none.
+    """
+
+    def __init__(self, family: Family, models: Sequence[str], threshold: float) -> None:
+        unknown = [name for name in models if name not in family.names]
+        if unknown or not models:
+            raise CutError(f"a cascade is made of {', '.join(family.names)}, not of {list(models)}")
+        self.family, self.models, self.threshold = family, tuple(models), threshold
+
+    def run(self, images: Tensor) -> CascadeAnswer:
+        """Run the first model on all images, the next ones on those of which the one before was not confident.
+
+        Args:
+            images: Normalized, `(B, C, H, W)`.
+        """
+        left = torch.arange(len(images))
+        answered, parts, macs = [""] * len(images), {}, 0
+        work = self.family.resumable(images)
+        for name in self.models:
+            output = work.run(name).output
+            macs += work.macs
+            done = (output.softmax(1).amax(1) >= self.threshold) | (name == self.models[-1])
+            for row, index in zip(output[done], left[done.to(left.device)].tolist(), strict=True):
+                parts[index], answered[index] = row, name
+            left, work = left[~done.to(left.device)], work.select(~done)
+            if not len(left):
+                break
+        return CascadeAnswer(tuple(answered), torch.stack([parts[i] for i in range(len(images))]), macs)
+
+
+def calibrate(
+    net: DetachableNet,
+    split: Split,
+    target_accuracy: float | None = None,
+    target_macs: float | None = None,
+    device: torch.device | str = "cpu",
+) -> Curve:
+    """Choose chains and thresholds on every other image, and measure them on the rest.
+
+    Every chain from a cheaper to a more expensive model is tried with `STEPS` thresholds.
+
+    Args:
+        net: A trained family with `data`.
+        split: Images that it was not trained on.
+        target_accuracy: Choose the cheapest cascade that reaches it on the calibration images, in [0, 1].
+        target_macs: Or: the most accurate one with at most so many MACs per image on average.
+        device: Where to run.
+
+    Raises:
+        BudgetError: No cascade reaches the target; or both are given.
+        CheckpointError: The family does not know how its images are normalized.
+        DataError: Fewer than two images.
+    """
+    if target_accuracy is not None and target_macs is not None:
+        raise BudgetError("a cascade has one target: an accuracy or mean MACs, not both")
+    targets = {"accuracy": target_accuracy, "macs": target_macs}
+    check({name: value for name, value in targets.items() if value is not None})
+    if len(split) < 2:
+        raise DataError(f"{len(split)} images cannot be divided into calibration and report")
+    scores = score(net, split, device)
+    calibration, report = scores.of(slice(0, None, 2)), scores.of(slice(1, None, 2))
+    front = pareto(all_points(calibration))
+    singles = [evaluate(calibration, (name,), 0.0) for name in order(scores.macs)]
+    chosen = _choose(front, singles, target_accuracy, target_macs)
+    return Curve(
+        num_calibration=calibration.num_images,
+        singles=tuple(evaluate(report, (name,), 0.0) for name in order(scores.macs)),
+        points=tuple(evaluate(report, point.models, point.threshold) for point in front),
+        chosen=evaluate(report, chosen.models, chosen.threshold) if chosen else None,
+    )
+
+
+def score(net: DetachableNet, split: Split, device: torch.device | str = "cpu") -> Scores:
+    """Confidence and rightness of every trained model on every image."""
+    models = net.facts.models(net.names)
+    batches = Batches(split, net.facts.known_data, BATCH, device)
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in models}
+    net = net.to(device)
+    with evaluating(net), torch.no_grad():
+        for images, labels in counted(batches.epoch(), len(batches), "batches of images"):
+            outputs = net(images, which=models)
+            for name in models:
+                best = logits(outputs[name]).float().softmax(1).max(1)
+                parts[name].append((best.values.cpu(), (best.indices == labels).cpu()))
+    confidence = {name: torch.cat([c for c, _ in part]) for name, part in parts.items()}
+    right = {name: torch.cat([r for _, r in part]) for name, part in parts.items()}
+    return Scores(confidence, right, {name: net.plan[name].macs for name in models}, shared_macs(net.legs))
+
+
+def order(macs: Mapping[str, int]) -> list[str]:
+    """The models, the cheapest first."""
+    return sorted(macs, key=macs.__getitem__)
+
+
+def evaluate(scores: Scores, models: Sequence[str], threshold: float) -> Point:
+    """A chain's shares, mean MACs and accuracy; what the models of an image do not share adds up."""
+    count = scores.num_images
+    left = torch.ones(count, dtype=torch.bool)
+    right, macs, apart, shares = 0, 0, 0, {}
+    for i, name in enumerate(models):
+        macs += int(left.sum()) * scores.added(models, i)
+        apart += int(left.sum()) * scores.macs[name]
+        done = left & (scores.confidence[name] >= threshold) if name != models[-1] else left
+        right += int(scores.right[name][done].sum())
+        shares[name] = int(done.sum()) / count
+        left = left & ~done
+    return Point(
+        models=tuple(models),
+        threshold=threshold,
+        shares=shares,
+        mean_macs=macs / count,
+        mean_macs_apart=apart / count,
+        accuracy=right / count,
+        n=count,
+    )
+
+
+def all_points(scores: Scores) -> list[Point]:
+    """Every chain of two or more models with rising costs, at thresholds between its models' confidences."""
+    names = order(scores.macs)
+    chains = [chain for length in range(2, len(names) + 1) for chain in combinations(names, length)]
+    return [evaluate(scores, chain, threshold) for chain in chains for threshold in _thresholds(scores, chain)]
+
+
+def _thresholds(scores: Scores, chain: Sequence[str]) -> list[float]:
+    """Quantiles of the confidences of all models of a chain that may pass an image on."""
+    confidence = torch.cat([scores.confidence[name] for name in chain[:-1]]).double()
+    steps = torch.arange(1, STEPS + 1, dtype=torch.float64) / STEPS
+    return sorted(set(torch.quantile(confidence, steps, interpolation="nearest").tolist()))
+
+
+def pareto(points: Sequence[Point]) -> list[Point]:
+    """Those that no other point beats in accuracy for no more MACs; the cheapest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.mean_macs, -p.accuracy)):
+        if not front or point.accuracy > front[-1].accuracy:
+            front.append(point)
+    return front
+
+
+def thin(points: Sequence[Point], count: int) -> list[Point]:
+    """At most `count` points, from first to last, spread evenly."""
+    if len(points) <= count:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]
+
+
+def _choose(
+    front: Sequence[Point], singles: Sequence[Point], accuracy: float | None, macs: float | None
+) -> Point | None:
+    """The cheapest point that is accurate enough, or the most accurate one that is cheap enough."""
+    if accuracy is None and macs is None:
+        return None
+    limit = -math.inf if accuracy is None else accuracy
+    most = math.inf if macs is None else macs
+    fitting = [point for point in front if point.accuracy >= limit and point.mean_macs <= most]
+    if fitting:
+        return fitting[0] if accuracy is not None else fitting[-1]
+    alone = [p for p in singles if p.accuracy >= limit and p.mean_macs <= most]
+    nearest = front[-1] if accuracy is not None else front[0]
+    asked = f"{100 * limit:.2f} %" if accuracy is not None else f"{si(round(most))} MACs per image"
+    raise BudgetError(
+        f"no cascade reaches {asked} on the {nearest.n} calibration images",
+        what=f"the nearest has {100 * nearest.accuracy:.2f} % for {si(round(nearest.mean_macs))} MACs per image",
+        hint=f"a single model does: {', '.join(p.models[0] for p in alone)}" if alone else "",
+        nearest=(nearest.chain,),
+    )

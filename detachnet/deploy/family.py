@@ -1,0 +1,289 @@
+"""A trained family on a device: choose a model by a budget, and run it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from PIL import Image
+from torch import Tensor, nn
+
+from detachnet.checkpoint import load_family
+from detachnet.data.images import read_image, to_tensor
+from detachnet.deploy.backends import Backend, Costs, OnnxBackend, TorchBackend
+from detachnet.deploy.budget import Candidate, check, choose
+from detachnet.deploy.profile import Profile, read_profile
+from detachnet.errors import BudgetError, CutError, DataError, MeasurementError, nearest
+from detachnet.machine import find_device, hardware
+from detachnet.storage import locate
+from detachnet.surgery.legs import Leg
+from detachnet.text import by
+
+logger = logging.getLogger("detachnet")
+Picture = Tensor | Image.Image | str | Path | BinaryIO
+
+
+class Answer(NamedTuple):
+    """What a model said.
+
+    Attributes:
+        model: Which one.
+        output: `(num_classes,)` for one image, `(B, num_classes)` for a batch.
+    """
+
+    model: str
+    output: Tensor
+
+
+class Family:
+    """All models of a family, in memory once, and what each was measured to cost here.
+
+    It runs as it was measured: with as many threads as its profile.
+
+    Args:
+        backend: The models.
+        path: Where they came from; errors name it.
+        measured: The profile, if there is one.
+
+    Attributes:
+        names: The models, the base-model first.
+        input_size: Shape of one image, `(C, H, W)`.
+        data: What it was trained on, if that is known: class names and normalization.
+        profile: What was measured; None if nothing was.
+        accuracy: Model → test accuracy, in [0, 1]; without the models of which it is not known.
+        macs: Model → multiply-accumulates for one image.
+    """
+
+    def __init__(self, backend: Backend, path: str | Path, measured: Profile | None) -> None:
+        self.path, self.profile = Path(path), measured
+        self.names, self.input_size, self.data = backend.names, backend.input_size, backend.data
+        self._backend = backend
+        costs = [backend.costs(name) for name in backend.names]
+        self.macs = {cost.model: cost.macs for cost in costs}
+        self.accuracy = {cost.model: cost.accuracy for cost in costs if cost.accuracy is not None}
+        if measured is not None:
+            _check_profile(measured, costs, path)
+            _compare_machines(measured, backend, path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module | None = None, device: str = "cpu") -> Family:
+        """Read a checkpoint or an export folder, and the profile that belongs to it.
+
+        Args:
+            path: A family's file or the folder of a run (torch), or a folder that `export` wrote (ONNX Runtime).
+            model: A user's own architecture, as `detachnet.load` takes it.
+            device: `cpu` or `cuda`; an export folder runs on the CPU.
+
+        Raises:
+            CheckpointError: The file is missing or damaged.
+            ExportError: The folder is damaged or not of ONNX graphs, or ONNX Runtime is not installed.
+            MeasurementError: The profile is damaged or of another family, or there is no such device.
+        """
+        place = locate(path)
+        measured = read_profile(place.path)
+        threads = measured.rows[0].threads if measured else None
+        if not place.is_export:
+            net = load_family(place.path, model).to(find_device(device))
+            return cls(TorchBackend(net, threads), place.path, measured)
+        if device != "cpu":
+            raise MeasurementError(f"the ONNX graphs of {path} run on the CPU here, not on {device}")
+        return cls(OnnxBackend(place.path, threads), place.path, measured)
+
+    def choose(
+        self,
+        latency_ms: float | None = None,
+        macs: float | None = None,
+        memory_mb: float | None = None,
+        accuracy: float | None = None,
+    ) -> str:
+        """The most accurate model within the budgets; given only an accuracy, the fastest model that reaches it.
+
+        Args:
+            latency_ms: At most so many milliseconds in nine of ten runs, as `detachnet profile` measured them.
+            macs: At most so many multiply-accumulates for one image.
+            memory_mb: At most so much peak memory as measured, in 10^6 bytes.
+            accuracy: At least this test accuracy, in [0, 1].
+
+        Returns:
+            The model's name; without any budget that of the most accurate model.
+
+        Raises:
+            BudgetError: No model keeps the budgets; the message names the nearest and its figures.
+            MeasurementError: What the choice needs was not measured.
+        """
+        given = {"latency_ms": latency_ms, "macs": macs, "memory_mb": memory_mb, "accuracy": accuracy}
+        limits = {name: value for name, value in given.items() if value is not None}
+        check(limits)
+        if not self.accuracy:
+            raise MeasurementError(
+                f"{self.path} does not say how accurate its models are",
+                hint="train writes it; of your own: net.facts = net.facts.updated(accuracy={'base': 0.9, …})",
+            )
+        needs_latency = latency_ms is not None or set(limits) == {"accuracy"}
+        return choose([self._candidate(n, needs_latency, memory_mb is not None) for n in self.accuracy], limits)
+
+    def run(self, image: Picture, model: str | None = None, budget_ms: float | None = None) -> Answer:
+        """Run one model.
+
+        Args:
+            image: Normalized images, `(C, H, W)` or `(B, C, H, W)`; or a picture or its file, of any size.
+            model: Which one; the base-model if neither is given.
+            budget_ms: Or: the one `choose(latency_ms=budget_ms)` finds.
+
+        Raises:
+            BudgetError: No model is fast enough, or both arguments are given.
+            CutError: No model has that name.
+            DataError: The image is broken or has another size.
+            MeasurementError: There are no latencies to choose by.
+        """
+        if model is not None and budget_ms is not None:
+            raise BudgetError(f"run the model {model!r}, or what a budget of {budget_ms} ms allows; not both")
+        name = model or (self.names[0] if budget_ms is None else self.choose(latency_ms=budget_ms))
+        images = self._images(image)
+        single = images.ndim == len(self.input_size)
+        batch = self._backend.prepare(images[None] if single else images)
+        output = self._backend.run(self._known(name), batch)
+        return Answer(name, output[0] if single else output)
+
+    def resumable(self, images: Tensor) -> Resumable:
+        """Images for several models, each of which goes on from where another one parted.
+
+        Args:
+            images: Normalized, `(B, C, H, W)`.
+
+        Raises:
+            DataError: They have another size.
+
+        Examples:
+            >>> work = family.resumable(images)
+            >>> small = work.run("small")
+            >>> base = work.run("base")  # only what is behind the parting
+        """
+        images = self._images(images)
+        if images.ndim == len(self.input_size):
+            raise DataError(f"a batch of images is (B, …), not {by(tuple(images.shape))}", hint="images[None]")
+        return Resumable(self._backend, self._backend.prepare(images))
+
+    def latency_s(self, model: str) -> tuple[float, float]:
+        """Median and 99th percentile of a model's measured seconds.
+
+        Raises:
+            MeasurementError: They were not measured on this device.
+        """
+        row = self._measured()[self._known(model)]
+        return row.p50_s, row.p99_s
+
+    def _measured(self) -> Profile:
+        """The profile, if it is of this device."""
+        device = self._backend.device.type
+        command = f"detachnet profile {self.path}" + ("" if device == "cpu" else f" --device {device}")
+        if self.profile is None:
+            raise MeasurementError(f"{self.path} was not measured on a device yet", hint=command)
+        measured = self.profile.rows[0].device.partition(":")[0]
+        if measured != device:
+            raise MeasurementError(f"{self.path} runs on {device}, but was measured on {measured}", hint=command)
+        return self.profile
+
+    def _candidate(self, name: str, latency: bool, memory: bool) -> Candidate:
+        row = self._measured()[name] if latency or memory else None
+        if row is not None and memory and row.peak_memory_bytes is None:
+            how = self.profile.memory if self.profile else ""
+            raise MeasurementError(f"{self.path} was measured without its peak memory", what=how)
+        return Candidate(
+            name,
+            self.accuracy[name],
+            self.macs[name],
+            1e3 * row.p90_s if row else None,
+            row.peak_memory_bytes / 1e6 if row and row.peak_memory_bytes is not None else None,
+        )
+
+    def _known(self, name: str) -> str:
+        if name not in self.names:
+            raise CutError(
+                f"no model is called {name!r}",
+                hint=f"the models are {', '.join(self.names)}",
+                nearest=nearest(name, self.names),
+            )
+        return name
+
+    def _images(self, image: Picture) -> Tensor:
+        """Normalized images, `(C, H, W)` or `(B, C, H, W)`."""
+        if not isinstance(image, Tensor):
+            if self.data is None:
+                raise DataError(
+                    f"{self.path} does not say how pictures are normalized", hint="give a normalized tensor"
+                )
+            return to_tensor(read_image(image), self.data, self.input_size)
+        if tuple(image.shape[-len(self.input_size) :]) != self.input_size or image.ndim > 1 + len(self.input_size):
+            raise DataError(
+                f"the family takes images {by(self.input_size)} or batches of them, not {by(tuple(image.shape))}"
+            )
+        if not image.is_floating_point():
+            raise DataError(
+                f"the family takes normalized images, not {str(image.dtype).removeprefix('torch.')} pixels",
+                hint="give the picture or its file, or normalize: (pixel / 255 - mean) / std",
+            )
+        return image
+
+
+class Resumable:
+    """A batch of images on its way through models of a family; what models share is computed once.
+
+    Attributes:
+        macs: Multiply-accumulates spent so far, on all images.
+    """
+
+    def __init__(self, backend: Backend, images: Tensor, features: Mapping[Leg, Tensor] | None = None) -> None:
+        self._backend, self._images, self._features = backend, images, dict(features or {})
+        self.macs = 0
+
+    def run(self, model: str) -> Answer:
+        """The output of a model, from the last feature that another one has computed.
+
+        Raises:
+            CutError: No model has that name.
+        """
+        if model not in self._backend.legs:
+            raise CutError(
+                f"no model is called {model!r}", hint=f"the models are {', '.join(self._backend.names)}"
+            )
+        legs = self._backend.legs[model]
+        done = sum(leg in self._features for leg in legs)
+        value = self._features[legs[done - 1]] if done else self._images
+        for leg in legs[done:]:
+            value = self._backend.run_leg(leg, value) if len(legs) > 1 else self._backend.run(model, value)
+            self.macs += len(self._images) * leg.macs
+            if leg.end:
+                self._features[leg] = value
+        return Answer(model, value)
+
+    def select(self, which: Tensor) -> Resumable:
+        """Some of the images, with what is known of them.
+
+        Args:
+            which: Of each image whether it is taken, `(B,)`, bool.
+        """
+        which = which.to(self._images.device)
+        features = {leg: value[which] for leg, value in self._features.items()}
+        return Resumable(self._backend, self._images[which], features)
+
+
+def _check_profile(measured: Profile, costs: list[Costs], path: str | Path) -> None:
+    """A profile belongs to a family if it has its models with their MACs."""
+    here = {cost.model: cost.macs for cost in costs}
+    there = {row.model: row.macs for row in measured.rows}
+    if here != there:
+        raise MeasurementError(
+            f"{locate(path).profile} was measured on another family than {path}",
+            what=f"models {', '.join(there)}; this family has {', '.join(here)}",
+            hint=f"detachnet profile {path}",
+        )
+
+
+def _compare_machines(measured: Profile, backend: Backend, path: str | Path) -> None:
+    """Say so where a family runs on another processor than it was measured on."""
+    there, here = measured.hardware["device"], hardware(backend.device)["device"]
+    if measured.rows[0].device.partition(":")[0] == backend.device.type and there != here:
+        logger.warning("%s was measured on %s, but runs on %s", path, there, here)

@@ -1,0 +1,83 @@
+"""model -> what its layers are, without their tensors: two models of equal weights may still be two networks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from detachnet.errors import ModelError
+from detachnet.zoo import ModelSource, create_model
+
+_NOT_THE_NETWORK = {"training", "detachnet_source", "detachnet_new", "pretrained_cfg", "default_cfg"}
+"""Attributes that say where a model comes from, or its mode."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash over the class, the plain attributes and the shapes of each layer."""
+    return hashlib.sha256(json.dumps(_layers(model)).encode()).hexdigest()
+
+
+def difference_from_source(model: nn.Module, source: ModelSource) -> str:
+    """How a model differs from what its name and arguments build, in words; empty if it does not.
+
+    Raises:
+        ModelError: They build no model.
+    """
+    ours, theirs = _layers(model), _layers(_built(source))
+    for path in [*theirs, *ours]:
+        if ours.get(path) == theirs.get(path):
+            continue
+        name = repr(path) if path else "the model itself"
+        if path not in ours:
+            return f"there is no {name}"
+        if path not in theirs:
+            return f"there is {name}"
+        keys = [k for k in {**theirs[path], **ours[path]} if ours[path].get(k) != theirs[path].get(k)]
+        key = keys[0]  # the class comes first
+        ours_said, theirs_said = ours[path].get(key, "nothing"), theirs[path].get(key, "nothing")
+        return f"{key} of {name} is {ours_said}, not {theirs_said}"
+    return ""
+
+
+def _built(source: ModelSource) -> nn.Module:
+    """The zoo's model without weights, or with new ones where making them needs numbers."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return create_model(source.name, **source.kwargs)
+        except (ModelError, NotImplementedError, RuntimeError):
+            return create_model(source.name, **source.kwargs)
+
+
+def _layers(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Path -> what a layer is."""
+    return {path: _layer(module) for path, module in model.named_modules()}
+
+
+def _layer(module: nn.Module) -> dict[str, str]:
+    """A layer's class, plain attributes and shapes."""
+    attributes = {
+        name: said
+        for name, value in sorted(vars(module).items())
+        if not name.startswith("_") and name not in _NOT_THE_NETWORK and (said := _said(value))
+    }
+    tensors = {**module._parameters, **module._buffers}
+    shapes = {name: str(tuple(tensor.shape)) for name, tensor in sorted(tensors.items()) if tensor is not None}
+    return {"class": type(module).__qualname__, **attributes, **shapes}
+
+
+def _said(value: Any) -> str:
+    """A plain value as text; a function or an object by the name of what it is; nothing of tensors."""
+    if value is None or isinstance(value, bool | int | float | str | torch.Size | torch.dtype):
+        return repr(value)
+    if isinstance(value, tuple | list | set | frozenset):
+        return f"({', '.join(_said(item) for item in value)})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_said(item)}' for key, item in value.items())}}}"
+    if isinstance(value, torch.Tensor):
+        return ""
+    return str(getattr(value, "__qualname__", type(value).__qualname__))

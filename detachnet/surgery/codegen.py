@@ -1,0 +1,56 @@
+"""A graph as a Python function."""
+
+from __future__ import annotations
+
+import ast
+import linecache
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+Run = Callable[[nn.Module, Tensor], Any]
+_number = count()
+
+
+def compile_graph(graph: fx.Graph, label: str) -> Run:
+    """A graph as a function of (module, images)."""
+    code = graph.python_code("self")
+    return compile_source(code.src, code.globals, label)
+
+
+def compile_source(source: str, scope: Mapping[str, Any], label: str) -> Run:
+    """A forward pass as a function of (module, images), with its source where tracebacks look for it."""
+    filename = f"<detachnet {label} {next(_number)}>"
+    names = dict(scope)
+    tree = ast.fix_missing_locations(_DirectCalls().visit(ast.parse(source)))
+    exec(compile(tree, filename, "exec"), names)
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    return names["forward"]  # type: ignore[no-any-return]
+
+
+class _DirectCalls(ast.NodeTransformer):
+    """Calls of layers, `self.a.b(x)`, take them from `_modules`: a step of `nn.Module.__getattr__` is half a
+    microsecond, which tells in small models. Tracebacks show the source as it was."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """A layer is all that torch.fx calls on `self`."""
+        self.generic_visit(node)
+        if path := _path(node.func):
+            node.func = ast.parse("self" + "".join(f"._modules[{part!r}]" for part in path), mode="eval").body
+            ast.copy_location(node.func, node)
+        return node
+
+
+def _path(target: ast.expr) -> list[str]:
+    """`["a", "0"]` of `getattr(self.a, "0")`; nothing for what is not below `self`."""
+    match target:
+        case ast.Attribute(value, name) | ast.Call(ast.Name("getattr"), [value, ast.Constant(str(name))]):
+            above = _path(value)
+            return [*above, name] if above or _is_self(value) else []
+    return []
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"

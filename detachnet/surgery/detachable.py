@@ -1,0 +1,515 @@
+"""model + cuts -> DetachableNet: the base-model and its sub-models in one module that shares their weights."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor, fx, nn
+
+from detachnet.errors import CutError, StepDownError, nearest
+from detachnet.facts import Facts
+from detachnet.surgery.codegen import Run, compile_graph
+from detachnet.surgery.detached import DetachedModel
+from detachnet.surgery.graph import TracedGraph, TracedModel
+from detachnet.surgery.legs import Leg, find_legs
+from detachnet.surgery.modules import (
+    Folder,
+    attribute,
+    copies_of_computed_tensors,
+    copy_model,
+    parameters_in,
+    put,
+    random_states_kept,
+)
+from detachnet.surgery.ownership import HEADS, NORMS, SLICES, view_sources
+from detachnet.surgery.plan import BASE, DetachPlan
+from detachnet.surgery.rewrite import JointError, build_leg, build_view, changes_image
+from detachnet.surgery.routes import BRIDGES, STEPDOWNS, folder
+from detachnet.surgery.statistics import find_statistics, own_statistics
+from detachnet.surgery.trace import trace
+from detachnet.surgery.tracer import PREFIX
+from detachnet.surgery.width_read import Pick, SlicedLayer, SlicedTensor
+from detachnet.text import by
+from detachnet.zoo import ModelSource, model_source
+
+logger = logging.getLogger("detachnet")
+
+Output = Tensor
+"""What a model returns; a model that returns something else than one tensor returns that."""
+Features = dict[str, tuple[Tensor, Tensor]]
+"""Sub-model → the base-model's feature at the end of its last span, and what its bridge made."""
+
+
+class DetachableNet(nn.Module):
+    """A base-model and its sub-models; made by `make_detachable`.
+
+    Attributes:
+        base: The base-model, an ordinary module under its original parameter names.
+        stepdowns: Sub-model → the layer it takes in the image through, where it drops the front.
+        bridges: Sub-model → number of a span inside the network → the layer that stands for it, if one does.
+        norms: Sub-model → its own copies of batch norms, under the base-model's names (`norm="private"`).
+        heads: Sub-model → its own copy of the layer that makes its output, likewise (`head="private"`).
+        slices: Sub-model with fewer filters → what reads its part of the base-model's layers; owns nothing.
+        plan: What the family is; prints as a table.
+        facts: What it was trained on, which models and how accurate they are, as far as the trainer, a checkpoint
+            or the user said so.
+    """
+
+    base: nn.Module
+    stepdowns: nn.Module
+    bridges: nn.Module
+    norms: nn.Module
+    heads: nn.Module
+
+    def __init__(
+        self, base: nn.Module, plan: DetachPlan, bridges: Mapping[str, nn.Module], traced: TracedModel
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.plan = plan
+        self.stepdowns = nn.Module()
+        self.bridges = nn.Module()
+        self.norms = nn.Module()
+        self.heads = nn.Module()
+        self.facts = Facts()
+        self._active = BASE
+        self._statistics = find_statistics(traced.train, base) if plan.norm == "private" else {}
+        self._others: dict[bool, frozenset[str]] = {False: frozenset(), True: frozenset()}
+        self._attach(traced)
+        like = next(base.parameters(), torch.empty(0))
+        for path, module in bridges.items():
+            put(self, path, module.to(like.device, like.dtype).train(base.training))
+        for name in self.names[1:]:
+            source = self._of_width[name][False]
+            for path, place in sorted(source.private[name].items()):
+                layer = base.get_submodule(path)
+                own = (
+                    own_statistics(layer, self._statistics.get(path, ()))
+                    if place == NORMS
+                    else copy.deepcopy(layer)
+                )
+                put(self.get_submodule(place), f"{folder(name)}.{path}", source.own_layer(path, own))
+        self.training = base.training
+
+    def _attach(self, traced: TracedModel) -> None:
+        """Derive from a trace what is needed to build views; nothing of it is saved or copied."""
+        self._example, self._leaves = traced.eval.image.example(), traced.leaves
+        self._lost = traced.lost
+        self._asks_for_dtype = any(reason.what.endswith(".dtype") for reason in traced.lost)
+        self._modal = [(path, self.base.get_submodule(path)) for path in traced.modal]
+        self._read = [
+            (vars(self.base.get_submodule(path)), name, value)
+            for path, plain in traced.plain.items()
+            for name, value in plain.items()
+        ]
+        self._of_width = view_sources(traced, self.plan, self._statistics)
+        self._sources = self._of_width[BASE]
+        self._views: dict[tuple[tuple[str, ...], bool, bool], Run] = {}
+        self._legs: dict[str, tuple[Leg, ...]] | None = None
+        for name, value in traced.constants.items():
+            like = next(self.base.parameters(), value)
+            self.register_buffer(name, value.to(like.device), persistent=False)
+        if self.plan.is_narrow:
+            self.slices = Folder()
+            for source in [source for both in self._of_width.values() for source in both.values()]:
+                for path, part in source.slices(self):
+                    put(self, path, part)
+
+    def traced(self, training: bool) -> TracedGraph:
+        """The base-model's graph in training or in evaluation mode."""
+        return self._of_width[BASE][training].traced
+
+    def all_traced(self, training: bool) -> list[TracedGraph]:
+        """That graph, and one for each other width that sub-models have."""
+        return list({id(both): both[training].traced for both in self._of_width.values()}.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`("base", "sub0", "sub1", …)`, in the order they were given; cuts go front to back."""
+        return self.plan.names
+
+    @property
+    def source(self) -> ModelSource | None:
+        """The zoo's name and arguments of the base-model; None for a user's own."""
+        return model_source(self.base)
+
+    @property
+    def active(self) -> str:
+        """The model `net(x)` runs. Setting it copies nothing and needs no data."""
+        return self._active
+
+    @active.setter
+    def active(self, name: str) -> None:
+        self._check(name)
+        self._active = name
+
+    @overload
+    def forward(self, x: Tensor, which: None = None) -> Output: ...
+    @overload
+    def forward(self, x: Tensor, which: Literal["all"]) -> dict[str, Output]: ...  # type: ignore[overload-overlap]
+    @overload
+    def forward(self, x: Tensor, which: str) -> Output: ...  # type: ignore[overload-overlap]
+    @overload
+    def forward(self, x: Tensor, which: Sequence[str], features: Literal[False] = False) -> dict[str, Output]: ...
+    @overload
+    def forward(
+        self, x: Tensor, which: Sequence[str], features: Literal[True]
+    ) -> tuple[dict[str, Output], Features]: ...
+    @overload
+    def forward(
+        self, x: Tensor, which: str | Sequence[str] | None = None, features: bool = False
+    ) -> Output | dict[str, Output] | tuple[Output | dict[str, Output], Features]: ...
+
+    def forward(
+        self, x: Tensor, which: str | Sequence[str] | None = None, features: bool = False
+    ) -> Output | dict[str, Output] | tuple[Output | dict[str, Output], Features]:
+        """Run one model, or several in one pass.
+
+        Args:
+            x: Images, `(B, C, H, W)`.
+            which: A model's name; a sequence of names, or `"all"`: a dict from name to output. By default the
+                active model.
+            features: Also return, for each sub-model that runs together with the base-model, the base-model's
+                feature at the end of its last span and its bridge's output, two tensors of the same shape.
+
+        Returns:
+            What the base-model returns, `(B, num_classes)` for a classifier; for several models a dict of that.
+            With `features` a pair of that and a dict from sub-model to its two tensors.
+
+        Raises:
+            CutError: No model has that name.
+            StepDownError: The images have another size than the family was made for.
+        """
+        single = self._active if which is None else which if isinstance(which, str) and which != "all" else None
+        several: object = which
+        if single is None and not isinstance(several, Sequence):
+            self._check(several)
+        models = (single,) if single is not None else self.names if which == "all" else tuple(which or ())
+        if models != (BASE,) and tuple(x.shape[1:]) != self.plan.input_size:
+            raise StepDownError(
+                f"the family is made for images {by(self.plan.input_size)}, not {by(tuple(x.shape[1:]))}",
+                hint="make_detachable(model, cuts, input_size=...) makes one for another size",
+            )
+        if models == (BASE,) and not features and tuple(x.shape[1:]) != self.plan.input_size:
+            made = self.base(x)  # a trace holds decisions by the size it was made at
+        else:
+            made = self._view(models, features)(self, x)
+        outputs: Output | dict[str, Output] = made[0] if features else made
+        if single is None and len(models) == 1:
+            outputs = {models[0]: outputs}  # type: ignore[dict-item]
+        return (outputs, made[1]) if features else outputs
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    @contextmanager
+    def in_turn(self, name: str, models: Sequence[str]) -> Iterator[None]:
+        """Run one of some models in a pass of its own as the joint pass has it.
+
+        What is one network with an earlier model runs once in a joint pass; its statistics move once here, too.
+        """
+        source = self._of_width[name][self.training]
+        alike = [other for other in models if other in source.routes]
+        layers = (attribute(self, layer) for layer in source.shared(name, alike))
+        buffers = [buffer for layer in layers for buffer in layer.buffers()]
+        kept = [buffer.clone() for buffer in buffers]
+        yield
+        for buffer, before in zip(buffers, kept, strict=True):
+            buffer.data.copy_(before)  # unseen by autograd, which has no use for them
+
+    def prepare(self, models: Sequence[str], features: bool = False) -> None:
+        """Write the pass through some models now, not when it is first run: torch.compile then sees all of it."""
+        self._view(tuple(models), features)
+
+    def _view(self, models: tuple[str, ...], features: bool = False) -> Run:
+        key = (models, self.training, features)
+        self._follow()
+        if key not in self._views:
+            with random_states_kept():  # layers are run to learn their shapes
+                self._views[key] = self._build(models, features)
+        return self._views[key]
+
+    def _build(self, models: tuple[str, ...], features: bool) -> Run:
+        """The function that runs `models`; separate passes where they cannot share one batch."""
+        for name in models:
+            self._check(name)
+        if not models or list(models) != sorted(set(models), key=self.names.index):
+            raise CutError(f"name each model once and in order, {list(self.names)}, not {list(models)}")
+        source = self._of_width[models[0]][self.training]
+        if any(name not in source.routes for name in models):
+            return self._one_width_after_another(models, features)
+        if len(models) > 1:
+            source.find_coupling(self)
+        try:
+            label = f"{'+'.join(models)} {'train' if self.training else 'eval'}"
+            return compile_graph(build_view(source, models, features), label)
+        except JointError as error:
+            if len(models) == 1 or features:
+                raise
+            logger.warning("%s models run one after another, not in one pass: %s", self.plan.model, error)
+            singles = {name: self._view((name,)) for name in models}
+            return partial(_in_turn, singles)
+
+    def _one_width_after_another(self, models: tuple[str, ...], features: bool) -> Run:
+        """The function that runs models of several widths, those of one in one pass."""
+        alike: dict[int, list[str]] = {}
+        for name in models:
+            alike.setdefault(id(self._of_width[name]), []).append(name)
+        runs = {tuple(names): self._view(tuple(names), features) for names in alike.values()}
+        copies = any(changes_image(self._of_width[names[0]][self.training]) for names in runs)
+        return partial(_by_width, runs, models, features, copies)
+
+    def _check(self, name: object) -> None:
+        if name not in self.names:
+            raise CutError(
+                f"no model is called {name!r}",
+                hint=f"the models are {', '.join(self.names)}",
+                nearest=nearest(str(name), self.names),
+            )
+
+    def parameters_of(self, models: Sequence[str]) -> dict[str, nn.Parameter]:
+        """The parameters that some models read in training, by their names in the family.
+
+        Raises:
+            CutError: No model has one of the names.
+        """
+        if isinstance(models, str):
+            models = self.names if models == "all" else (models,)
+        for name in models:
+            self._check(name)
+        graphs = [build_view(self._of_width[name][True], (name,)) for name in models]
+        nodes = [node for graph in graphs for node in graph.nodes]
+        read = {
+            parameter
+            for target in {str(n.target) for n in nodes if n.op in ("call_module", "get_attr")}
+            for parameter in parameters_in(_read_by(attribute(self, target)))
+        }
+        return {name: parameter for name, parameter in self.named_parameters() if parameter in read}
+
+    def own_tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """What a sub-model's own layer starts from of a tensor of the base-model's: of its filters alone.
+
+        Args:
+            name: Of the sub-model's tensor in the family, `norms.<name>.…` or `heads.<name>.…`.
+            tensor: The base-model's.
+        """
+        place, path = name.split(".", 2)[1:]
+        whose = next(model for model in self.names if folder(model) == place)
+        return self._of_width[whose][False].own_tensor(path, tensor)
+
+    def detach(self, name: str, share: bool = False) -> nn.Module:
+        """Take one model out of the family, as a plain module in evaluation mode.
+
+        The base-model comes back as the class it is; a sub-model as a `detached.DetachedModel` with its step-down
+        as `stepdown`, the bridge of its span i as `bridge<i>` and everything else under the base-model's names.
+        Both pickle, copy, compile and print like any module.
+
+        Args:
+            name: Which one.
+            share: Keep the family's own layers and tensors instead of copying them, in the mode they are in.
+
+        Raises:
+            CutError: No model has that name.
+        """
+        self._check(name)
+        self._follow()
+        if name == BASE and not share:
+            base = copy_model(self.base)
+            base.zero_grad()
+            return base.eval()
+        return self._as_module(
+            build_view(self._of_width[name][False], (name,)), self.plan.model if name == BASE else name, share
+        )
+
+    def parts(self, name: str) -> dict[str, tuple[Tensor, Pick]]:
+        """What a model with fewer filters has of the base-model's tensors.
+
+        Args:
+            name: Which one.
+
+        Returns:
+            Name of a tensor of the detached model → the base-model's tensor, and what is kept of it.
+        """
+        found: dict[str, tuple[Tensor, Pick]] = {}
+        for node in build_view(self._of_width[name][False], (name,)).nodes:
+            layer = attribute(self, str(node.target)) if node.op == "call_module" else None
+            if isinstance(layer, SlicedLayer):
+                path = _detached_name(str(node.target), "", "")
+                found |= {f"{path}.{tensor}": part for tensor, part in layer.parts.items()}
+        return found
+
+    @property
+    def legs(self) -> dict[str, tuple[Leg, ...]]:
+        """Model → what it runs between the places where models part, front to back; models share legs."""
+        if self._legs is None:
+            self._legs = {}
+            for name, both in self._of_width.items():
+                if name not in self._legs:
+                    self._legs |= find_legs(both[False], self.plan)
+        return self._legs
+
+    def detach_leg(self, leg: Leg, share: bool = False) -> nn.Module:
+        """Take a leg out of the family, as `detach` does a model.
+
+        Args:
+            leg: One of `legs`.
+            share: As of `detach`.
+
+        Returns:
+            A module from images or the feature at `leg.start` to the feature at `leg.end` or the output.
+        """
+        return self._as_module(build_leg(self._of_width[leg.models[0]][False], leg), str(leg), share)
+
+    def _as_module(self, graph: fx.Graph, label: str, share: bool) -> nn.Module:
+        """A graph of the family with its layers, or copies of them."""
+        memo: dict[int, Any] = copies_of_computed_tensors(self)
+        root: dict[str, Any] = {}
+        entry, bridge = (_free_name(self.base, name) for name in ("stepdown", "bridge"))
+        for node in list(graph.nodes):
+            if node.op in ("call_module", "get_attr"):
+                value = attribute(self, str(node.target))
+                node.target = _detached_name(str(node.target), entry, bridge)
+                if isinstance(value, SlicedTensor) and not share:
+                    (of,) = node.all_input_nodes
+                    root[str(of.target)] = value.detached(root[str(of.target)])
+                    node.replace_all_uses_with(of)
+                    graph.erase_node(node)
+                elif isinstance(value, SlicedTensor):
+                    node.target = root_name = f"{node.target}_part"
+                    root[root_name] = value
+                else:
+                    own = isinstance(value, SlicedLayer) and not share
+                    root[node.target] = value.detached() if own else value if share else copy.deepcopy(value, memo)
+        code = graph.python_code("self")
+        detached = DetachedModel(label, code.src, code.globals, root)
+        if not share:
+            detached.zero_grad()
+            return detached.eval()
+        detached.training = False
+        return detached
+
+    def with_private_norms(self) -> DetachableNet:
+        """A copy in which each sub-model has batch norms of its own, equal to those it had."""
+        if self.plan.norm == "private":
+            return copy.deepcopy(self)
+        memo = copies_of_computed_tensors(self)
+        places = [path for both in self._of_width.values() for path in both[True].bridges]
+        bridges = {path: copy.deepcopy(self.get_submodule(path), memo) for path in places}
+        plan = self.plan.model_copy(update={"norm": "private"})
+        net = DetachableNet(copy_model(self.base), plan, bridges, self._trace())
+        net.heads.load_state_dict(self.heads.state_dict())
+        net.facts, net.active = self.facts, self.active
+        return net
+
+    def train(self, mode: bool = True) -> DetachableNet:
+        """Set the mode; a sub-model's own layer follows the layer of the base-model it was copied from."""
+        super().train(mode)
+        for path, module in [*self.norms.named_modules(), *self.heads.named_modules()]:
+            _, _, original = path.partition(".")
+            if original and not isinstance(module, Folder):
+                like = dict(self.base.get_submodule(original).named_modules())
+                for inner, part in module.named_modules():
+                    part.training = like[inner].training
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_views"], state["_sources"], state["_of_width"], state["_legs"], state["_read"], state["_modal"]
+        state["_modules"] = {name: part for name, part in self._modules.items() if name != SLICES}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._attach(self._trace())
+
+    def _follow(self) -> None:
+        """Trace again where a plain attribute that the base-model's forward reads has changed."""
+        if torch.compiler.is_compiling():
+            return
+        changed = [(own, name, value) for own, name, value in self._read if own.get(name) != value]
+        for own, name, value in changed:
+            logger.warning("%s is traced again: %r was %r, is %r", self.plan.model, name, value, own.get(name))
+        others = frozenset(path for path, module in self._modal if module.training != self.training)
+        if moved := others ^ self._others[self.training]:
+            self._others = self._others | {self.training: others}
+            names = ", ".join(repr(path) if path else "the model itself" for path in sorted(moved))
+            logger.warning("%s is traced again: another mode of %s", self.plan.model, names)
+        like = next(self.base.parameters(), self._example)
+        by_dtype = self._asks_for_dtype and like.dtype != self._example.dtype and like.is_floating_point()
+        if changed or by_dtype or moved:
+            self._attach(self._trace())
+
+    def _trace(self) -> TracedModel:
+        """The base-model's trace, made anew."""
+        example = self._example
+        # The family may have another dtype by now; what is no floating-point input has not.
+        example_input = None if example.is_floating_point() else example
+        return trace(self.base, tuple(example.shape[1:]), example_input, self._leaves, self._others)
+
+    def extra_repr(self) -> str:
+        """The names of the models and the active one."""
+        return f"names={list(self.names)}, active={self.active!r}, norm={self.plan.norm!r}"
+
+    def __repr__(self) -> str:
+        """One line; `net.plan` is the table of what each costs, `net.base` prints the layers."""
+        size = by(self.plan.input_size)
+        return f"DetachableNet({self.plan.model} on {size} images, {self.extra_repr()})"
+
+
+def _in_turn(runs: Mapping[str, Run], net: DetachableNet, x: Tensor) -> dict[str, Any]:
+    """The outputs of models that cannot share a pass."""
+    outputs = {}
+    for name, run in runs.items():
+        with net.in_turn(name, tuple(runs)):
+            outputs[name] = run(net, x)
+    return outputs
+
+
+def _by_width(
+    runs: Mapping[tuple[str, ...], Run],
+    models: tuple[str, ...],
+    features: bool,
+    copies: bool,
+    net: DetachableNet,
+    x: Tensor,
+) -> Any:
+    """The outputs of models of several widths, in their order."""
+    outputs: dict[str, Any] = {}
+    found: Features = {}
+    for names, run in runs.items():
+        made = run(net, x.clone() if copies else x)
+        if features:
+            made, seen = made
+            found |= seen
+        outputs |= made if len(names) > 1 else {names[0]: made}
+    ordered = {name: outputs[name] for name in models}
+    return (ordered, found) if features else ordered
+
+
+def _read_by(value: Any) -> Any:
+    """The layer whose parameters a part of a family reads."""
+    return value.layer if isinstance(value, SlicedLayer) else value
+
+
+def _free_name(base: nn.Module, name: str) -> str:
+    """A name that the base-model has no part of."""
+    while hasattr(base, name):
+        name += "_"
+    return name
+
+
+def _detached_name(target: str, entry: str, bridge: str) -> str:
+    """A target of a family's graph as it is called in a detached model."""
+    place, _, rest = target.partition(".")
+    owner, _, inner = rest.partition(".")
+    if place == STEPDOWNS:
+        return entry
+    if place == BRIDGES:
+        return f"{bridge}{inner}"
+    return inner if place in (NORMS, HEADS, SLICES) and owner else target.removeprefix(PREFIX)

@@ -1,0 +1,152 @@
+"""Two tensors -> whether they are equal but for rounding; a model and its graph -> where they part.
+
+The modules of a copy are listened to while it runs, and compared in the order in which they return with the nodes
+of the same names.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from detachnet.surgery.graph import TracedGraph
+from detachnet.surgery.modules import copies_of_computed_tensors
+from detachnet.surgery.tracer import leaves_of, thaw
+
+if TYPE_CHECKING:
+    from detachnet.surgery.detachable import DetachableNet
+
+_SEED = 771_204_913
+"""One that nobody uses: numbers that a trace has baked in would be those of a common one."""
+
+
+def twin(net: DetachableNet, memo: dict[int, Any]) -> DetachableNet:
+    """A copy that is not traced again."""
+    made: DetachableNet = type(net).__new__(type(net))
+    shared = {name: value for name, value in vars(net).items() if name not in ("_modules", "_buffers")}
+    vars(made).update(shared, _read=[], _modal=[])  # nothing changes while a copy runs
+    both: dict[str, Any] = copy.deepcopy({"_modules": net._modules, "_buffers": net._buffers}, memo)
+    vars(made).update(both)
+    return made
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in what a model returns, an object with attributes among them."""
+    plain = isinstance(value, Tensor | tuple | list | dict) or not hasattr(value, "__dict__")
+    return [leaf for leaf in leaves_of(value if plain else vars(value)) if isinstance(leaf, Tensor)]
+
+
+def close(one: Tensor, two: Tensor, bound: float) -> bool:
+    """Whether two tensors are equal but for rounding; numbers that are none are equal to each other."""
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    if torch.equal(one, two) or not one.is_floating_point():
+        return torch.equal(one, two)
+    return difference(one, two) <= bound
+
+
+def difference(one: Tensor, two: Tensor) -> float:
+    """The largest difference relative to the largest value."""
+    one, two = one.detach().double().nan_to_num(), two.detach().double().nan_to_num()
+    return (
+        float((one - two).abs().max() / one.abs().max().clamp_min(1e-12)) if one.shape == two.shape else torch.inf
+    )
+
+
+def first_difference(
+    net: DetachableNet, traced: TracedGraph, training: bool, images: Tensor, bound: float
+) -> tuple[str, str] | None:
+    """The first module whose output is another in the graph, and the module whose forward is to blame."""
+    calls = _record_modules(net, training, images)
+    values = _Recorder(net, traced).recorded(training, images)
+    seen: dict[str, int] = {}
+    for path, inputs, outputs in calls:
+        count = seen[path] = seen.get(path, -1) + 1
+        nodes = traced.calls.get(path, [])
+        if len(nodes) <= count:
+            continue
+        node = nodes[count]
+        if all(close(*pair, bound) for pair in zip(outputs, values.get(node, []), strict=False)):
+            continue
+        args = [n for n in node.all_input_nodes if node.op == "call_module" and n in values][:1]
+        fed = [close(a, b, bound) for n in args for a, b in zip(inputs, values[n][:1], strict=False)]
+        return path, path if all(fed) else path.rpartition(".")[0]
+    return None
+
+
+def graph_outputs(net: DetachableNet, traced: TracedGraph, training: bool, images: Tensor) -> list[Tensor]:
+    """What a traced graph gives, its operations in the order of the trace."""
+    values = _Recorder(net, traced).recorded(training, images)
+    return next(values[node] for node in reversed(traced.graph.nodes) if node.op == "output")
+
+
+def _record_modules(
+    net: DetachableNet, training: bool, images: Tensor
+) -> list[tuple[str, list[Tensor], list[Tensor]]]:
+    """Path, first input and outputs of each call of a submodule, in the order in which they return."""
+    calls: list[tuple[str, list[Tensor], list[Tensor]]] = []
+    given: dict[str, list[Tensor]] = {}
+
+    def before(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any) -> None:
+            given[path] = [t.detach().clone() for t in tensors(args)[:1]]
+
+        return hook
+
+    def after(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, out: Any) -> None:
+            calls.append((path, given[path], [t.detach().clone() for t in tensors(out)]))
+
+        return hook
+
+    copied = twin(net, copies_of_computed_tensors(net))
+    for path, module in copied.base.named_modules():
+        if path:
+            module.register_forward_pre_hook(before(path))
+            module.register_forward_hook(after(path))
+    _seeded_run(copied, training, lambda: copied.base(images.clone()))
+    return calls
+
+
+def seed_all() -> None:
+    """Give the random numbers of Python, NumPy and torch one seed."""
+    random.seed(_SEED)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
+
+
+def _seeded_run(net: DetachableNet, training: bool, run: Callable[[], Any]) -> None:
+    net.train(training)
+    seed_all()
+    with torch.set_grad_enabled(training):  # some models ask
+        run()
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a traced graph and keeps what each node gave."""
+
+    def __init__(self, net: DetachableNet, traced: TracedGraph) -> None:
+        super().__init__(net, graph=traced.graph)
+        self.kept: dict[fx.Node, list[Tensor]] = {}
+
+    def recorded(self, training: bool, images: Tensor) -> dict[fx.Node, list[Tensor]]:
+        """Each node's tensors."""
+        net: Any = self.module
+        _seeded_run(net, training, lambda: self.run(images.clone()))
+        return self.kept
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """A node's arguments, in types that may be changed."""
+        return thaw(super().fetch_args_kwargs_from_env(n))
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node; keep its tensors."""
+        out = super().run_node(n)
+        self.kept[n] = [t.detach().clone() for t in tensors(out)]
+        return out

@@ -1,0 +1,322 @@
+"""TracedGraph: a traced graph and what flows along each of its edges."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+from torch.utils.flop_counter import FlopCounterMode
+
+from detachnet.errors import TraceError
+from detachnet.surgery.modules import attribute
+from detachnet.surgery.tracer import NO_LEAVES, PROBE_BATCH, Leaves, Spec, leaves_of, thaw
+from detachnet.surgery.whole import Reason
+
+
+def has_tensor(value: Any) -> bool:
+    """Whether a propagated value is, or contains, a tensor."""
+    return any(isinstance(leaf, Spec) for leaf in leaves_of(value))
+
+
+def _to_spec(leaf: Any) -> Any:
+    return Spec(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
+
+
+class Root(nn.Module):
+    """Holds the model as `base`, so that traced targets read `base.features.0` and extra inputs keep defaults."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base = model
+
+    def forward(self, x: Any) -> Any:
+        """What the model returns."""
+        return self.base(x)
+
+
+class _Propagator(fx.Interpreter):
+    """Runs a graph on the meta device and keeps every node's value and MACs."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[fx.Node, Any] = {}
+        self.macs: dict[fx.Node, int] = {}
+        self.needs_values: set[fx.Node] = set()
+        self.changing: set[fx.Node] = set()
+        self.counter = FlopCounterMode(display=False)
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """A node's arguments, in types that may be changed."""
+        return thaw(super().fetch_args_kwargs_from_env(n))
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node; keep its value's shape and its MACs."""
+        before = self.counter.get_total_flops()
+        given = [self.env[arg] for arg in n.all_input_nodes if isinstance(self.env.get(arg), torch.Tensor)]
+        versions = [tensor._version for tensor in given]
+        try:
+            out = super().run_node(n)
+            if n.op == "call_module" and versions != [tensor._version for tensor in given]:
+                self.changing.add(n)
+        except (RuntimeError, NotImplementedError):
+            if n.op not in ("call_module", "call_function"):
+                raise
+            out = self._run_on_zeros(n)
+        # torch counts a multiply-add as two operations, and PROBE_BATCH images went through.
+        self.macs[n] = (self.counter.get_total_flops() - before) // (2 * PROBE_BATCH)
+        self.values[n] = map_aggregate(out, _to_spec)
+        return out
+
+    def _run_on_zeros(self, n: fx.Node) -> Any:
+        """Run a layer or a function that needs its input's values, with zeros for weights and inputs."""
+        layer: Any = n.target
+        if n.op == "call_module":
+            layer = copy.deepcopy(self.fetch_attr(str(n.target))).to_empty(device="cpu")
+            for tensor in [*layer.parameters(), *layer.buffers()]:
+                tensor.zero_()
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+
+        def zeros(leaf: Any) -> Any:
+            return torch.zeros_like(leaf, device="cpu") if isinstance(leaf, torch.Tensor) else leaf
+
+        with torch.device("cpu"):
+            out = layer(*map_aggregate(args, zeros), **map_aggregate(kwargs, zeros))
+        self.needs_values.add(n)
+        return map_aggregate(out, lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf)
+
+
+@dataclass
+class TracedGraph:
+    """One traced graph and what is known of its nodes.
+
+    Attributes:
+        root: The module the graph's targets refer to, on the meta device.
+        graph: The graph; one placeholder, one output.
+        names: Dotted name → node. A module's path means its output; where it is called again, `path_1`, ….
+        image: What the placeholder takes.
+        calls: Path of a module or operation → its nodes, one per call.
+        whole: Path of a module that is kept whole for what its forward does → what that is.
+    """
+
+    root: Root
+    graph: fx.Graph
+    names: dict[str, fx.Node]
+    image: Spec
+    calls: dict[str, list[fx.Node]]
+    whole: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """The graph with its modules, on the meta device."""
+        return fx.GraphModule(self.root, self.graph)
+
+    @cached_property
+    def _probe(self) -> _Propagator:
+        return self.propagate(PROBE_BATCH)
+
+    @property
+    def values(self) -> dict[fx.Node, Any]:
+        """Node → value at batch size `PROBE_BATCH`, each tensor replaced by its `Spec`."""
+        return self._probe.values
+
+    @property
+    def macs(self) -> dict[fx.Node, int]:
+        """Node → multiply-accumulates for one image."""
+        return self._probe.macs
+
+    @property
+    def needs_values(self) -> set[fx.Node]:
+        """The layers that decide by their input's values, so that its shape is not enough to run them."""
+        return self._probe.needs_values
+
+    def changes_input(self, node: fx.Node) -> bool:
+        """Whether a node changes what it is given: an operation in place, or a layer that does such a thing."""
+        return writes_in_place(node) or node in self._probe.changing
+
+    def is_changed(self, node: fx.Node) -> bool:
+        """Whether a value is changed in place, itself or through a view of it."""
+        pending, seen = [node], set[fx.Node]()
+        while pending:
+            current = pending.pop()
+            for user in [user for user in current.users if user not in seen]:
+                seen.add(user)
+                if self.changes_input(user) and user.args[:1] == (current,):
+                    return True
+                if self._may_view(user):
+                    pending.append(user)
+        return False
+
+    def _may_view(self, node: fx.Node) -> bool:
+        """Whether a node's value may share its memory with what it is given."""
+        if node.op == "call_module":
+            name = type(self.module.get_submodule(str(node.target))).__name__
+            return name in ("Identity", "Flatten", "Unflatten", "DropPath") or name.startswith("Dropout")
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        return name in _VIEWS
+
+    def propagate(self, batch: int) -> _Propagator:
+        """Run the graph on the meta device with `batch` images."""
+        propagator = _Propagator(self.module)
+        node = "the input"
+        try:
+            with torch.device("meta"), propagator.counter, torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what a layer has to say of a pass without values or gradients
+                propagator.run(self.image.example(batch))
+        except Exception as error:
+            failed = next((n for n in self.graph.nodes if n not in propagator.values), None)
+            node = self.describe(failed) if failed else node
+            shape = "×".join(map(str, self.image.shape[1:]))
+            raise TraceError(
+                f"{type(self.root.base).__name__} does not run on {shape} images: it fails at {node}",
+                what=str(error).splitlines()[0],
+                hint=f"pass the input_size=(C, H, W) the model is made for{self._without_batch()}",
+                node=node,
+            ) from error
+        return propagator
+
+    def _without_batch(self) -> str:
+        """What may be meant by an image with more axes than C, H and W."""
+        size = tuple(self.image.shape[1:])
+        return f"; without the batch that is {size[1:]}" if len(size) == 4 else ""
+
+    @cached_property
+    def name_of(self) -> dict[fx.Node, str]:
+        """Node → its dotted name: the outermost module whose output it is, else the innermost operation."""
+        best: dict[fx.Node, str] = {}
+        for name, node in self.names.items():
+            if node not in best or (name.count("."), len(name)) < (best[node].count("."), len(best[node])):
+                best[node] = name
+        return best
+
+    def describe(self, node: fx.Node) -> str:
+        """A node's dotted name, or its name in the graph where it has none."""
+        return repr(self.name_of.get(node, node.name))
+
+    @cached_property
+    def live(self) -> list[fx.Node]:
+        """The nodes the output needs, and those that change a value in place, in order of execution."""
+        needed: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            if node in needed or node.op in ("output", "placeholder") or writes_in_place(node):
+                needed.add(node)
+                needed.update(node.all_input_nodes)
+        return [node for node in self.graph.nodes if node in needed]
+
+    @cached_property
+    def data(self) -> set[fx.Node]:
+        """The nodes whose value is a tensor that depends on the image's pixels, not only on its shape."""
+        found: set[fx.Node] = set()
+        for node in self.live:
+            if node.op == "placeholder" or (
+                any(arg in found for arg in node.all_input_nodes) and has_tensor(self.values[node])
+            ):
+                found.add(node)
+        return found
+
+    @cached_property
+    def readers(self) -> set[fx.Node]:
+        """The live nodes that read pixels-dependent values: all but the ones that only ask for a shape."""
+        return {n for n in self.live if n in self.data or n.op == "output" or writes_in_place(n)}
+
+    def parameters_of(self, node: fx.Node) -> list[nn.Parameter]:
+        """The parameters a node reads itself."""
+        if node.op == "call_module":
+            return list(self.module.get_submodule(str(node.target)).parameters())
+        if node.op == "get_attr":
+            value = attribute(self.root, str(node.target))
+            return [value] if isinstance(value, nn.Parameter) else []
+        return []
+
+
+@dataclass
+class TracedModel:
+    """A model's two graphs and the constants they refer to.
+
+    Attributes:
+        train: The graph in training mode.
+        eval: The graph in evaluation mode; cut points are looked for here.
+        constants: Tensors that the forward pass makes from no input, by their name in the graphs.
+        class_name: The model's class, for messages.
+        leaves: What is kept whole besides what is anyway: what the user wanted, and `whole`.
+        whole: Path of a module that is kept whole for what its forward does → what that is.
+        lost: The same of the model's own forward, which cannot be kept whole.
+        modal: Paths of the modules whose methods may read `training`.
+        plain: Path of a module → the plain attributes that its methods may read, as they were while tracing.
+    """
+
+    train: TracedGraph
+    eval: TracedGraph
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    class_name: str = ""
+    leaves: Leaves = NO_LEAVES
+    whole: dict[str, str] = field(default_factory=dict)
+    lost: tuple[Reason, ...] = ()
+    plain: dict[str, dict[str, Any]] = field(default_factory=dict)
+    modal: tuple[str, ...] = ()
+
+
+_IN_PLACE = {
+    operator.setitem,
+    *(getattr(operator, name) for name in dir(operator) if name[0] == "i" and hasattr(operator, f"__{name}__")),
+} - {operator.index, operator.inv, operator.invert}
+_VIEWS = {
+    *(
+        "as_strided",
+        "chunk",
+        "contiguous",
+        "data",
+        "detach",
+        "diagonal",
+        "dropout",
+        "expand",
+        "expand_as",
+        "flatten",
+    ),
+    *(
+        "float",
+        "getattr",
+        "getitem",
+        "movedim",
+        "narrow",
+        "permute",
+        "ravel",
+        "real",
+        "reshape",
+        "select",
+        "split",
+    ),
+    *("squeeze", "swapaxes", "swapdims", "t", "tensor_split", "to", "transpose", "type", "type_as", "unbind"),
+    *(
+        "unflatten",
+        "unfold",
+        "unsqueeze",
+        "view",
+        "view_as",
+        "H",
+        "T",
+        "mH",
+        "mT",
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+    ),
+}
+"""Operations whose result may share its memory with what they are given."""
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a node changes one of its arguments (`x.add_(y)`, `x += y`, `out=`, `inplace=True`)."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+    operator_in_place = node.op == "call_function" and node.target in _IN_PLACE
+    return (
+        in_place or operator_in_place or node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None
+    )

@@ -1,0 +1,204 @@
+"""What torch.fx lets pass, caught at its source while some thread traces.
+
+Functions with a backward of their own, script functions and checkpointing run, rather than become nodes;
+attributes are assigned, contexts entered. While a trace lasts, these tell the watch of the thread that traces.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from detachnet.surgery.whole import Watch
+
+_local = threading.local()
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Let a watch hear what happens in this thread."""
+    before = getattr(_local, "watch", None)
+    _local.watch = watch
+    try:
+        with _PATCHES:
+            yield
+    finally:
+        _local.watch = before
+
+
+def answer_isinstance(module: nn.Module) -> None:
+    """Until the trace ends, `isinstance` in the files of a module's classes knows what traced values stand for."""
+    files = [vars(sys.modules[c.__module__]) for c in type(module).__mro__ if c.__module__ in sys.modules]
+    for names in files:
+        if "isinstance" not in names and not names["__name__"].startswith(("torch.", "builtins")):
+            names["isinstance"] = _is_instance
+            _PATCHES.asking.append(names)
+
+
+def _is_instance(value: Any, kind: Any) -> bool:
+    """`isinstance`, which a traced value passes as what it stands for."""
+    watch = _current() if type(value).__module__ == "detachnet.surgery.tracer" else None
+    if watch is None or not isinstance(value, fx.Proxy) or isinstance(value, kind):
+        return isinstance(value, kind)
+    return issubclass(watch.tracer.class_of(value), kind)
+
+
+class _Patches:
+    """What classes have in their own namespaces, replaced while a thread traces; others wait, for torch.fx."""
+
+    def __init__(self) -> None:
+        self.lock, self.tracing = threading.RLock(), 0
+        self.originals: list[tuple[Any, str, Any]] = []
+        self.asking: list[dict[str, Any]] = []
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        self.tracing += 1
+        if self.tracing == 1:
+            for owner, name, make in _REPLACED:
+                self.originals.append((owner, name, vars(owner)[name]))
+                setattr(owner, name, make(vars(owner)[name]))
+
+    def __exit__(self, *_: object) -> None:
+        self.tracing -= 1
+        while not self.tracing and self.originals:
+            setattr(*self.originals.pop())
+        while not self.tracing and self.asking:
+            del self.asking.pop()["isinstance"]
+        self.lock.release()
+
+
+def _current() -> Watch | None:
+    """The watch of this thread, while its tracer records."""
+    watch: Watch | None = getattr(_local, "watch", None)
+    return watch if watch is not None and not watch.tracer.probing else None
+
+
+def _traced_apply(original: Any) -> Any:
+    """`autograd.Function.apply` of a traced value: one node, so that its backward is kept."""
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        watch = _current()
+        if watch is None or not _has_proxy((args, kwargs)):
+            return original.__get__(None, cls)(*args, **kwargs)
+        if cls is CheckpointFunction:
+            watch.note("checkpointing")
+            return args[0](*args[2:])
+        return watch.tracer.create_proxy("call_function", Applied(cls), args, kwargs)
+
+    return classmethod(apply)
+
+
+def _told_device(original: Callable[..., None]) -> Callable[..., None]:
+    def init(self: Any, device_type: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, "cpu" if isinstance(device_type, fx.Proxy) else device_type, *args, **kwargs)
+
+    return init
+
+
+def _noted_autocast(original: Callable[..., Any]) -> Callable[..., Any]:
+    def enter(self: Any) -> Any:
+        if watch := _current():
+            watch.note("autocast")
+        return original(self)
+
+    return enter
+
+
+def _noted_setattr(original: Callable[..., None]) -> Callable[..., None]:
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        if watch := _current():
+            watch.assigned(self, name, value)
+        original(self, name, value)
+
+    return set_attribute
+
+
+def _traced_script(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A script function of a traced value is one node."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        watch = _current()
+        if watch is None or not _has_proxy((args, kwargs)):
+            return original.__get__(self, type(self))(*args, **kwargs)
+        return watch.tracer.create_proxy("call_function", Scripted(self), args, kwargs)
+
+    return call
+
+
+def _has_proxy(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return any(map(_has_proxy, value))
+    return any(map(_has_proxy, value.values())) if isinstance(value, dict) else isinstance(value, fx.Proxy)
+
+
+_REPLACED: list[tuple[Any, str, Callable[[Any], Any]]] = [
+    (torch, "is_tensor", lambda _: lambda value: _is_instance(value, torch.Tensor)),
+    (torch.autograd.Function, "apply", _traced_apply),
+    (torch.autocast, "__init__", _told_device),
+    (torch.autocast, "__enter__", _noted_autocast),
+    (nn.Module, "__setattr__", _noted_setattr),
+    (torch.jit.ScriptFunction, "__call__", _traced_script),
+]
+_PATCHES = _Patches()
+
+
+class Applied:
+    """`function.apply` as a graph calls it."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        self.function = function
+        self.__name__, self.__module__ = function.__name__, __name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function gives, with its backward."""
+        return self.function.apply(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Applied) and self.function is other.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Applied, (self.function,)
+
+
+class Scripted:
+    """A script function as a graph calls it: it copies and pickles, by where it is found."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.__name__, self.__module__ = str(function.name), __name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function gives."""
+        return self.function(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scripted) and self.function is other.function
+
+    def __hash__(self) -> int:
+        return hash(id(self.function))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scripted:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        for module in list(sys.modules.values()):
+            for name, value in list(getattr(module, "__dict__", {}).items()):
+                if value is self.function:
+                    return _scripted, (module.__name__, name)
+        raise TypeError(f"the script function {self.__name__!r} is in no module, so it cannot be pickled")
+
+
+def _scripted(module: str, name: str) -> Scripted:
+    return Scripted(getattr(import_module(module), name))

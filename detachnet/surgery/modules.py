@@ -1,0 +1,157 @@
+"""What torch.nn.Module lacks: copies, twins without weights, parts by dotted path, modes that come back."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._device import _device_constructors
+
+# torch remembers its factories when `with torch.device(...)` is first used. That must not be while a trace has
+# them replaced: `torch.rand` would not heed the device from then on.
+_device_constructors()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile(model)`, `DataParallel` or `DistributedDataParallel`."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def inner_model(module: nn.Module) -> nn.Module | None:
+    """The module that `torch.compile` or DataParallel is around, if this is one of these."""
+    inner = unwrap(module)
+    return None if inner is module else inner
+
+
+def attribute(root: nn.Module, target: str) -> Any:
+    """The module, parameter or buffer a dotted target names."""
+    value: Any = root
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+class Folder(nn.Module):
+    """Only holds submodules, so that a part sits under its original dotted path."""
+
+
+def put(root: nn.Module, path: str, part: nn.Module | Tensor) -> None:
+    """Set `root.<path>`, making the folders on the way."""
+    *folders, last = path.split(".")
+    for folder in folders:
+        if folder not in root._modules:
+            root.add_module(folder, Folder())
+        root = root.get_submodule(folder)
+    if isinstance(part, nn.Module):
+        root.add_module(last, part)
+    elif isinstance(part, nn.Parameter):
+        root.register_parameter(last, part)
+    else:
+        root.register_buffer(last, part)
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode; each submodule's own mode comes back."""
+    was = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in was:
+            module.training = training
+
+
+@contextmanager
+def random_states_kept(device: torch.device | None = None) -> Iterator[None]:
+    """Leave the random states of Python, NumPy and torch as found, on a CUDA device too."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def random_states(device: torch.device) -> tuple[object, ...]:
+    """The random states of Python, NumPy and torch, to be compared."""
+    numpy = np.random.get_state(legacy=False)["state"]
+    torchs = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    return random.getstate(), numpy["key"].tobytes(), numpy["pos"], *(bytes(state.tolist()) for state in torchs)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A copy with its own weights; tensors that `deepcopy` refuses (weights computed by hooks) are cloned."""
+    return copy.deepcopy(model, copies_of_computed_tensors(model))
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """A module's own hooks on its passes."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def silence_hooks(model: nn.Module) -> nn.Module:
+    """Take a copy's hooks away, which may reach the user's objects; torch's own, which compute weights, stay."""
+    for module in model.modules():
+        for hooks in hooks_of(module):
+            for key, hook in list(hooks.items()):
+                if not getattr(hook, "__module__", type(hook).__module__).startswith("torch."):
+                    del hooks[key]
+    return model
+
+
+def copies_of_computed_tensors(model: nn.Module) -> dict[int, Any]:
+    """A memo for `deepcopy` with the tensors it refuses."""
+    return {id(t): t.detach().clone() for t in _computed_tensors(model)}
+
+
+def _computed_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Plain tensors that autograd computed, in dicts and lists too, as `torch.nn.utils.weight_norm` has them."""
+    for module in model.modules():
+        kept = {name: value for name, value in vars(module).items() if name != "_modules"}
+        for value in _leaves_of(kept):
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                yield value
+
+
+def _leaves_of(value: Any) -> Iterator[Any]:
+    """What is in nested dicts, lists and tuples."""
+    if isinstance(value, dict | list | tuple):
+        for item in list(value.values()) if isinstance(value, dict) else value:
+            yield from _leaves_of(item)
+    else:
+        yield value
+
+
+def parameters_in(value: Any) -> list[nn.Parameter]:
+    """The parameters in what a graph's target names."""
+    if isinstance(value, nn.Module):
+        return list(value.parameters())
+    return [value] if isinstance(value, nn.Parameter) else []
+
+
+def meta_twin(model: nn.Module) -> nn.Module:
+    """A copy of a model without its weights: parameters and buffers on the meta device, no hooks."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for tensor in [*model.buffers(), *_computed_tensors(model)]:
+        memo[id(tensor)] = tensor.detach().to("meta")
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        for hooks in hooks_of(module):
+            hooks.clear()
+    return twin

@@ -1,0 +1,107 @@
+"""TracedGraph -> TracedGraph: layers that were kept whole are traced into, where nothing is known of them.
+
+A trace keeps modules without children whole, and those on timm's list. Which channels go together inside of them
+shows their forward pass alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+
+from detachnet.surgery.graph import Root, TracedGraph
+from detachnet.surgery.modules import random_states_kept
+from detachnet.surgery.tracer import PREFIX, PROBE_BATCH, Leaves, Spec, Tracer, leaves_of
+
+
+def open_layers(traced: TracedGraph, is_known: Callable[[nn.Module], bool], leaves: Leaves) -> TracedGraph:
+    """Replace calls of layers by what their forward pass does, and those inside of it, too.
+
+    Args:
+        traced: The graph; it is not changed.
+        is_known: Whether a layer needs no look inside.
+        leaves: What the user wants kept whole.
+
+    Returns:
+        A graph that computes the same, with the same names for the same values. A layer that cannot be traced
+        stays.
+    """
+    with random_states_kept():
+        while (opened := _opened(traced, is_known, leaves)) is not traced:
+            traced = opened
+    return traced
+
+
+def _opened(traced: TracedGraph, is_known: Callable[[nn.Module], bool], leaves: Leaves) -> TracedGraph:
+    """The graph with the layers opened that it calls; the graph itself if there are none."""
+    graph, copies = fx.Graph(), dict[fx.Node, Any]()
+    inner: dict[str, fx.Node] = {}
+    any_opened = False
+    for node in traced.graph.nodes:
+        forward = None
+        if node.op == "call_module":
+            module = traced.root.get_submodule(str(node.target))
+            by_name = str(node.target).removeprefix(PREFIX) in leaves.paths
+            if not (by_name or is_known(module) or isinstance(module, leaves.classes)):
+                forward = _forward(traced, node, module, leaves)
+        if forward is None:
+            copies[node] = graph.node_copy(node, lambda arg: copies[arg])
+        else:
+            copies[node] = _inline(graph, forward, node, copies, inner)
+            any_opened = True
+    if not any_opened:
+        return traced
+    names = {name: copies[node] for name, node in traced.names.items() if isinstance(copies[node], fx.Node)}
+    calls = {
+        path: [copies[node] for node in nodes if isinstance(copies[node], fx.Node)]
+        for path, nodes in traced.calls.items()
+    }
+    graph.lint()
+    return TracedGraph(traced.root, graph, {**inner, **names}, traced.image, calls)
+
+
+def _forward(traced: TracedGraph, node: fx.Node, module: nn.Module, leaves: Leaves) -> fx.Graph | None:
+    """The forward pass of a layer that takes one tensor; nothing if it cannot be traced."""
+    inputs = [leaf for leaf in leaves_of((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]
+    takes_one = len(inputs) == len(node.args) == 1 and isinstance(node.args[0], fx.Node)
+    spec = traced.values[inputs[0]] if takes_one else None
+    of_torch = type(module).__module__.startswith("torch.") or hasattr(module, "parametrizations")
+    if of_torch or not isinstance(spec, Spec) or spec.shape[0] != PROBE_BATCH or node.kwargs:
+        return None
+    root, tracer = Root(module), Tracer(Leaves(leaves.classes, leaves.functions), spec)
+    try:
+        forward = tracer.trace(root)
+    except Exception:  # whatever a forward pass raises that cannot be traced
+        return None
+    if tracer.watch.found or tracer.watch.lost:
+        return None
+    # torch.fx keeps tensors that a forward pass makes on the root; the model has none of that name.
+    return None if any(isinstance(value, torch.Tensor) for value in vars(root).values()) else forward
+
+
+def _inline(
+    graph: fx.Graph, forward: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any], names: dict[str, fx.Node]
+) -> Any:
+    """Add a layer's forward pass to a graph; what it returns."""
+    inner: dict[fx.Node, Any] = {}
+    path, result = str(node.target), None
+
+    def given(leaf: Any) -> Any:
+        return inner[leaf] if isinstance(leaf, fx.Node) else leaf
+
+    for part in forward.nodes:
+        args, kwargs = map_aggregate(part.args, given), map_aggregate(part.kwargs, given)
+        if part.op == "placeholder":
+            inner[part] = copies[node.all_input_nodes[0]]
+        elif part.op == "output":
+            result = args[0]
+        else:
+            inside = part.op in ("get_attr", "call_module")
+            target = f"{path}.{str(part.target).removeprefix(PREFIX)}" if inside else part.target
+            new = graph.create_node(part.op, target, args, kwargs, name=f"{node.name}_{part.name}")
+            inner[part] = names[f"{path.removeprefix(PREFIX)}.{part.name}"] = new
+    return result

@@ -1,0 +1,505 @@
+"""family -> what was checked of it: the traced network is the network, and joint passes are separate ones.
+
+A family is compared with its model on a few random images, in both modes, with the same random numbers: what a
+trace has lost shows in the outputs, the gradients or the buffers. All of it runs on copies.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from detachnet.errors import TraceError
+from detachnet.surgery.difference import (
+    close,
+    difference,
+    first_difference,
+    graph_outputs,
+    seed_all,
+    tensors,
+    twin,
+)
+from detachnet.surgery.modules import (
+    copies_of_computed_tensors,
+    hooks_of,
+    random_states,
+    random_states_kept,
+    silence_hooks,
+)
+from detachnet.surgery.plan import BASE
+from detachnet.surgery.rewrite import build_view
+from detachnet.surgery.tracer import PREFIX
+
+if TYPE_CHECKING:
+    from detachnet.surgery.detachable import DetachableNet
+
+Check = Literal["full", "outputs", "none"]
+EXACT_MACS, JOINT_MACS = 100e6, 4e9
+"""MACs of the base-model up to which four images are taken, not two, and joint passes are compared in float64; and
+up to which they are compared in training mode too."""
+_SAME = {torch.float64: 1e-8, torch.float32: 1e-4}
+"""Difference between a model and its base view, relative to the largest value, that rounding explains."""
+_JOINT = {torch.float64: 1e-5, torch.float32: 3e-2}
+"""The same between joint and separate passes, whose operations work on other numbers of images."""
+_RANDOM_LAYERS = ("Dropout", "StochasticDepth", "DropPath", "DropBlock")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a comparison found.
+
+    Attributes:
+        checked: What the plan says of it; empty where everything was checked and nothing is worth a word.
+        hints: What is legal but worth a second thought.
+    """
+
+    checked: str = ""
+    hints: tuple[str, ...] = ()
+
+
+def prove(net: DetachableNet, check: Check) -> Proof:
+    """Compare a family with its model, and its joint passes with separate ones.
+
+    Args:
+        net: The family; left as it is, the random state too.
+        check: `full`; `outputs`, no gradients; or `none`.
+
+    Raises:
+        TraceError: They differ, with the first module in which they do.
+    """
+    if check == "none":
+        return Proof("nothing was compared with the model")
+    like = next(net.parameters(), torch.empty(0))
+    if like.is_meta:
+        return Proof("nothing was compared with the model, which has no weights yet")
+    small = net.plan[BASE].macs <= EXACT_MACS
+    quiet = warnings.catch_warnings()
+    with quiet, random_states_kept(like.device), torch.autocast(like.device.type, enabled=False):
+        warnings.simplefilter("ignore")  # what a layer has to say of these passes is none of the user's concern
+        prover = _Prover(net, check, like.dtype, 4 if small else 2)
+        if small and like.device.type != "mps":
+            prover.exact = _Prover(net, check, torch.float64, 4)
+        try:
+            return prover.run()
+        except _CannotRunError as error:
+            said = f"nothing was compared with the model, which does not run here: {error}"
+            return Proof(said, (*_left_out_hooks(net), *_left_out(net)))
+
+
+class UnlikeError(TraceError):
+    """A traced network that is not the model.
+
+    Attributes:
+        owner: Path of the module to keep whole; empty if that is the model itself.
+        said: Why, in a few words.
+    """
+
+    owner: str = ""
+    said: str = ""
+
+
+class _CannotRunError(Exception):
+    """The model itself does not run."""
+
+
+@dataclass
+class _Pass:
+    """What a pass gave.
+
+    Attributes:
+        outputs: Its tensors.
+        gradients: Parameter → its gradient; empty where none was asked for.
+        buffers: Buffer → its value afterwards.
+        draws: Whether random numbers were drawn.
+    """
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+    draws: bool
+
+
+class _Prover:
+    """Compares one family on one batch of images."""
+
+    def __init__(self, net: DetachableNet, check: Check, dtype: torch.dtype, images: int) -> None:
+        self.net, self.gradients = net, check == "full"
+        self.root = twin(net, copies_of_computed_tensors(net)).to(dtype)
+        silence_hooks(self.root)
+        torch.manual_seed(0)
+        _vary(self.root)
+        spec = net.traced(False).image
+        device = next(self.root.parameters(), torch.empty(0)).device
+        shape = (images, *spec.shape[1:])
+        self.images = (
+            torch.randn(shape, dtype=torch.float32, device=device).to(dtype)
+            if spec.dtype.is_floating_point
+            else torch.randint(0, 2, shape, device=device).to(spec.dtype)
+        )
+        self.dtype, self.notes = dtype, list[str]()
+        self.exact: _Prover | None = None
+        """Compares joint passes in float64 instead; a model may ask for its own dtype, as autocast does."""
+
+    def run(self) -> Proof:
+        """All comparisons."""
+        hints = (*_left_out_hooks(self.net), *_left_out(self.net))
+        for training in (False, True):
+            expected = self._model_pass(training)
+            found = self._view_pass(training, (BASE,), self.gradients and training)
+            self._compare_with_model(training, expected, found)
+            if training:
+                hints = (*hints, *self._shared_state(found))
+            if not training and _sums_to_one(expected.outputs):
+                hints = (*hints, "in evaluation mode it returns probabilities; what takes logits normalizes again")
+            self._compare_joint_exactly(training, found)
+        if not self.gradients:
+            self.notes.append("no gradients were compared with the model's")
+        notes = [*dict.fromkeys(self.notes), *self._coupled()]
+        return Proof("; ".join(notes), hints)
+
+    # Passes.
+
+    def _fresh(self) -> DetachableNet:
+        """A copy that shares the parameters."""
+        memo = copies_of_computed_tensors(self.root)
+        return twin(self.root, memo | {id(p): p for p in self.root.parameters()})
+
+    def _model_pass(self, training: bool) -> _Pass:
+        """The model as it is, with its hooks."""
+        try:
+            return self._pass(lambda net, x: net.base(x), self._fresh(), training, self.gradients and training)
+        except Exception as error:  # whatever a user's model raises
+            raise _CannotRunError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+    def _view_pass(self, training: bool, models: tuple[str, ...], gradients: bool) -> _Pass:
+        which: str | tuple[str, ...] = models[0] if len(models) == 1 else models
+        try:
+            return self._pass(lambda net, x: net(x, which=which), self._fresh(), training, gradients)
+        except Exception as error:  # whatever an operation raises
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            if len(models) == 1:
+                raise self._refusal(f"it fails in {_mode(training)} mode", what) from error
+            raise self._joint_refusal(f"it fails in {_mode(training)} mode", what) from error
+
+    def _pass(
+        self, run: Callable[[DetachableNet, Tensor], Any], net: DetachableNet, training: bool, gradients: bool
+    ) -> _Pass:
+        net.train(training)
+        seed_all()
+        before = random_states(self.images.device)
+        with torch.set_grad_enabled(gradients):
+            images = self.images if training or self.net.plan[BASE].macs <= JOINT_MACS else self.images[:1]
+            outputs = tensors(run(net, images.clone()))
+        draws = before != random_states(self.images.device)
+        found = _gradients(net, outputs) if gradients else {}
+        every = net.named_buffers(remove_duplicate=False)  # some belong to several models
+        kept = {name: buffer for name, buffer in every if name not in net._buffers}
+        return _Pass([out.detach() for out in outputs], found, kept, draws)
+
+    # Comparisons.
+
+    def _compare_with_model(self, training: bool, expected: _Pass, found: _Pass) -> None:
+        """Refuse a base view that is not the model."""
+        bound = _SAME.get(self.dtype, 3e-2)
+        if not self._same_outputs(expected, found, bound):
+            if expected.draws and self._draws_in_another_order(training, expected, bound):
+                self.notes.append(f"in {_mode(training)} mode it draws its random numbers in another order")
+                return
+            again = self._model_pass(training)
+            if not self._same_outputs(expected, again, bound):
+                self.notes.append(f"in {_mode(training)} mode the model gives other outputs each time")
+                return
+            raise self._other_outputs(training)
+        if name := _other_gradient(expected.gradients, found.gradients, bound):
+            raise self._other_gradients(name, expected.gradients[name], found.gradients[name])
+        own = {name: value for name, value in expected.buffers.items() if name.startswith(PREFIX)}
+        if name := _other_buffer(own, found.buffers, bound):
+            owner = name.removeprefix(PREFIX).rpartition(".")[0]
+            raise self._refusal(
+                f"in {_mode(training)} mode its buffer {name.removeprefix(PREFIX)!r} becomes another value",
+                what="the forward pass assigns it, or changes it by what a trace does not hold",
+                owner=owner,
+                short=f"its buffer {name.removeprefix(PREFIX)!r} becomes another value",
+            )
+
+    def _draws_in_another_order(self, training: bool, expected: _Pass, bound: float) -> bool:
+        """Whether the trace gives what the model does in the order of the trace; views draw when they need to."""
+        images = self.images[: len(expected.outputs[0])] if expected.outputs else self.images
+        outputs = graph_outputs(self._fresh(), self.net.traced(training), training, images)
+        return self._same_outputs(expected, _Pass(outputs, {}, {}, True), bound)
+
+    def _compare_joint_exactly(self, training: bool, base: _Pass) -> None:
+        """Compare joint passes in float64 where the model is small and works in it, else as they are."""
+        prover = self.exact or self
+        if self.exact is not None:
+            try:
+                base = self.exact._view_pass(training, (BASE,), self.gradients and training)
+            except TraceError:  # some models work in one dtype only
+                prover = self
+        prover._compare_joint(training, base)
+        self.notes += prover.notes if prover is not self else []
+
+    def _compare_joint(self, training: bool, base: _Pass) -> None:
+        """Refuse joint passes that are not separate ones."""
+        source, names = self.net._sources[training], self.net.names
+        source.find_coupling(self.net)
+        if training and self.net.plan[BASE].macs > JOINT_MACS:
+            self.notes.append("joint passes were compared in evaluation mode only, for the size of the model")
+            return
+        if any(verdict.how == "never" for verdict in source.coupling.found.values()) or len(names) < 2:
+            return  # the models run one after another
+        if base.draws:
+            _switch_off(self.root)
+            base = self._view_pass(training, (BASE,), self.gradients and training)
+        if base.draws:
+            self.notes.append(
+                f"in {_mode(training)} mode joint passes were not compared: they draw random numbers"
+            )
+            return
+        gradients = self.gradients and training
+        joint = self._view_pass(training, names, gradients)
+        apart = self._apart(training, base, gradients)
+        bound = _JOINT.get(self.dtype, 0.2)
+        wrong = next(
+            (
+                i
+                for i, pair in enumerate(zip(apart.outputs, joint.outputs, strict=True))
+                if not close(*pair, bound)
+            ),
+            None,
+        )
+        what = ""
+        if wrong is not None:
+            what = f"outputs differ by {difference(apart.outputs[wrong], joint.outputs[wrong]):.1e}"
+        elif name := _other_gradient(apart.gradients, joint.gradients, bound):
+            what = f"the gradient of {name!r} is another"
+        elif name := _other_buffer(apart.buffers, joint.buffers, bound):
+            what = f"the buffer {name!r} becomes another value"
+        if what:
+            raise self._joint_refusal(f"in {_mode(training)} mode they give other results than alone", what)
+
+    def _apart(self, training: bool, base: _Pass, gradients: bool) -> _Pass:
+        """All models one after another."""
+        net = self._fresh()
+        for name, value in base.buffers.items():
+            _set_buffer(net, name, value)
+
+        def run(net: DetachableNet, x: Tensor) -> list[Any]:
+            outputs = []
+            for name in net.names[1:]:
+                with net.in_turn(name, net.names):
+                    outputs.append(net(x.clone(), which=name))
+            return outputs
+
+        subs = self._pass(run, net, training, gradients)
+        both = {name: _sum(base.gradients[name], gradient) for name, gradient in subs.gradients.items()}
+        return _Pass([*base.outputs, *subs.outputs], both, subs.buffers, False)
+
+    def _same_outputs(self, one: _Pass, two: _Pass, bound: float) -> bool:
+        pairs = zip(one.outputs, two.outputs, strict=False)
+        return len(one.outputs) == len(two.outputs) and all(close(*pair, bound) for pair in pairs)
+
+    def _coupled(self) -> list[str]:
+        """What was found to join the images of a batch."""
+        said: dict[str, None] = {}
+        for training in (False, True):
+            source = self.net._sources[training]
+            for node, verdict in source.coupling.found.items():
+                if verdict.how == "never":
+                    said[f"{source.traced.describe(node)} {verdict.why}: the models run one after another"] = None
+                elif verdict.how == "per model" and "joins" in verdict.why:
+                    said[f"{source.traced.describe(node)} {verdict.why} and runs model by model"] = None
+        return list(said)
+
+    def _shared_state(self, found: _Pass) -> tuple[str, ...]:
+        """A hint where sub-models with norms of their own share a buffer that training changes."""
+        before = dict(self.root.named_buffers(remove_duplicate=False))
+        # A buffer that takes another shape is a table made when it is first needed.
+        alike = [n for n, v in found.buffers.items() if v.is_floating_point() and v.shape == before[n].shape]
+        changed = [n for n in alike if not torch.equal(before[n], found.buffers[n])]
+        rest = [n for n in changed if not isinstance(self.root.get_submodule(n.rpartition(".")[0]), _BatchNorm)]
+        if self.net.plan.norm != "private" or not rest:
+            return ()
+        graphs = [build_view(self.net._of_width[name][True], (name,)) for name in self.net.names[1:]]
+        read = {
+            str(node.target) for graph in graphs for node in graph.nodes if node.op in ("call_module", "get_attr")
+        }
+        shared = [name for name in rest if any(f"{name}.".startswith(f"{target}.") for target in read)]
+        names = ", ".join(repr(name.removeprefix(PREFIX)) for name in shared)
+        return (f"all models share {names}, which training changes",) if shared else ()
+
+    # Refusals.
+
+    def _other_outputs(self, training: bool) -> TraceError:
+        """The refusal of another output, with the first module that gives one."""
+        where = first_difference(
+            self._fresh(), self.net.traced(training), training, self.images, _SAME.get(self.dtype, 3e-2)
+        )
+        if where is None:
+            return self._refusal(f"in {_mode(training)} mode its outputs are others")
+        path, owner = where
+        place = f"at {path!r}" if owner == path else f"in front of {path!r}"
+        return self._refusal(
+            f"in {_mode(training)} mode its values are others from {place} on",
+            owner=owner,
+            short=f"its values are others in {_mode(training)} mode",
+        )
+
+    def _other_gradients(self, name: str, expected: Tensor | None, found: Tensor | None) -> TraceError:
+        why = "a function with a backward pass of its own, or autocast"
+        if (expected is None) != (found is None):
+            why = "the model has none" if expected is None else "the family has none"
+            why += ": torch.no_grad, detach, or a function with a backward pass of its own"
+        path = name.removeprefix(PREFIX)
+        return self._refusal(
+            f"the gradient of {path!r} is another",
+            what=why,
+            owner=path.rpartition(".")[0],
+            short="its gradients are others",
+        )
+
+    def _joint_refusal(self, said: str, what: str) -> TraceError:
+        """A refusal of joint passes."""
+        return TraceError(
+            f"the models of {self.net.plan.model} cannot share one pass: {said}",
+            what=what,
+            hint="keep what does it whole (leaf_modules); or check='none', and run the models one at a time",
+        )
+
+    def _refusal(self, said: str, what: str = "", owner: str = "", short: str = "") -> TraceError:
+        """A refusal that names the module to keep whole."""
+        base = self.net.base
+        while owner and isinstance(base.get_submodule(owner), _TORCHS):
+            owner = owner.rpartition(".")[0]  # torch's own layers are kept whole anyway
+        module = base.get_submodule(owner) if owner else base
+        kept = f"leaf_modules=[{owner!r}] keeps it whole"
+        moved = "move that part of forward into a module of its own, which is then kept whole"
+        lost = next(iter(self.net._lost), None) if not owner else None
+        error = UnlikeError(
+            f"the traced {self.net.plan.model} is not the model: {said}",
+            what=f"its forward has {lost.what}, which no trace holds" if lost else what,
+            where=lost.where if lost and lost.where else f"{owner or 'the model'} ({type(module).__name__})",
+            hint=f"{kept if owner else moved}; check='none' takes the trace as it is",
+            node=owner or None,
+        )
+        error.owner, error.said = owner, short or said
+        return error
+
+
+_TORCHS = (
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+)
+
+
+def _vary(net: nn.Module) -> None:
+    """Change the weights of norms and the like a little: zeros there would hide what is behind them."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim == 1 and parameter.is_floating_point():
+                parameter.add_(0.1 * torch.rand_like(parameter) + 0.05)
+
+
+def _set_buffer(net: nn.Module, name: str, value: Tensor) -> None:
+    """Give a buffer another value, in place where its shape is the same: it may belong to several models."""
+    folder, _, last = name.rpartition(".")
+    buffers = net.get_submodule(folder)._buffers
+    was = buffers[last]
+    if was is not None and was.shape == value.shape and was.dtype == value.dtype:
+        was.copy_(value)
+    else:
+        buffers[last] = value.clone()
+
+
+def _switch_off(net: nn.Module) -> None:
+    """Switch known random layers off."""
+    for module in net.modules():
+        if type(module).__name__.startswith(_RANDOM_LAYERS):
+            for name in ("p", "drop_prob"):
+                if hasattr(module, name):
+                    setattr(module, name, 0.0)
+
+
+def _gradients(net: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor | None]:
+    """Each parameter's gradient of a sum of the outputs with weights that differ."""
+    terms = [out for out in outputs if out.requires_grad]
+    parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    if not terms or not parameters:
+        return dict.fromkeys(parameters)
+    weighed = [(out * torch.linspace(-1, 1, out.numel()).to(out).view_as(out)).sum() for out in terms]
+    sum(weighed[1:], weighed[0]).backward()  # type: ignore[no-untyped-call]  # checkpointing refuses autograd.grad
+    found = {name: parameter.grad for name, parameter in parameters.items()}
+    net.zero_grad()
+    return found
+
+
+def _sums_to_one(outputs: list[Tensor]) -> bool:
+    """Whether the main output is a probability for each class."""
+    main = outputs[0] if outputs else torch.empty(0)
+    if main.ndim != 2 or main.shape[1] < 2 or not main.is_floating_point():
+        return False
+    return bool((main >= 0).all() and (main.sum(1) - 1).abs().max() < 1e-3)
+
+
+def _mode(training: bool) -> str:
+    return "training" if training else "evaluation"
+
+
+def _left_out(net: DetachableNet) -> tuple[str, ...]:
+    """What the model's own forward leaves for a later pass, or does without an effect on values."""
+    return tuple(f"the family does without {reason}" for reason in net._lost if reason.counts or reason.is_soft)
+
+
+def _left_out_hooks(net: DetachableNet) -> tuple[str, ...]:
+    """A hint where the model has hooks that no graph runs."""
+    kept = [str(node.target) for node in net.traced(False).graph.nodes if node.op == "call_module"]
+    hooked = [
+        path
+        for path, module in net.named_modules()
+        if f"{path}.".startswith(PREFIX) and any(map(len, hooks_of(module)))
+    ]
+    lost = [path for path in hooked if not any(f"{path}.".startswith(f"{target}.") for target in kept)]
+    names = ", ".join(repr(path.removeprefix(PREFIX)) if path != BASE else "the model itself" for path in lost)
+    way_out = "; what they change belongs into its forward" if BASE in lost else ""
+    return (f"the family does not run the hooks of {names}{way_out}",) if lost else ()
+
+
+def _other_gradient(expected: dict[str, Tensor | None], found: dict[str, Tensor | None], bound: float) -> str:
+    """The parameter nearest to the output whose gradient is another; empty if there is none.
+
+    A gradient that is zero but for rounding, as a bias has in front of a batch norm, is compared with the largest.
+    """
+    norms = [float(gradient.norm()) for gradient in expected.values() if gradient is not None]
+    least = 0.01 * max([norm for norm in norms if norm < torch.inf], default=0.0) + 1e-12
+    for name in reversed(expected):
+        one, two = expected[name], found[name]
+        if (one is None) != (two is None) and not _is_zero(one) and not _is_zero(two):
+            return name
+        if one is not None and two is not None and not torch.equal(one, two):
+            error = float((one - two).nan_to_num().norm()) / max(float(one.nan_to_num().norm()), least)
+            if error > bound:
+                return name
+    return ""
+
+
+def _is_zero(gradient: Tensor | None) -> bool:
+    return gradient is not None and not gradient.any()
+
+
+def _other_buffer(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], bound: float) -> str:
+    """The first buffer with another value; empty if there is none."""
+    return next((n for n, value in expected.items() if n not in found or not close(value, found[n], bound)), "")
+
+
+def _sum(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+    return two if one is None else one if two is None else one + two

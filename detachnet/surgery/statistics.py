@@ -1,0 +1,94 @@
+"""layer -> the parts of it that keep statistics of what they see, as batch norms do, whatever their class.
+
+A layer is run in training on two random batches: what its buffers hold then differs if they are statistics.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from detachnet.surgery.graph import TracedGraph
+from detachnet.surgery.modules import copy_model, random_states_kept, silence_hooks
+from detachnet.surgery.tracer import PREFIX, Spec
+
+Statistics = Mapping[str, tuple[str, ...]]
+"""Path of a layer in the base-model → paths in it of the parts that keep statistics, batch norms not counted."""
+
+
+def find_statistics(traced: TracedGraph, base: nn.Module) -> Statistics:
+    """The layers of a model that keep statistics, batch norms not counted, by running each of them in training.
+
+    Args:
+        traced: The graph of the training mode.
+        base: The model with its weights; it is left as it is, the random state too.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for node in traced.live:
+        path = str(node.target).removeprefix(PREFIX)
+        if node.op != "call_module" or path in found or not _could_keep(base.get_submodule(path)):
+            continue
+        if parts := _parts_with_statistics(traced, node, base.get_submodule(path)):
+            found[path] = parts
+    return found
+
+
+def _could_keep(layer: nn.Module) -> bool:
+    """Whether a layer on a real device has floating-point buffers of its own that are no batch norm's."""
+    buffers = [
+        buffer
+        for part in layer.modules()
+        if not isinstance(part, _BatchNorm)
+        for buffer in part._buffers.values()
+        if buffer is not None
+    ]
+    return any(buffer.is_floating_point() and not buffer.is_meta for buffer in buffers)
+
+
+def _parts_with_statistics(traced: TracedGraph, node: fx.Node, layer: nn.Module) -> tuple[str, ...]:
+    """The parts of one layer whose buffers come to depend on what the layer sees; none if it cannot be run."""
+    like = next((b for b in layer.buffers() if b.is_floating_point()), torch.empty(0))
+    meta = traced.module.get_submodule(str(node.target))
+    try:
+        with random_states_kept(like.device), torch.no_grad():
+            one, two = (_buffers_after(traced, node, layer, meta, like, seed) for seed in (0, 1))
+    except Exception:  # whatever a user's layer raises on random values
+        return ()
+    owners = [name.rpartition(".")[0] for name, value in one.items() if not torch.equal(value, two[name])]
+    return tuple(p for p in dict.fromkeys(owners) if not isinstance(layer.get_submodule(p), _BatchNorm))
+
+
+def _buffers_after(
+    traced: TracedGraph, node: fx.Node, layer: nn.Module, meta: nn.Module, like: Tensor, seed: int
+) -> dict[str, Tensor]:
+    """A copy's floating-point buffers after one pass in the graph's mode on random values."""
+    torch.manual_seed(seed)
+
+    def value(leaf: fx.Node) -> Any:
+        return map_aggregate(traced.values[leaf], random_tensor)
+
+    def random_tensor(leaf: Any) -> Any:
+        if not isinstance(leaf, Spec):
+            return leaf
+        dtype = like.dtype if leaf.dtype.is_floating_point else leaf.dtype
+        return torch.rand(leaf.shape, device=like.device).mul(3).to(dtype)
+
+    copied = silence_hooks(copy_model(layer))
+    for (_, part), (_, original) in zip(copied.named_modules(), meta.named_modules(), strict=True):
+        part.training = original.training
+    copied(*fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value))
+    return {name: buffer for name, buffer in copied.named_buffers() if buffer.is_floating_point()}
+
+
+def own_statistics(layer: nn.Module, parts: tuple[str, ...] = ()) -> nn.Module:
+    """A copy of a layer with norms, and whatever else keeps statistics, of its own; the rest stays shared."""
+    kept = [m for m in layer.modules() if isinstance(m, _BatchNorm)] + [layer.get_submodule(p) for p in parts]
+    own = {id(t) for m in kept for t in [*m._parameters.values(), *m._buffers.values()]}
+    shared = [t for t in [*layer.parameters(), *layer.buffers()] if id(t) not in own]
+    return copy.deepcopy(layer, {id(t): t for t in shared})

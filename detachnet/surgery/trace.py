@@ -1,0 +1,277 @@
+"""module -> TracedModel: the graph of a model, dotted names for its nodes, and what flows along each edge.
+
+A model is traced twice, in training and in evaluation mode, because `self.training` is baked into a trace. Both
+traces are made on a copy on the meta device, so the model itself is never run, moved or touched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+import traceback
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from detachnet.errors import TraceError, nearest
+from detachnet.surgery.graph import Root, TracedGraph, TracedModel
+from detachnet.surgery.modules import meta_twin, random_states_kept
+from detachnet.surgery.settle import cut_gradients, settle_augmented
+from detachnet.surgery.tracer import NO_LEAVES, PREFIX, PROBE_BATCH, Leaves, Spec, Tracer
+from detachnet.surgery.whole import LostError, asking_for_mode, hooked, plain_attributes
+from detachnet.zoo import default_input_size
+
+_TURN = threading.RLock()
+"""Held during a trace, which replaces functions of torch: two at once would put back what the other replaced."""
+
+
+def trace(
+    model: nn.Module,
+    input_size: tuple[int, ...] | None = None,
+    example_input: torch.Tensor | None = None,
+    leaves: Leaves = NO_LEAVES,
+    others: Mapping[bool, Collection[str]] = MappingProxyType({}),
+) -> TracedModel:
+    """Trace a model without running or changing it.
+
+    Args:
+        model: Any module with one image input, on any device.
+        input_size: Shape of one image, `(C, H, W)`. By default what the model declares.
+        example_input: A batch `(B, ...)` instead, for inputs of another rank or dtype.
+        leaves: Modules and functions to keep whole.
+        others: Mode → paths of single modules that are in the other one.
+
+    Raises:
+        TraceError: Its forward pass decides by a tensor's values, does not run at that size, or no size is known.
+    """
+    image = _image_spec(model, input_size, example_input)
+    _check_model(model, image, leaves)
+    whole: dict[str, str] = {}
+    with _TURN, random_states_kept():
+        while True:
+            try:
+                return _traced(model, image, leaves, whole, others)
+            except _KeepWholeError as error:
+                whole |= error.found
+                leaves = leaves.with_paths(error.found)
+
+
+class _KeepWholeError(Exception):
+    """Modules whose own forward does what a trace loses."""
+
+    def __init__(self, found: Mapping[str, str]) -> None:
+        super().__init__(", ".join(found))
+        self.found = dict(found)
+
+
+def _traced(
+    model: nn.Module,
+    image: Spec,
+    leaves: Leaves,
+    whole: Mapping[str, str],
+    others: Mapping[bool, Collection[str]],
+    closely: bool = False,
+) -> TracedModel:
+    """Trace once in each mode; again where a random state has moved, to hear whether this thread did it."""
+    graphs: dict[bool, TracedGraph] = {}
+    constants, tracers = dict[str, torch.Tensor](), list[Tracer]()
+    found: dict[str, str] = {}
+    for training in (False, True):
+        root = Root(meta_twin(model)).train(training)
+        for path in others.get(training, ()):
+            root.base.get_submodule(path).training = not training
+        tracers.append(tracer := Tracer(leaves, image))
+        tracer.watch.closely = closely
+        for path, reason in hooked(model).items():
+            tracer.watch.hooks[path] = reason
+        graph = _trace_root(tracer, root)
+        found |= {path: str(reason) for path, reason in tracer.watch.found.items()}
+        if graph is not None:
+            graphs[training] = TracedGraph(root, graph, _flatten(tracer.calls), image, tracer.calls)
+            constants |= _take_constants(root, graph, "train" if training else "eval")
+    if found:
+        raise _KeepWholeError(found)
+    if not closely and any(tracer.watch.moved for tracer in tracers):
+        return _traced(model, image, leaves, whole, others, closely=True)
+    lost = {reason.what: reason for tracer in tracers for reason in tracer.watch.lost}
+    for reason in lost.values():
+        if reason.decides:
+            raise TraceError(
+                f"cannot trace {type(model).__name__}: its own forward pass has {reason.what}",
+                what="a trace would hold the answer of one device and one pass",
+                where=reason.where,
+                hint="move that line into the forward of a module of its own: that is kept whole",
+            )
+    outer = outermost(whole)
+    for made in graphs.values():
+        made.whole = outer
+    written = {name for tracer in tracers for name in tracer.watch.written}
+    opened = {path: module for tracer in tracers for path, module in tracer.watch.opened.items()}
+    return TracedModel(
+        *(graphs[True], graphs[False], constants, type(model).__name__, leaves),
+        whole=outer,
+        lost=tuple(lost.values()),
+        plain=plain_attributes(opened, written),
+        modal=asking_for_mode(opened),
+    )
+
+
+def outermost(whole: Mapping[str, str]) -> dict[str, str]:
+    """What is kept whole, without what is inside of that."""
+    return {path: why for path, why in whole.items() if not any(path.startswith(f"{other}.") for other in whole)}
+
+
+def _check_model(model: nn.Module, image: Spec, leaves: Leaves) -> None:
+    """Refuse what cannot be traced whatever its forward pass does."""
+    name, shape = type(model).__name__, ", ".join(map(str, image.shape[1:]))
+    for path, module in model.named_modules():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise TraceError(
+                f"cannot trace {name}: {path!r} has no shape yet",
+                where=f"{path!r} ({type(module).__name__})",
+                hint=f"run the model once first: model(torch.zeros(2, {shape}))",
+                node=path,
+            )
+    paths = [path for path, _ in model.named_modules()]
+    for path in leaves.paths:
+        if path not in paths[1:]:
+            raise TraceError(
+                f"{name} has no module {path!r} to keep whole",
+                hint="leaf_modules takes classes, and names as model.named_modules() has them",
+                nearest=nearest(path, paths),
+            )
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return
+    needed = [
+        p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    keywords = [p.name for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
+    if len(needed) > 1 or keywords:
+        first, rest = needed[0], ", ".join(f"{n}=..." for n in needed[1:])
+        raise TraceError(
+            f"cannot trace {name}: a model takes one image, but its forward takes {', '.join(needed)}",
+            hint=f"wrap it as self.net in a module: def forward(self, {first}): return self.net({first}, {rest})",
+        )
+
+
+def _trace_root(tracer: Tracer, root: Root) -> fx.Graph | None:
+    """Run the tracer; turn whatever the forward pass raises into a TraceError with the user's source line.
+
+    Nothing comes of a failure behind something for which a module is kept whole.
+    """
+    try:
+        graph = _inline_named_tuples(tracer.trace(root))
+        cut_gradients(tracer, graph)
+        settle_augmented(tracer, graph)
+        return graph
+    except Exception as error:
+        if tracer.watch.found:
+            return None
+        for reason in tracer.watch.lost if isinstance(error, LostError) else ():
+            raise TraceError(
+                f"cannot trace {type(root.base).__name__}: in its own forward pass {reason.what}",
+                what="a trace holds no state that a pass leaves for the next",
+                where=reason.where,
+                hint="move that into the forward of a module of its own: that is kept whole",
+            ) from error
+        path = (tracer.stack[-1] if tracer.stack else "base").removeprefix(PREFIX)
+        owner = root.base if path == "base" else root.base.get_submodule(path)
+        decides = isinstance(error, fx.proxy.TraceError | TypeError)
+        keep_whole = f"make_detachable(..., leaf_modules=[{type(owner).__name__}]) keeps that module whole"
+        backbone = "make its backbone detachable: make_detachable(model.backbone, ...)"
+        move = "move the decision out of forward, or into a submodule without children (those are kept whole)"
+        raise TraceError(
+            f"cannot trace {type(root.base).__name__}: the forward pass of "
+            f"{'the model' if path == 'base' else repr(path)} ({type(owner).__name__}) "
+            f"{'needs values that are not there while tracing' if decides else 'fails'}",
+            what=str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__,
+            where=_source_line(error),
+            hint=backbone if hasattr(root.base, "backbone") else move if path == "base" else keep_whole,
+            node=path,
+        ) from error
+
+
+def _take_constants(root: Root, graph: fx.Graph, mode: str) -> dict[str, torch.Tensor]:
+    """Tensors the forward pass made from no input, under names of their mode; the root keeps only their shape."""
+    constants = {f"{mode}{name}": t for name, t in vars(root).items() if isinstance(t, torch.Tensor)}
+    for name, value in constants.items():
+        setattr(root, name, value.to("meta"))
+    for node in graph.nodes:
+        if node.op == "get_attr" and f"{mode}{node.target}" in constants:
+            node.target = f"{mode}{node.target}"
+    return constants
+
+
+def _inline_named_tuples(graph: fx.Graph) -> fx.Graph:
+    """Make a named tuple of outputs (auxiliary heads) part of the output, not a node that joins its fields."""
+    for node in list(graph.nodes):
+        is_tuple = isinstance(node.target, type) and issubclass(node.target, tuple)
+        if is_tuple and all(user.op == "output" for user in node.users):
+            fields = node.target(*node.args, **node.kwargs)
+            for user in list(node.users):
+                user.args = _replace(user.args, node, fields)
+            graph.erase_node(node)
+    return graph
+
+
+def _replace(args: Any, node: fx.Node, value: Any) -> Any:
+    return map_aggregate(args, lambda leaf: value if leaf is node else leaf)
+
+
+def _source_line(error: BaseException) -> str:
+    """File, line and text of the innermost frame that is neither torch's nor ours."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+
+
+def _image_spec(model: nn.Module, input_size: tuple[int, ...] | None, example_input: torch.Tensor | None) -> Spec:
+    """The input's shape at PROBE_BATCH and its dtype (that of the model's first floating-point parameter)."""
+    if example_input is not None:
+        return Spec((PROBE_BATCH, *example_input.shape[1:]), example_input.dtype)
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"a model is a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(input_size, torch.Tensor):
+        raise TraceError(
+            "input_size is the shape of one image, (C, H, W), not a tensor",
+            hint=f"input_size={tuple(input_size.shape[1:])}, or example_input=that batch",
+        )
+    if not (input_size is None or isinstance(input_size, tuple | list)):
+        raise TraceError(f"input_size is the shape of one image, (C, H, W), not {input_size}")
+    size = tuple(input_size) if input_size is not None else default_input_size(model)
+    if size is None:
+        raise TraceError(
+            f"the image size of {type(model).__name__} is not known",
+            hint="pass input_size=(C, H, W), for example input_size=(3, 224, 224)",
+        )
+    if not size or any(not isinstance(n, int) or n < 1 for n in size) or math.prod(size) >= 1 << 40:
+        raise TraceError(f"input_size is the shape of one image, (C, H, W), not {size}")
+    declared = default_input_size(model)
+    if declared is not None and len(size) == len(declared) + 1 and size[1] == declared[0]:
+        raise TraceError(
+            f"input_size is the shape of one image, (C, H, W), not of a batch, {size}",
+            hint=f"input_size={size[1:]}",
+        )
+    floating = (p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+    return Spec((PROBE_BATCH, *size), next(floating, torch.float32))
+
+
+def _flatten(calls: dict[str, list[fx.Node]]) -> dict[str, fx.Node]:
+    """`path`, `path_1`, … for the first, second, … time a name occurs; real names win over made-up ones."""
+    names = {path: nodes[0] for path, nodes in calls.items()}
+    for path, nodes in calls.items():
+        for i, node in enumerate(nodes[1:], start=1):
+            name = f"{path}_{i}"
+            while name in names:
+                name += "_"
+            names[name] = node
+    return names

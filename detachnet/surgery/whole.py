@@ -1,0 +1,344 @@
+"""What of a model is kept whole, and why: what a trace would lose is noticed while it is made.
+
+torch.fx records operations on tensors and nothing else. What a forward pass does besides (a context in which no
+gradients are kept, random numbers of Python, a counter) happens once, while tracing, and never again. A `Watch`
+listens for that. The smallest module whose own forward does it stays one layer, and the model is traced again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+if TYPE_CHECKING:
+    from detachnet.surgery.tracer import Tracer
+
+_OURS = (
+    str(Path(torch.__file__).parent),
+    str(Path(__file__).parents[1]),
+    contextlib.__file__,
+    random.__file__,
+    "<",
+)
+_QUESTIONS = {"device", "dtype", "get_device"}
+_QUESTIONS_AT_ONCE = {"requires_grad", "grad_fn", "grad", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_mps"}
+"""What is asked of a tensor that its twin on the meta device answers in another way."""
+_RANDOM_WORDS = re.compile(r"rand|choice|shuffle|sample|uniform|normal|bernoulli|gauss|\brng\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Reason:
+    """What a module's own forward does that no trace holds.
+
+    Attributes:
+        what: In a few words, such as `no_grad`.
+        where: File and line, and its text.
+        decides: Whether the trace went one of two ways by it, which no comparison on this machine can excuse.
+        counts: Whether it changes what a later pass may read, which no comparison of one pass can show.
+    """
+
+    what: str
+    where: str = ""
+    decides: bool = False
+    counts: bool = False
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether it need not change any values."""
+        return is_soft(self.what)
+
+    def __str__(self) -> str:
+        place = self.where.split(": ")[0]
+        return f"{self.what} at {Path(place).name}" if place else self.what
+
+
+def is_soft(why: str) -> bool:
+    """Whether that for which a module is kept whole need not change any values."""
+    return "checkpointing" in why or why.startswith(("a forward hook", "a backward hook"))
+
+
+class LostError(Exception):
+    """A trace that cannot go on; its watch knows why."""
+
+
+@dataclass
+class _Frame:
+    """A module whose forward is running.
+
+    Attributes:
+        module: The module.
+        path: Where it is in the model; empty for the model itself.
+        contexts: What was switched on or off when it began.
+        random: The random states when they were last looked at.
+    """
+
+    module: nn.Module
+    path: str
+    contexts: tuple[object, ...]
+    random: tuple[object, ...]
+
+
+@dataclass
+class Watch:
+    """Listens while a model is traced, in the thread that traces it.
+
+    Attributes:
+        tracer: What traces.
+        stay_open: Paths of modules that are not kept whole for what changes no values.
+        found: Path of a module → what its own forward does that would be lost.
+        lost: The same of the model's own forward.
+        hooks: Path of a module → its hooks, which are lost if it is opened.
+        closely: Whether functions that draw random numbers are listened for, which takes time.
+        moved: Whether a random state has moved, by this thread or another.
+        drawn: The state of torch's random numbers before a function of torch that may draw some.
+        written: Names of the attributes that forward passes assign.
+        opened: Path of each module whose forward was traced → the module.
+    """
+
+    tracer: Tracer
+    stay_open: tuple[str, ...] = ()
+    found: dict[str, Reason] = field(default_factory=dict)
+    opened: dict[str, nn.Module] = field(default_factory=dict)
+    lost: list[Reason] = field(default_factory=list)
+    hooks: dict[str, Reason] = field(default_factory=dict)
+    written: set[str] = field(default_factory=set)
+    closely: bool = False
+    moved: bool = False
+    drawn: bytes = b""
+    frames: list[_Frame] = field(default_factory=list)
+
+    @contextmanager
+    def inside(self, module: nn.Module, path: str) -> Iterator[None]:
+        """While a module's own forward is traced."""
+        self.look()
+        self.opened[path] = module
+        self.frames.append(_Frame(module, path, _contexts(), _random()))
+        if path and path in self.hooks and path not in self.stay_open:
+            self.found.setdefault(path, self.hooks[path])
+        yield  # after a failure the frames say where it was
+        self.look()
+        self.frames.pop()
+        if self.frames:
+            self.frames[-1].random = _random()
+
+    def note(self, what: str, where: str | None = None, **kinds: bool) -> None:
+        """The module whose forward is running does something that would be lost."""
+        if self.frames and not self.tracer.probing:
+            path, where = self.frames[-1].path, source_line() if where is None else where
+            reason = Reason(what, where, **kinds)
+            if path and not (reason.is_soft and path in self.stay_open):
+                self.found.setdefault(path, reason)
+            elif reason.what not in [before.what for before in self.lost]:
+                self.lost.append(reason)
+
+    def step(self) -> None:
+        """An operation is about to become a node: in the contexts its module began in?"""
+        if self.frames and not self.tracer.probing:
+            now, then = _contexts(), self.frames[-1].contexts
+            if now != then:
+                self.note(next(name for name, a, b in zip(_CONTEXTS, now, then, strict=True) if a != b))
+
+    def look(self) -> None:
+        """Whether the module whose forward is running has drawn random numbers, or switched something."""
+        if not self.frames or self.tracer.probing:
+            return
+        self.step()
+        frame, now = self.frames[-1], _random()
+        moved, frame.random = [a != b for a, b in zip(now, frame.random, strict=True)], now
+        if any(moved) and not self.closely:
+            self.moved = True
+        elif moved[1] and any(map(_RANDOM_WORDS.search, _names_read(frame.module))):
+            self.note(_RANDOM[1], _line_of(frame.module, _RANDOM_WORDS), decides=True)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While this thread traces: on the second time, hear of every function that draws random numbers."""
+        before = sys.getprofile()
+        if self.closely:
+            sys.setprofile(self._hear)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+
+    def _hear(self, _: FrameType, event: str, function: Any) -> None:
+        """A function of C is called, or has returned; NumPy's are not heard."""
+        if event not in ("c_call", "c_return") or not self.frames or self.tracer.probing:
+            return
+        name = getattr(function, "__name__", "")
+        if isinstance(getattr(function, "__self__", None), random.Random):
+            if name in ("random", "getrandbits"):
+                self.note(_RANDOM[0], decides=True)
+        elif name in _DRAWING:
+            before, self.drawn = self.drawn, torch.get_rng_state().numpy().tobytes()
+            if event == "c_return" and before != self.drawn:
+                self.note(_RANDOM[2], decides=True)
+
+    def asked(self, name: str) -> None:
+        """A traced value is asked for something that its twin answers in another way."""
+        if name in _QUESTIONS_AT_ONCE:
+            self.note(f"a question about .{name}", decides=True)
+
+    def decides(self, node: fx.Node) -> None:
+        """A decision is made by a value: does it come from such a question?"""
+        pending, seen = [node], set[fx.Node]()
+        while pending:
+            current = pending.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            name = current.args[1] if current.target is getattr else current.target
+            if name in _QUESTIONS:
+                self.note(f"a decision by .{name}", decides=str(name) != "dtype")
+                return
+            if current.op == "call_function" or name in _TEXT or not seen - {current}:
+                pending += current.all_input_nodes
+
+    def assigned(self, module: nn.Module, name: str, value: object) -> None:
+        """The forward that is running assigns an attribute; raises where the trace cannot go on."""
+        if not self.frames or self.tracer.probing or name.startswith("_forward"):
+            return
+        before = vars(module).get(name)
+        self.written.add(name)
+        traced = isinstance(value, fx.Proxy)
+        held = name in module._buffers or isinstance(before, torch.Tensor)
+        if held and (traced or isinstance(value, torch.Tensor)):
+            self.note(f"{name!r} assigned", counts=True)
+            if traced:
+                raise LostError(f"{name!r} is assigned")
+        elif _is_plain(value) and _is_plain(before) and name != "training" and value != before:
+            self.note(f"{name!r} changed", counts=True)
+
+    def writes(self, changed: object) -> None:
+        """A node changes one of its arguments in place: a buffer of the module whose forward is running?"""
+        if isinstance(changed, fx.Node) and changed.op == "get_attr" and self.frames:
+            folder, _, name = str(changed.target).rpartition(".")
+            try:
+                owner = self.tracer.root.get_submodule(folder)
+            except AttributeError:
+                return
+            if name in owner._buffers:
+                self.note(f"{name!r} changed in place")
+
+
+_CONTEXTS = ("no_grad", "inference_mode", "autocast", "autocast", "save_on_cpu or checkpointing")
+_RANDOM = ("Python's random numbers", "NumPy's random numbers", "random numbers outside the graph")
+_DRAWING = {
+    *("bernoulli", "bernoulli_", "cauchy_", "dropout", "exponential_", "geometric_", "log_normal_", "multinomial"),
+    *("normal", "normal_", "poisson", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like"),
+    *("randperm", "random_", "uniform_"),
+}
+"""Functions of torch that draw random numbers."""
+_TEXT = {"startswith", "endswith", "lower", "split"}
+
+
+def _contexts() -> tuple[object, ...]:
+    """What a trace does not record, in the order of `_CONTEXTS`."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+    )
+
+
+def _random() -> tuple[object, ...]:
+    """The random states, in the order of `_RANDOM`."""
+    numpy = np.random.get_state(legacy=False)["state"]
+    return random.getstate(), (numpy["key"].tobytes(), numpy["pos"]), torch.get_rng_state().numpy().tobytes()
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, int | float | str)
+
+
+def source_line() -> str:
+    """File, line and text of the innermost running frame that is neither torch's nor ours."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    if frame is None:
+        return ""
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    text = inspect.getframeinfo(frame, context=1).code_context
+    return f"{file}:{line}: {text[0].strip() if text else ''}"
+
+
+def _line_of(module: nn.Module, words: re.Pattern[str]) -> str:
+    """The first line of a module's forward with one of some words, or that where it begins."""
+    forward = inspect.unwrap(getattr(module.forward, "__func__", module.forward))
+    try:
+        lines, first = inspect.getsourcelines(forward)
+        file = inspect.getsourcefile(forward)
+    except (OSError, TypeError):
+        return ""
+    at = next((i for i, line in enumerate(lines) if words.search(line)), 0)
+    return f"{file}:{first + at}: {lines[at].strip()}"
+
+
+def hooked(model: nn.Module) -> dict[str, Reason]:
+    """Path → the hooks of the user's that a module has; a graph runs them only where the module is one layer."""
+    return {path: Reason(said) for path, module in model.named_modules() if (said := _hooks(module))}
+
+
+def _hooks(module: nn.Module) -> str:
+    kinds = {
+        "a forward hook": [*module._forward_pre_hooks.values(), *module._forward_hooks.values()],
+        "a backward hook": [*module._backward_pre_hooks.values(), *module._backward_hooks.values()],
+    }
+    for said, hooks in kinds.items():
+        own = [h for h in hooks if not getattr(h, "__module__", type(h).__module__).startswith("torch.")]
+        if own:
+            code = getattr(inspect.unwrap(own[0]), "__code__", None)
+            return f"{said} from {Path(code.co_filename).name}:{code.co_firstlineno}" if code else said
+    return ""
+
+
+def plain_attributes(opened: Mapping[str, nn.Module], written: set[str]) -> dict[str, dict[str, Any]]:
+    """Path of an opened module → the plain attributes that its methods may read; a trace holds their values."""
+    found = {}
+    for path, module in opened.items():
+        read = _names_read(module)
+        own = {
+            name: value
+            for name, value in vars(module).items()
+            if name in read - written and name != "training" and not name.startswith("_") and _is_plain(value)
+        }
+        if own:
+            found[path] = own
+    return found
+
+
+def asking_for_mode(opened: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Paths of the opened modules whose methods may read `training`; a trace holds it."""
+    return tuple(path for path, module in opened.items() if "training" in _names_read(module))
+
+
+def _names_read(module: nn.Module) -> set[str]:
+    """The names in the code of a module's methods, torch's not counted, and of functions it holds."""
+    bases = [base for base in type(module).__mro__ if not base.__module__.startswith("torch.")]
+    methods = [method for base in bases for key, method in vars(base).items() if key != "__init__"]
+    pending: list[Any] = []
+    for method in [*methods, *vars(module).values()]:
+        function = getattr(method, "fget", None) or getattr(method, "__func__", method)
+        pending.append(getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None))
+    names: set[str] = set()
+    while pending:
+        if isinstance(code := pending.pop(), CodeType):
+            names.update(code.co_names)
+            pending += code.co_consts
+    return names

@@ -1,0 +1,10 @@
+"""recipe -> run: the training loop, exact to resume.
+
+recipe, shipped                 an experiment, checked; where it is found
+data, weights, start            its images, weights that are there already, and the family it starts with
+optimizer, step                 one update
+processes                       who makes it, and the experiment tracker that is told
+state, runs, results            what is kept of it, where, and the final table
+trainer                         all of it together
+preview                         what a run would be
+"""

@@ -1,0 +1,125 @@
+"""recipe -> the batches a training reads, from a data set in memory or from image files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from detachnet.data.batches import Batches, BatchSource
+from detachnet.data.datasets import Split, describe_data
+from detachnet.data.folders import Files, open_files
+from detachnet.data.loader import EVAL_BATCH as FILES_EVAL_BATCH, Augmentation, FileBatches
+from detachnet.evaluation import EVAL_BATCH
+from detachnet.facts import DataInfo
+from detachnet.training.recipe import DataTable, FilesTable, TrainTable
+from detachnet.zoo import normalization
+
+
+class Source(Protocol):
+    """The images of an experiment.
+
+    Attributes:
+        info: What the family's file says of them.
+        input_size: Shape of one image, `(C, H, W)`.
+        num_train: Number of training images.
+    """
+
+    info: DataInfo
+    input_size: tuple[int, ...]
+    num_train: int
+
+    def batches(
+        self, train: TrainTable, device: torch.device, share: tuple[int, int], layout: torch.memory_format
+    ) -> tuple[BatchSource, BatchSource]:
+        """The training batches, which lie in memory as `layout`, and the test batches.
+
+        Both are those of one of the processes, `share = (index, count)`.
+        """
+
+
+class MemorySource:
+    """A data set in memory."""
+
+    def __init__(self, table: DataTable, splits: tuple[Split, Split]) -> None:
+        self.table, self.splits = table, splits
+        info = describe_data(table.name, splits, table.normalize)
+        self.info = info.model_copy(update={"num_test": 0}) if table.holdout else info
+        self.input_size = tuple(splits[0].images.shape[1:])
+        self.num_train = len(splits[0])
+
+    def batches(
+        self, train: TrainTable, device: torch.device, share: tuple[int, int], layout: torch.memory_format
+    ) -> tuple[Batches, Batches]:
+        """As `Source` has it."""
+        batches = Batches(
+            self.splits[0],
+            self.info,
+            train.batch_size,
+            device,
+            pad=self.table.pad,
+            flip=self.table.flip,
+            shuffle=True,
+            seed=train.seed,
+            share=share,
+            layout=layout,
+        )
+        return batches, Batches(self.splits[1], self.info, EVAL_BATCH, device, share=share)
+
+
+class FileSource:
+    """A data set of image files.
+
+    Raises:
+        DataError: It is missing or incomplete.
+    """
+
+    def __init__(self, table: FilesTable, root: str | Path | None, model: str) -> None:
+        self.table = table
+        self.train = open_files(table.name, root, table.train_split)
+        self.test = open_files(table.name, root, table.val_split, self.train.classes)
+        mean, std = normalization(model)
+        self.info = DataInfo(
+            name=table.name,
+            classes=self.train.classes,
+            mean=mean,
+            std=std,
+            num_test=self.test.num_images,
+            test_split=table.val_split,
+            crop_pct=table.crop_pct,
+        )
+        self.input_size: tuple[int, ...] = (3, table.image_size, table.image_size)
+        self.num_train = self.train.num_images
+
+    def batches(
+        self, train: TrainTable, device: torch.device, share: tuple[int, int], layout: torch.memory_format
+    ) -> tuple[FileBatches, FileBatches]:
+        """As `Source` has it."""
+        table, size = self.table, (self.table.image_size, self.table.image_size)
+        batches = FileBatches(
+            self.train,
+            self.info,
+            size,
+            train.batch_size,
+            device,
+            augmentation=Augmentation(table.auto_augment, table.reprob, table.mixup, table.cutmix),
+            num_workers=table.num_workers,
+            seed=train.seed,
+            share=share,
+            layout=layout,
+        )
+        return batches, evaluation_batches(self.test, self.info, size, device, table.num_workers, share)
+
+
+def evaluation_batches(
+    files: Files,
+    info: DataInfo,
+    size: tuple[int, int],
+    device: torch.device | str,
+    num_workers: int,
+    share: tuple[int, int] = (0, 1),
+) -> FileBatches:
+    """The batches of an evaluation on image files, each image exactly once."""
+    batch_size = FILES_EVAL_BATCH * share[1]
+    return FileBatches(files, info, size, batch_size, device, num_workers=num_workers, share=share)

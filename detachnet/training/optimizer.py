@@ -1,0 +1,89 @@
+"""recipe -> the loss and the optimizer of a run and its learning rate over time, the latter two timm's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from detachnet.errors import RecipeError
+from detachnet.losses import MultiModelLoss
+from detachnet.training.recipe import Recipe
+
+_OPTIMIZERS = {"momentum": "momentum", "nesterov": "sgd", "adamw": "adamw"}
+"""Our names to timm's, whose `sgd` is Nesterov's."""
+
+
+def make_loss(recipe: Recipe) -> MultiModelLoss:
+    """The recipe's multi-model loss."""
+    table = recipe.loss
+    return MultiModelLoss(
+        recipe.loss_weights,
+        table.label_smoothing,
+        table.distillation,
+        table.temperature,
+        table.teacher,
+        table.hint,
+    )
+
+
+def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter], fused: bool) -> torch.optim.Optimizer:
+    """The recipe's optimizer; `fused` makes one kernel of its updates.
+
+    Raises:
+        RecipeError: There is nothing to train.
+    """
+    if not parameters:
+        raise RecipeError("train.freeze_base leaves nothing to train: no step-down has weights")
+    table = recipe.optimizer
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        parameters,
+        opt=_OPTIMIZERS[table.name],
+        lr=table.lr,
+        momentum=table.momentum,
+        weight_decay=recipe.weight_decay,
+        fused=fused,
+    )
+    return optimizer
+
+
+def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
+    """The recipe's schedule, which is told every update; `steps` are those of an epoch."""
+    table = recipe.schedule
+    warmup_steps = round(table.warmup_epochs * steps)
+    warmup: dict[str, Any] = {"warmup_t": warmup_steps, "warmup_lr_init": 0.0, "t_in_epochs": False}
+    if table.name == "multistep":
+        milestones = [epoch * steps + 1 for epoch in table.milestones]  # timm's m applies at step m - 1
+        warmup["warmup_prefix"] = False
+        return MultiStepLRScheduler(optimizer, milestones, decay_rate=table.decay, **warmup)
+    rest = recipe.train.epochs * steps - warmup_steps
+    return CosineLRScheduler(optimizer, t_initial=max(1, rest), warmup_prefix=True, **warmup)
+
+
+class AveragedWeights(ModelEmaV3):  # type: ignore[misc]
+    """timm's average of parameters and statistics, in which a tensor with several names counts once a step.
+
+    timm goes through the state dict, where tied weights are as often as they have names.
+    """
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """Move the average towards the model; whole numbers are copied."""
+        pairs = list(
+            zip(
+                chain(self.module.parameters(), self.module.buffers()),
+                chain(model.parameters(), model.buffers()),
+                strict=True,
+            )
+        )
+        averaged, moved = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        torch._foreach_lerp_(averaged, moved, weight=1 - decay)
+        if counts := [pair for pair in pairs if not pair[0].is_floating_point()]:
+            ours, theirs = zip(*counts, strict=True)
+            torch._foreach_copy_(ours, theirs)

@@ -1,0 +1,227 @@
+"""recipe -> the family a run starts with."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+
+from detachnet.errors import CheckpointError, RecipeError
+from detachnet.losses import logits
+from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.making import make_detachable
+from detachnet.surgery.modules import evaluating
+from detachnet.surgery.ownership import HEADS, NORMS
+from detachnet.surgery.plan import DetachPlan
+from detachnet.surgery.routes import SubModel
+from detachnet.surgery.stepdown import Stem
+from detachnet.training.data import Source
+from detachnet.training.recipe import FilesTable, Recipe
+from detachnet.training.weights import read_base
+from detachnet.zoo import WEIGHTS, build_model, new_layers
+
+logger = logging.getLogger("detachnet")
+
+
+def with_routes(recipe: Recipe, input_size: tuple[int, ...]) -> Recipe:
+    """A recipe with the cuts or routes that it leaves to be chosen; the same one if it names them all.
+
+    Raises:
+        CutError: There are none such, with what to do.
+    """
+    family = recipe.family
+    if not family.asked:
+        return recipe
+    kwargs = {key: value for key, value in recipe.model.kwargs.items() if key not in WEIGHTS}
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(recipe.model.name, recipe.folder, **kwargs)
+    cuts = family.cuts or None
+    asked = None if cuts else family.sub_models
+    plan = make_detachable(
+        model, cuts, input_size, sub_models=asked, stepdown=_entry(recipe), head=family.head, check="none"
+    ).plan
+    for hint in plan.hints:
+        logger.info("%s: %s", family.asked, hint)
+    routes = {model.name: SubModel(drop=[str(span) for span in model.spans]) for model in plan.models[1:]}
+    update: dict[str, object] = {"sub_models": (), "chosen": family.asked}
+    if cuts:
+        update["cuts"] = tuple(str(model.cut) for model in plan.models[1:])
+    else:
+        update["models"] = routes | family.models
+    return recipe.model_copy(update={"family": family.model_copy(update=update)})
+
+
+def _entry(recipe: Recipe) -> str | Stem:
+    """What `make_detachable` takes as `stepdown`."""
+    return recipe.family.stem if recipe.family.stepdown == "stem" else recipe.family.stepdown
+
+
+def build_family(recipe: Recipe, input_size: tuple[int, ...], like: DetachPlan | None = None) -> DetachableNet:
+    """The family a recipe trains, newly initialized from its seed; cuts of untrained sub-models are left out.
+
+    Which filters are important is decided by the weights that training starts from, unless the plan of an earlier
+    part of the run says what was decided: `like`.
+    """
+    recipe = with_routes(recipe, input_size)
+    trained = {name: sub for name, sub in recipe.family.routes.items() if name in recipe.models}
+    for name, sub in trained.items() if like else ():
+        if isinstance(sub, SubModel) and sub.is_narrow and like and name in like.names:
+            trained[name] = sub.keeping(like[name].kept)
+    ranked = not like and any(isinstance(s, SubModel) and s.filters == "important" for s in trained.values())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)
+        model = build_model(recipe.model.name, recipe.folder, **recipe.model.kwargs)
+        if ranked and recipe.train.init:
+            _start_model(model, recipe.train.init)
+        table = recipe.family
+        net = make_detachable(
+            model, trained, input_size, norm=table.norm, head=table.head, stepdown=_entry(recipe)
+        )
+    net.facts = net.facts.updated(trained=recipe.models)
+    return net
+
+
+def starting_family(
+    recipe: Recipe,
+    source: Source,
+    device: torch.device,
+    *,
+    several: bool,
+    resuming: bool,
+    like: DetachPlan | None = None,
+) -> DetachableNet:
+    """The family that a run trains, on its device; what is not trained asks for no gradient.
+
+    Args:
+        recipe: The experiment.
+        source: Its images.
+        device: Where it is trained.
+        several: By more than one process: then batch norms are synchronized, where there are such (CUDA).
+        resuming: Its weights come from a checkpoint of the run, not from `train.init`.
+        like: The plan in that checkpoint.
+
+    Raises:
+        RecipeError: Its outputs are not those of the classes.
+        CheckpointError: It cannot start from `train.init`.
+    """
+    on_cuda = device.type == "cuda"
+    net = build_family(recipe, source.input_size, like)
+    if several and on_cuda:
+        net = convert_sync_batchnorm(net)  # timm's, which keeps the activations of its norms
+    net.facts = net.facts.updated(data=source.info)
+    if isinstance(recipe.data, FilesTable):
+        check_classes(net)
+    if recipe.train.freeze_base and not recipe.train.init and (layers := new_layers(net.base)):
+        raise RecipeError(
+            f"train.freeze_base would keep {layers[0]!r} untrained, which the published weights do not fit",
+            hint="use as many classes as they have, or train.init with a base-model that is trained",
+        )
+    if recipe.train.init and not resuming:
+        new = start_from(net, recipe.train.init)
+        if new and recipe.train.freeze_base:
+            raise RecipeError(
+                f"train.freeze_base would keep {new[0]!r} untrained, which {recipe.train.init} has no weights for",
+                hint="start from a base-model of the same classes, or without train.freeze_base",
+            )
+    net.to(device)
+    if on_cuda:
+        net.to(memory_format=torch.channels_last)
+    trained = net.parameters_of(recipe.models)
+    for name, parameter in net.named_parameters():
+        frozen = recipe.train.freeze_base and name.startswith("base.")
+        parameter.requires_grad_(parameter.requires_grad and name in trained and not frozen)
+    return net
+
+
+def check_classes(net: DetachableNet) -> None:
+    """Refuse a family that does not have one output for each class of its data.
+
+    Raises:
+        RecipeError: It has more or fewer.
+    """
+    if (data := net.facts.data) is None:
+        return
+    with evaluating(net), torch.no_grad():
+        outputs = logits(net(torch.zeros(1, *net.plan.input_size))).shape[-1]
+    if outputs != (count := len(data.classes)):
+        raise RecipeError(
+            f"the model has {outputs} outputs, but {data.name} has {count} classes",
+            hint=f"--set model.kwargs.num_classes={count}",
+        )
+
+
+def start_from(net: DetachableNet, path: str | Path) -> list[str]:
+    """Give all models of a family the weights and statistics of a trained base-model; step-downs stay new.
+
+    A classifier for another number of classes stays new, too, which is said.
+
+    Args:
+        net: The family; a sub-model's private norms and head become copies of the base-model's.
+        path: The file of a family with the same base-model, the folder of its run, or a state dict of the
+            base-model alone.
+
+    Returns:
+        Names of the base-model's tensors that stay new.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, of another base-model, or of a run that did not train it.
+    """
+    names = {
+        name.removeprefix("base."): tensor for name, tensor in net.state_dict().items() if name[:5] == "base."
+    }
+    tensors = read_base(path, names)
+    new = [name for name in names if name not in tensors or tensors[name].shape != names[name].shape]
+    classifier = _classifier(net) if new else set()
+    for name in new:
+        layer = name.rpartition(".")[0]
+        given = tensors.get(name)
+        fits_but_for_classes = given is None or given.shape[1:] == names[name].shape[1:]
+        if name.endswith("num_batches_tracked") or (layer in classifier and fits_but_for_classes):
+            continue
+        raise CheckpointError(f"{path} cannot be started from: it has no {'base.' + name!r} of that shape")
+    state = net.state_dict()
+    for name in state:
+        source = name
+        if is_own := name.startswith((f"{NORMS}.", f"{HEADS}.")):
+            source = "base." + name.split(".", 2)[2]
+        plain = source.removeprefix("base.")
+        if source.startswith("base.") and plain not in new:
+            state[name] = net.own_tensor(name, tensors[plain]) if is_own else tensors[plain]
+    net.load_state_dict(state)
+    new = [name for name in new if not name.endswith("num_batches_tracked")]
+    unused = [name for name in tensors if name not in names]
+    if new:
+        theirs = next((f"{tensors[name].shape[0]} outputs" for name in new if name in tensors), "none")
+        ours = names[new[0]].shape[0]
+        layers = ", ".join(dict.fromkeys(repr(name.rpartition(".")[0]) for name in new))
+        logger.info("%s: %s stays new, with %s outputs; the file has %s", path, layers, ours, theirs)
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        logger.info("%s: not used: %s%s", path, ", ".join(unused[:3]), more)
+    return new
+
+
+def _start_model(model: nn.Module, path: str | Path) -> None:
+    """Give a model alone the weights of a trained one, as far as they fit."""
+    own = model.state_dict()
+    given = read_base(path, own)
+    alike = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    model.load_state_dict(own | alike)
+
+
+def _classifier(net: DetachableNet) -> set[str]:
+    """Paths of the layers that make one output for each class."""
+    with evaluating(net), torch.no_grad():
+        like = next(net.parameters())
+        outputs = logits(net(torch.zeros(1, *net.plan.input_size, dtype=like.dtype))).shape[-1]
+    layers = [(path, layer) for path, layer in net.base.named_modules() if list(layer.parameters(recurse=False))]
+    found = {path for path, layer in layers if next(layer.parameters(recurse=False)).shape[:1] == (outputs,)}
+    return found & {layers[-1][0]} | {path for path in found if _makes_logits(net.base.get_submodule(path))}
+
+
+def _makes_logits(layer: torch.nn.Module) -> bool:
+    """Whether a layer is linear: an auxiliary classifier is one, too."""
+    return isinstance(layer, torch.nn.Linear)

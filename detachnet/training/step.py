@@ -1,0 +1,139 @@
+"""net + images + labels -> one update of its weights, in one pass for all models or in one for each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from detachnet.losses import MultiModelLoss, logits
+from detachnet.surgery.detachable import DetachableNet
+
+Strategy = Literal["joint", "separate"]
+
+
+class TrainingStep:
+    """Forward pass, losses, backward pass and update of a family, one after the other.
+
+    `strategy` is `joint`: one pass for all models; or `separate`: one model after another, the backward pass of
+    each freeing its activations before the next one runs. The gradients are the same.
+
+    Args:
+        net: The family, in the mode it is trained in.
+        models: Which of its models are trained.
+        loss: Of each of them, and their weighted sum.
+        optimizer: Of their parameters, or what stands for it.
+        strategy: One of the two.
+        forward: What runs in the place of `net`: the same wrapped, say.
+        backward: Adds the gradients of a loss.
+        compiled: Forward pass and losses through `torch.compile`, the joint one on CUDA as a CUDA graph.
+
+    Examples:
+        >>> step = TrainingStep(net.train(), net.names, MultiModelLoss(), torch.optim.SGD(net.parameters(), 0.1))
+        >>> losses = step(images, labels)
+    """
+
+    def __init__(
+        self,
+        net: DetachableNet,
+        models: Sequence[str],
+        loss: MultiModelLoss,
+        optimizer: torch.optim.Optimizer,
+        *,
+        strategy: Strategy = "joint",
+        forward: Callable[..., Any] | None = None,
+        backward: Callable[[Tensor], object] = Tensor.backward,
+        compiled: bool = False,
+    ) -> None:
+        self.net, self.models, self.loss, self.optimizer = net, tuple(models), loss, optimizer
+        self.joint, self.forward, self.backward = strategy == "joint", forward or net, backward
+        self.wants_features = bool(loss.hint) and len(self.models) > 1
+        self._run: Callable[..., Any] = self._total if self.joint else self._losses
+        if compiled:
+            self._run = self._compiled(self._run)
+
+    def __call__(self, images: Tensor, labels: Tensor, models: Sequence[str] | None = None) -> Tensor:
+        """Update the weights; the gradients are gone afterwards.
+
+        Args:
+            images: `(B, C, H, W)`.
+            labels: `(B,)`, or the probability of each class, `(B, num_classes)`.
+            models: Those that this step trains, in their order; all by default. What others have of their own
+                stays as it is.
+
+        Returns:
+            Each trained model's loss before the update, without its weight, `(num_models,)`.
+        """
+        losses = self.add_gradients(images, labels, models)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return losses
+
+    def add_gradients(self, images: Tensor, labels: Tensor, models: Sequence[str] | None = None) -> Tensor:
+        """The step without the update: the gradients are added to those there are."""
+        chosen = self.models if models is None else tuple(models)
+        return self._joint(images, labels, chosen) if self.joint else self._separate(images, labels, chosen)
+
+    def _joint(self, images: Tensor, labels: Tensor, models: tuple[str, ...]) -> Tensor:
+        """One pass."""
+        total, losses = self._run(images, labels, models)
+        self.backward(total)
+        kept: Tensor = losses.clone()  # a CUDA graph writes the next step's to the same place
+        return kept
+
+    def _total(self, images: Tensor, labels: Tensor, models: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """The multi-model loss, and each model's own."""
+        losses, _ = self._losses(images, labels, models, {})
+        return self.loss.total(losses, self.models), torch.stack([loss.detach() for loss in losses.values()])
+
+    def _separate(self, images: Tensor, labels: Tensor, models: tuple[str, ...]) -> Tensor:
+        """A pass for each model."""
+        losses = []
+        teacher: dict[str, Tensor] = {}
+        for name in models:
+            with self.net.in_turn(name, models):
+                found, made = self._run(images, labels, (name,), teacher)
+            self.backward(self.loss.weights.get(name, 1.0) * found[name])
+            losses.append(found[name].detach())
+            if not teacher or self.loss.teacher == "larger":
+                teacher = {name: made[name].detach()}
+        return torch.stack(losses)
+
+    def _losses(
+        self, images: Tensor, labels: Tensor, models: tuple[str, ...], teacher: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Loss and logits of some models; `teacher` has logits of one that ran before."""
+        made: Any = self.forward(images, which=models, features=self.wants_features)
+        out, features = made if self.wants_features else (made, None)
+        outputs = teacher | {name: logits(output) for name, output in out.items()}
+        losses = self.loss.per_model(outputs, labels, features)
+        return {name: losses[name] for name in models}, outputs
+
+    def _compiled(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """A pass through torch.compile; small batches wait for launches, which a CUDA graph saves."""
+        for models in (self.models,) if self.joint else ((name,) for name in self.models):
+            self.net.prepare(models, self.wants_features)
+        on_cuda = next(self.net.parameters()).is_cuda
+        graphs = self.joint and on_cuda  # several would free each other's gradients
+        mode = "reduce-overhead" if graphs else None
+        return torch.compile(run, mode=mode)
+
+
+def sample_models(models: Sequence[str], macs: Mapping[str, int], count: int, seed: int) -> tuple[str, ...]:
+    """The models that one step trains: the largest, the smallest and so many others, in their order.
+
+    Args:
+        models: All that are trained.
+        macs: Model → its costs.
+        count: How many others.
+        seed: Decides which.
+
+    Source: the sandwich rule of arXiv 1903.05134.
+    """
+    largest, smallest = max(models, key=macs.__getitem__), min(models, key=macs.__getitem__)
+    others = [name for name in models if name not in (largest, smallest)]
+    chosen = {largest, smallest, *random.Random(seed).sample(others, min(count, len(others)))}
+    return tuple(name for name in models if name in chosen)

@@ -1,0 +1,111 @@
+"""A file of weights -> the tensors of a base-model by its own names: of a family, or of the base-model alone."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from detachnet.checkpoint import KEY, read
+from detachnet.errors import CheckpointError
+from detachnet.storage import locate_checkpoint
+
+logger = logging.getLogger("detachnet")
+_INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
+"""Where training scripts keep a state dict in a larger one; averaged weights first, as timm takes them."""
+_PREFIXES = ("", "module.", "_orig_mod.", "model.", "base.", "module._orig_mod.", "_orig_mod.module.")
+"""What wrappers put in front of a model's names."""
+
+
+def read_base(path: str | Path, names: Collection[str]) -> dict[str, Tensor]:
+    """The base-model's tensors in a file, by the base-model's own names.
+
+    Args:
+        path: The file of a family, the folder of its run, or a state dict in `.safetensors` or, read without
+            executing anything of it, what `torch.save` wrote.
+        names: Those of the base-model.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, of a run that did not train its base-model, or of another.
+    """
+    path = locate_checkpoint(path)
+    if not _is_plain(path):
+        header, tensors = read(path)
+        if header.trained and "base" not in header.trained:
+            raise CheckpointError(f"{path} cannot be started from: its base-model was not trained")
+        tensors |= {name: tensors[kept] for name, kept in header.tied.items()}
+        return {name.removeprefix("base."): tensor for name, tensor in tensors.items() if name.startswith("base.")}
+    given = _read_plain(path)
+    prefix = max(_PREFIXES, key=lambda prefix: sum(f"{prefix}{name}" in given for name in names))
+    found = {name.removeprefix(prefix): tensor for name, tensor in given.items() if name.startswith(prefix)}
+    if not set(found) & set(names):
+        raise CheckpointError(
+            f"{path} cannot be started from: it has no weights of this model",
+            what=f"it has {next(iter(given), 'nothing')!r}, the model {next(iter(names), 'nothing')!r}",
+        )
+    if prefix:
+        logger.info("%s: %r in front of its names is left out", path, prefix)
+    return found
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether a file is no family of ours; a damaged one is left to the reader of those."""
+    if path.suffix != ".safetensors":
+        return path.is_file() and not _is_safetensors(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return KEY not in (file.metadata() or {})
+    except (OSError, SafetensorError, ValueError):
+        return False
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file of another ending is one all the same."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError, ValueError):
+        return False
+
+
+def _read_plain(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} cannot be started from: it is no state dict",
+            what=_reason(error),
+            hint="torch.save(model.state_dict(), path) writes one; files that hold objects are not opened",
+        ) from error
+    inside = next(
+        (key for key in _INSIDE if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)), ""
+    )
+    if inside:
+        logger.info("%s: the weights under %r are taken", path, inside)
+        content = content[inside]
+    tensors = (
+        {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    )
+    if not tensors:
+        raise CheckpointError(
+            f"{path} cannot be started from: it holds no tensors by name",
+            hint="torch.save(model.state_dict(), path) writes a state dict",
+        )
+    return tensors
+
+
+def _reason(error: BaseException) -> str:
+    """Why torch did not read a file; without its advice to read it with code."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds other objects than tensors, or is no file of torch.save"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,321 @@
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from detachnet_cli.app import app
+from typer.testing import CliRunner
+
+import detachnet
+from detachnet.training import trainer
+from tests.runs import SMALL, tenth
+
+runner = CliRunner()
+OPTIONS = [part for override in [*SMALL, "train.epochs=1"] for part in ("--set", override)]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer, "load_data", tenth)
+    monkeypatch.setattr("detachnet.data.datasets.load_data", tenth)
+
+
+def run(*args: str) -> tuple[int, str]:
+    result = runner.invoke(app, args)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_train_evaluate_resume(tmp_path: Path) -> None:
+    code, out = run("train", "quickstart", *OPTIONS, "--max-minutes", "0")
+    assert code == 0
+    assert "Stopped (time is up)" in out
+    resume = re.search(r"detachnet (train .* --resume)", out)
+    assert resume is not None
+    code, out = run(*shlex.split(resume[1]))
+    assert code == 0, out
+    assert "going on after step 1 of 8" in out
+    assert re.search(r"base +\S+ [Mk] +100 %", out)
+    code, out = run("evaluate", "runs/quickstart", "--json")
+    scores = {row["model"]: row["test_accuracy"] for row in json.loads(out)["models"]}
+    rows = json.loads((tmp_path / "runs/quickstart/metrics.jsonl").read_text())
+    assert scores == rows["test_accuracy"]
+    assert "n = 100" in run("evaluate", "runs/quickstart/best.safetensors")[1]
+
+
+def test_detach_and_export(tmp_path: Path) -> None:
+    run("train", "quickstart", *OPTIONS, "--max-minutes", "0")
+    code, out = run("detach", "runs/quickstart", "--model", "sub1", "-o", "sub1.safetensors")
+    assert code == 0, out
+    assert "Read it: detachnet.load('sub1.safetensors')" in out
+    assert detachnet.load("sub1.safetensors")(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    for args, message in (
+        (["detach", "runs/quickstart", "--model", "sub1", "-o", "sub1.safetensors"], "exists already"),
+        (["detach", "runs/quickstart", "--model", "sub9", "-o", "9.safetensors"], "no model is called 'sub9'"),
+        (["evaluate", "sub1.safetensors"], "sub1.safetensors holds sub1 alone"),
+        (["export", "sub1.safetensors", "-o", "out"], "sub1.safetensors holds sub1 alone"),
+        (["export", "runs/quickstart", "-o", "runs"], "runs exists already"),
+        (["export", "runs/quickstart", "-o", "out", "--format", "tflite"], "'tflite' is not one of"),
+    ):
+        code, out = run(*args)
+        assert (code, message in out) == (2, True), out
+    code, out = run("export", "runs/quickstart", "-o", "out", "--model", "sub1", "--format", "pt2")
+    assert code == 0, out
+    assert re.search(r"sub1 +sub1.pt2 +\S+ [Mk]", out)
+    assert sorted(file.name for file in Path("out").iterdir()) == ["manifest.json", "sub1.pt2"]
+
+
+def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "recipes" / "quickstart.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text)
+    assert run("train", "mine.toml", *OPTIONS, "--out", "there", "--max-minutes", "0")[0] == 0
+    assert (tmp_path / "there" / "last.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "quickstar"], "there is no recipe quickstar"),
+        (["train", "quickstart", "--set", "train.epoch=3"], "unknown key 'epoch' in [train]"),
+        (["train", "quickstart", "--set", "model.name=timm:resnet"], "unknown model 'timm:resnet'"),
+        (
+            ["train", "quickstart", "--set", 'family.cuts=["features.99"]'],
+            "cannot cut VGG16Cifar at 'features.99'",
+        ),
+        (["train", "quickstart", "--resume"], "there is no run in runs/quickstart to resume"),
+        (["evaluate", "nothing.safetensors"], "there is no file nothing.safetensors"),
+        (["inspect", "torchvision:resnet19"], "unknown model 'torchvision:resnet19'"),
+        (["inspect", "torchvision:resnet18", "--cut", "layer1.0.conv1"], "'maxpool' also crosses it"),
+        (["inspect", "torchvision:resnet18", "--input-size", "3,x"], "write the shape of one image as C,H,W"),
+        (["inspect", "torchvision:resnet18", "--input-size", "1,32,32"], "does not run on 1×32×32 images"),
+        (["trian"], "No such command 'trian'"),
+    ],
+)
+def test_mistakes_get_a_message_and_exit_code_2(args: list[str], message: str) -> None:
+    code, out = run(*args)
+    assert code == 2
+    assert message in out
+    assert "Traceback" not in out
+    assert len(out.splitlines()) < 10
+
+
+def test_traceback_on_request() -> None:
+    result = runner.invoke(app, ["--traceback", "evaluate", "nothing.safetensors"])
+    assert isinstance(result.exception, detachnet.CheckpointError)
+
+
+def test_inspect() -> None:
+    out = run("inspect", "torchvision:resnet18")[1]
+    assert "torchvision:resnet18: 22 valid cuts, 12 behind modules" in out
+    assert re.search(r"layer2 +best +128×28×28 +8 +8×8 stride 8×8 +841.9 M +46 % +11.0 M", out)
+    out = run(
+        "inspect", "torchvision:vgg16_bn", "--input-size", "3,32,32", "--cut", "features.6", "--cut", "features.20"
+    )
+    assert re.search(r"sub1 +features.20 +256×8×8 +4×4 stride 4×4", out[1])
+    assert "hint: sub1 is cut between 'features.20' and its batch norm" in out[1]
+
+
+def test_inspect_marks_cuts_that_do_not_pay() -> None:
+    out = run("inspect", "torchvision:mobilenet_v3_large")[1]
+    assert re.search(r"avgpool +dear", out)
+    assert re.search(r"features.12 +good", out)
+    assert "dear: the step-down has more than it replaces" in out
+
+
+def test_inspect_prices_stems() -> None:
+    out = run("inspect", "torchvision:resnet18", "--cut", "auto", "--stepdown", "stem")[1]
+    assert re.search(r"sub1 +layer3 +\S+ +stem ", out)
+
+
+def test_inspect_a_route() -> None:
+    out = run("inspect", "torchvision:resnet18", "--drop", "layer3.0:layer3.1", "--drop", ":layer1")[1]
+    assert re.search(r"sub0 +:layer1, layer3.0:layer3.1 +4×4 stride 4×4, – +[\d,.]+ M +\d+ % +0 ", out)
+    code, out = run("inspect", "torchvision:resnet18", "--drop", "layer1:layer2", "--cut", "layer1")
+    assert (code, "ask for one of --cut, --drop and --sub-models" in out) == (2, True)
+
+
+def test_inspect_chooses_routes() -> None:
+    out = run("inspect", "torchvision:resnet18", "--sub-models", "0.8,0.5")[1]
+    assert "[family.models.sub1]" in out
+    drop = json.loads(out.partition("[family.models.sub0]")[2].splitlines()[1].partition(" = ")[2])
+    plan = json.loads(run("inspect", "torchvision:resnet18", "--sub-models", "0.8,0.5", "--json")[1])
+    assert [f"{span['start']}:{span['end']}" for span in plan["models"][1]["spans"]] == drop
+    assert [model["macs"] / plan["models"][0]["macs"] for model in plan["models"]][2] <= 0.5
+    assert "sub1" in run("inspect", "torchvision:resnet18", "--sub-models", "2")[1]
+    code, out = run("inspect", "torchvision:resnet18", "--sub-models", "half")
+    assert code == 2
+    assert "example 2 or 0.7,0.4" in out
+
+
+def test_inspect_spans() -> None:
+    out = run("inspect", "torchvision:resnet18", "--spans")[1]
+    assert re.search(r"layer3.0:layer3 +256×14×14 +– +[\d.]+ M +13 % +1.2 M", out)
+    assert re.search(r"layer2:layer3.0 +256×14×14 +2×2 stride 2×2", out)
+    points = json.loads(run("inspect", "torchvision:resnet18", "--spans", "--json")[1])
+    assert points[0]["name"] == "maxpool:layer1.0"
+    assert points[0]["bridge"] is None
+
+
+def test_inspect_widths() -> None:
+    out = run("inspect", "torchvision:resnet18", "--widths")[1]
+    assert "torchvision:resnet18: 13 groups of filters, 12 can be cut" in out
+    assert re.search(r"layer2.0.conv2 +128 +3 +6 +417.5 M +23 % +779.0 k", out)
+    groups = json.loads(run("inspect", "torchvision:resnet18", "--widths", "--json")[1])
+    assert groups[-1]["reason"] == "it is the output"
+    assert groups[0]["makers"][0] == {"layer": "conv1", "ranges": [[0, 64]], "of": 64}
+
+
+def test_inspect_every_node() -> None:
+    out = run("inspect", "torchvision:resnet18", "--all")[1]
+    assert re.search(r"layer1.0.conv1 +64×56×56 +'maxpool' also crosses it", out)
+    assert re.search(r"layer1.0.add +64×56×56 +81 %", out)
+
+
+def test_inspect_json() -> None:
+    points = json.loads(run("inspect", "torchvision:resnet18", "--json")[1])
+    assert points[-1]["name"] == "flatten"
+    assert next(p for p in points if p["name"] == "layer2")["reduction"] == 8
+    plan = json.loads(run("inspect", "torchvision:resnet18", "--cut", "auto", "--json")[1])
+    assert [model["cut"] for model in plan["models"]] == [None, "layer2.0", "layer3.0"]
+
+
+@pytest.mark.parametrize(("cut", "count"), [(["auto"], 2), (["3"], 3), (["0.7"], 1), (["0.7", "0.3"], 2)])
+def test_inspect_finds_cuts(cut: list[str], count: int) -> None:
+    options = [word for value in cut for word in ("--cut", value)]
+    out = run("inspect", "timm:resnet18", *options)[1]
+    assert sum(line.startswith("sub") for line in out.splitlines()) == count
+
+
+def test_inspect_a_file_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torchvision\n\n"
+        "def net(num_classes=3):\n    return torchvision.models.resnet18(num_classes=num_classes)\n"
+    )
+    assert "22 valid cuts" in run("inspect", "mine.py:net", "--num-classes", "4")[1]
+    assert "mine.py has no function 'other'" in run("inspect", "mine.py:other")[1]
+    assert "there is no file yours.py" in run("inspect", "yours.py:net")[1]
+
+
+def test_recipes_lists_every_shipped_one() -> None:
+    out = run("recipes")[1]
+    for path in (Path(__file__).parents[2] / "recipes").glob("*.toml"):
+        assert path.stem in out
+
+
+COMMANDS = (
+    *("train", "inspect", "evaluate", "compare", "recalibrate", "detach"),
+    *("export", "profile", "cascade", "predict", "report", "recipes"),
+)
+
+
+def test_help_names_every_option_and_version() -> None:
+    command = typer.main.get_command(app)
+    for name in COMMANDS:
+        assert run(name, "--help")[0] == 0
+        assert name in command.list_commands(None)  # type: ignore[attr-defined,arg-type]
+    assert run("--version")[1].startswith(f"detachnet {detachnet.__version__}\n")
+
+
+@pytest.mark.parametrize("args", [["--help"], ["recipes"], ["trian"], ["train", "quickstar"]])
+def test_help_and_mistakes_do_not_wait_for_torch(args: list[str]) -> None:
+    code = f"""
+import sys
+from detachnet_cli.app import app
+try:
+    app({args!r})
+except SystemExit:
+    pass
+assert not {{"torch", "timm", "torchvision", "accelerate"}} & set(sys.modules)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_version_names_what_matters() -> None:
+    out = run("--version")[1]
+    for package in ("detachnet", "python", "torch", "torchvision", "timm", "safetensors"):
+        assert re.search(rf"^{package} \d", out, re.MULTILINE)
+
+
+def test_show_a_recipe() -> None:
+    root = Path(__file__).parents[2]
+    assert run("recipes", "--show", "quickstart")[1] == (root / "recipes" / "quickstart.toml").read_text()
+    code, out = run("recipes", "--show", "quickstar")
+    assert code == 2
+    assert "nearest  'quickstart'" in out
+
+
+def test_dry_run_trains_nothing(tmp_path: Path) -> None:
+    options = ["--set", "family.cuts=[]", "--set", "family.sub_models=[0.7]"]
+    code, out = run("train", "quickstart", *OPTIONS, *options, "--dry-run")
+    assert code == 0, out
+    assert "Data: cifar10-mini, 400 training images, 100 test images, 10 classes" in out
+    assert re.search(r"Trained: base, sub0: (\S+ k) of \1 parameters", out)
+    assert "Steps: 1 epochs of 8, 8 together, of 50 images" in out
+    assert "Folder: runs/quickstart" in out
+    assert "Chosen for sub_models = [0.7]" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_ones_own_through_every_command(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from detachnet.models import VGG16Cifar\n\n\nclass Net(VGG16Cifar):\n    pass\n\n\n"
+        "def net(**kwargs):\n    return Net(**kwargs)\n"
+    )
+    own = ["--set", "model.name=mine.py:net"]
+    code, out = run("train", "quickstart", *OPTIONS, *own, "--out", "run")
+    assert code == 0, out
+    code, out = run("evaluate", "run")
+    assert code == 2
+    assert "--model-file FILE.py:FUNCTION" in out
+    file = ["--model-file", "mine.py:net"]
+    for args in (
+        ["evaluate", "run"],
+        ["profile", "run", "--n", "2", "--warmup", "0"],
+        ["cascade", "run"],
+        ["detach", "run", "--model", "sub1", "-o", "sub1.safetensors"],
+        ["recalibrate", "run", "-o", "fresh.safetensors", "--images", "50"],
+        ["report", "run"],
+    ):
+        code, out = run(*args, *file)
+        assert code == 0, (args, out)
+    code, out = run("evaluate", "run", "--model-file", "timm:resnet18")
+    assert code == 2
+    assert "is no FILE.py:FUNCTION" in out
+
+
+def test_what_the_library_says_is_shown(tmp_path: Path) -> None:
+    state = detachnet.create_model("detachnet:vgg16_cifar", width=0.05, num_classes=3).state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    code, out = run("train", "quickstart", *OPTIONS, "--set", "train.init=weights.pth", "--max-minutes", "0")
+    assert code == 0
+    assert re.search(r"Note: weights.pth: '\S+' stays new, with 10 outputs; the file has 3 outputs", out)
+
+
+def test_where_the_data_is_need_not_be_said_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def load(_name: str, root: object = None, *_: object) -> object:
+        asked.append(root)
+        return tenth()
+
+    (tmp_path / "images").mkdir()
+    run("train", "quickstart", *OPTIONS, "--data-root", "images", "--max-minutes", "0")
+    monkeypatch.setattr("detachnet.data.datasets.load_data", load)
+    run("evaluate", "runs/quickstart")
+    run("evaluate", "runs/quickstart", "--data-root", "elsewhere")
+    monkeypatch.setattr(trainer, "load_data", load)
+    run("train", "quickstart", *OPTIONS, "--resume", "--max-minutes", "0")
+    (tmp_path / "images").rmdir()
+    run("evaluate", "runs/quickstart")
+    assert asked == [tmp_path / "images", Path("elsewhere"), tmp_path / "images", None]

@@ -1,0 +1,207 @@
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import detachnet
+from detachnet.data import folders as files, shards
+from detachnet.data.datasets import is_files, load_data
+from detachnet.data.folders import open_files
+from detachnet.training.recipe import load_recipe
+from tests.folders import CLASSES, make_shards, write_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "pictures")
+
+
+def test_a_folder(folder: Path) -> None:
+    train = open_files("folder", folder, "train")
+    test = open_files("folder", folder, "validation", train.classes)
+    assert train.classes == ("9", "10", "cat", "dog")
+    assert (train.num_images, test.num_images, train.shards) == (48, 12, ())
+    for opened in (train, test):
+        for index in range(opened.num_images):
+            image, label = opened.read(index)
+            assert image.mode == "RGB"
+            assert f"/{opened.classes[label]}/" in opened.reader.filename(index, absolute=True)
+
+
+def test_a_class_that_only_the_training_images_have(folder: Path) -> None:
+    for file in (folder / "val" / "9").iterdir():
+        file.unlink()
+    (folder / "val" / "9").rmdir()
+    test = open_files("folder", folder, "val", open_files("folder", folder, "train").classes)
+    assert sorted({test.read(i)[1] for i in range(test.num_images)}) == [1, 2, 3]
+
+
+def test_a_class_that_the_training_images_do_not_have(folder: Path) -> None:
+    (folder / "val" / "dog").rename(folder / "val" / "dogs")
+    with pytest.raises(detachnet.DataError, match=r"has a class 'dogs' that[\s\S]*nearest  'dog'"):
+        open_files("folder", folder, "validation", CLASSES)
+
+
+def test_what_can_be_wrong_with_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        detachnet.DataError, match=r"there is no folder of train images\n  what     looked for none"
+    ):
+        open_files("folder", "none", "train")
+    with pytest.raises(detachnet.DataError, match=r"there is no folder of test images"):
+        open_files("folder", folder, "test")
+    (folder / "train" / "empty").mkdir()
+    with pytest.raises(
+        detachnet.DataError, match=r"the class 'empty' is empty: there is no image in .*train.empty"
+    ):
+        open_files("folder", folder, "train")
+    (folder / "val" / "stray.png").write_bytes((folder / "val" / "cat" / "0.png").read_bytes())
+    with pytest.raises(detachnet.DataError, match=r"there are images in .*val itself[\s\S]*stray.png"):
+        open_files("folder", folder, "val")
+    (tmp_path / "bare" / "train").mkdir(parents=True)
+    with pytest.raises(detachnet.DataError, match="the split 'train' of folder cannot be opened"):
+        open_files("folder", "bare", "train")
+
+
+def test_a_broken_image_is_named(folder: Path) -> None:
+    broken = folder / "train" / "cat" / "1.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    opened = open_files("folder", folder, "train")
+    index = next(i for i in range(48) if opened.reader.filename(i, absolute=True) == str(broken))
+    with pytest.raises(detachnet.DataError, match=r"train/cat/1.jpg cannot be read: it is truncated or damaged"):
+        opened.read(index)
+    broken.unlink()
+    with pytest.raises(detachnet.DataError, match=r"train/cat/1.jpg cannot be read\n  what     .*No such file"):
+        opened.read(index)
+
+
+@pytest.mark.parametrize("name", ["folder", "wds/x", "hfds/a/b", "cifar10", "wds", "folder2"])
+def test_recipes_and_commands_agree_on_what_is_read_from_files(name: str) -> None:
+    recipe = ROOT / "recipes" / ("resnet50_imagenet.toml" if is_files(name) else "quickstart.toml")
+    if is_files(name) or name == "cifar10":
+        assert load_recipe(recipe, [f"data.name={name}"]).data.name == name
+    else:
+        with pytest.raises(detachnet.RecipeError, match="input should be 'cifar10'"):
+            load_recipe(recipe, [f"data.name={name}"])
+
+
+def test_files_are_not_held_in_memory() -> None:
+    with pytest.raises(detachnet.DataError, match="folder is read image by image"):
+        load_data("folder")
+
+
+@pytest.mark.parametrize(("name", "package"), [("wds/x", "webdataset"), ("hfds/a/b", "datasets")])
+def test_a_missing_package(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "find_spec", lambda _: None)
+    extra = name.partition("/")[0]
+    with pytest.raises(detachnet.DataError, match=rf"need the package {package}\n.*'detachnet\[{extra}\]'"):
+        open_files(name, None, "train")
+
+
+def write_shard(path: Path, **members: bytes) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name.replace("_", "."))
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((32, 32), 50).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_what_can_be_wrong_with_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("webdataset")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        detachnet.DataError, match=r"there are no shards of wds/x\n  what     looked for \*.tar in"
+    ):
+        open_files("wds/x", tmp_path, "train")
+    write_shard(tmp_path / "t-0.tar", a_png=png(), a_cls=b"1", b_png=png(), b_cls=b"2", c_cls=b"0", d_png=png())
+    with pytest.raises(
+        detachnet.DataError, match=r"the split 'train' of wds/x cannot be opened in .*\n.*not found in"
+    ):
+        open_files("wds/x", tmp_path, "train")
+    unknown = r"not known how many images[\s\S]*t-0.tar\|COUNT, or have python -m detachnet.data.shards make"
+    with pytest.raises(detachnet.DataError, match=unknown):
+        open_files("wds/x", tmp_path, "t-0.tar")
+    with pytest.raises(detachnet.DataError, match=r"do not say their classes[\s\S]*classes.txt, one a line"):
+        open_files("wds/x", tmp_path, "t-0.tar|4")
+    (tmp_path / "classes.txt").write_text("no\nyes\n")
+    with pytest.raises(detachnet.DataError, match=r"1 of 2 shards are missing\n.*t-1.tar"):
+        open_files("wds/x", tmp_path, "t-{0..1}.tar|4")
+    opened = open_files("wds/x", tmp_path, "t-0.tar|4")
+    good, label, image, cls = opened.samples(opened.shards)
+    assert opened.decode(good)[1] == 1
+    turned = open_files("wds/x", tmp_path, "t-0.tar|4", ("yes", "no"))
+    assert turned.decode(good)[1] == 0
+    with pytest.raises(detachnet.DataError, match=r"b of .*t-0.tar has the label 2, but there are 2 classes"):
+        opened.decode(label)
+    with pytest.raises(detachnet.DataError, match=r"c of .*t-0.tar has no image"):
+        opened.decode(image)
+    with pytest.raises(detachnet.DataError, match=r"d of .*t-0.tar has no label"):
+        opened.decode(cls)
+    with pytest.raises(detachnet.DataError, match=r"a of .*t-0.tar cannot be read: it is truncated"):
+        opened.decode({**good, "png": good["png"][:300]})
+    (tmp_path / "t-0.tar").write_bytes((tmp_path / "t-0.tar").read_bytes()[:1000])
+    with pytest.raises(detachnet.DataError, match=r"the shard .*t-0.tar cannot be read"):
+        list(opened.samples(opened.shards))
+
+
+def test_shards_hold_the_images_of_folders(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    out = make_shards(folder, tmp_path / "shards", 20)
+    info = json.loads((out / "_info.json").read_text())
+    assert info["splits"]["train"]["shard_lengths"] == [20, 20, 8]
+    plain, packed = (open_files(name, root, "train") for name, root in (("folder", folder), ("wds/x", out)))
+    assert packed.classes == plain.classes
+    assert (packed.num_images, len(packed.shards)) == (48, 3)
+    for sample in packed.samples(packed.shards):
+        image, label = packed.decode(sample)
+        expected, truth = plain.read(int(str(sample["__key__"]).rpartition("/")[2]))
+        assert (label, image.tobytes()) == (truth, expected.tobytes())
+
+
+def test_shards_through_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards.main([str(folder), str(tmp_path / "shards"), "--per-shard", "7"])
+    assert len(list((tmp_path / "shards").glob("*.tar"))) == 7 + 2
+    with pytest.raises(SystemExit):
+        shards.main([str(folder), str(tmp_path / "shards")])
+    assert "cannot be made for shards" in capsys.readouterr().err
+
+
+def test_shards_that_cannot_be_made(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(detachnet.DataError, match="0 images are no shard"):
+        shards.make_shards(folder, tmp_path / "shards", 0)
+    with pytest.raises(detachnet.DataError, match="there is no folder of train images"):
+        shards.make_shards(tmp_path / "nothing", tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+    with pytest.raises(detachnet.DataError, match=r"the folder .* cannot be made for shards"):
+        shards.make_shards(folder, folder)
+
+
+def test_a_data_set_of_hugging_faces(folder: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    out = tmp_path / "hub"
+    plain = open_files("folder", folder, "train")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=plain.classes)})
+    columns = {
+        "image": [{"bytes": Path(path).read_bytes(), "path": None} for path, _ in plain.reader.samples[:20]],
+        "label": [label for _, label in plain.reader.samples[:20]],
+    }
+    out.mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(out / "train.parquet")
+    opened = open_files(f"hfds/{out}", tmp_path / "cache", "train")
+    assert (opened.classes, opened.num_images) == (plain.classes, 20)
+    for index in range(20):
+        (image, label), (expected, truth) = opened.read(index), plain.read(index)
+        assert (label, image.tobytes()) == (truth, expected.tobytes())
+    with pytest.raises(detachnet.DataError, match=r"the split 'test' of hfds/.* cannot be opened"):
+        open_files(f"hfds/{out}", tmp_path / "cache", "test")

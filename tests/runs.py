@@ -1,0 +1,69 @@
+"""Small training runs, and what several tests do with them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+import detachnet
+from detachnet.data.datasets import Split, load_data
+from detachnet.training.recipe import Recipe, load_recipe
+from detachnet.training.trainer import Listener
+
+ROOT = Path(__file__).parents[1]
+
+DETACHNET = str(Path(sys.executable).with_name("detachnet"))
+
+
+def torchrun(processes: int, *args: str, check: bool = True) -> str:
+    """What the processes print together."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*command, *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
+
+SMALL = ["model.kwargs.width=0.05", "train.epochs=3", "train.batch_size=50", "schedule.warmup_epochs=1"]
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(QUICKSTART, [*SMALL, *overrides])
+
+
+def tenth(*_: object, **__: object) -> tuple[Split, Split]:
+    """Every tenth image of cifar10-mini, so that an epoch takes a fraction of a second."""
+    train_split, test_split = (
+        Split(split.images[::10], split.labels[::10], split.classes) for split in load_data("cifar10-mini")
+    )
+    return train_split, test_split
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+class KillAfter(Listener):
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def on_step(self, epoch: int, images: int, losses: Mapping[str, torch.Tensor]) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    assert (one / "results.json").read_bytes() == (other / "results.json").read_bytes()
+    for name in ("last.safetensors", "best.safetensors"):
+        first, second = detachnet.load(one / name), detachnet.load(other / name)
+        for (key, a), (_, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+            assert torch.equal(a, b), (name, key)

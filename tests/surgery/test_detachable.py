@@ -1,0 +1,266 @@
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import detachnet
+from tests import models
+
+
+@pytest.fixture
+def net() -> detachnet.DetachableNet:
+    return detachnet.make_detachable(models.Plain(), ["conv1", "pool"], (3, 8, 8)).eval()
+
+
+IMAGES = torch.randn(4, 3, 8, 8)
+
+
+def test_without_cuts_it_is_the_model_bit_for_bit() -> None:
+    model = models.Plain().eval()
+    net = detachnet.make_detachable(model, [], (3, 8, 8))
+    assert net.names == ("base",)
+    assert torch.equal(net(IMAGES), model(IMAGES))
+
+
+def test_base_has_the_models_own_keys(net: detachnet.DetachableNet) -> None:
+    model = models.Plain()
+    assert net.base.state_dict().keys() == model.state_dict().keys()
+    net.base.load_state_dict(model.state_dict())
+    assert torch.equal(net(IMAGES), model.eval()(IMAGES))
+
+
+def test_which_and_active(net: detachnet.DetachableNet) -> None:
+    every = net(IMAGES, which="all")
+    assert list(every) == ["base", "sub0", "sub1"]
+    assert torch.equal(net(IMAGES), net(IMAGES, which="base"))
+    net.active = "sub1"
+    assert torch.equal(net(IMAGES), net(IMAGES, which="sub1"))
+    assert not torch.equal(net(IMAGES), net(IMAGES, which="base"))
+
+
+def test_unknown_model(net: detachnet.DetachableNet) -> None:
+    for use in (
+        lambda: net(IMAGES, which="sub2"),
+        lambda: setattr(net, "active", "sub2"),
+        lambda: net.detach("sub2"),
+    ):
+        with pytest.raises(detachnet.CutError, match=r"no model is called 'sub2'[\s\S]*base, sub0, sub1"):
+            use()
+    with pytest.raises(detachnet.CutError, match="name each model once and in order"):
+        net(IMAGES, which=["sub1", "base"])
+
+
+def test_unknown_norm() -> None:
+    with pytest.raises(detachnet.CutError, match="norm is 'private' or 'shared', not 'own'"):
+        detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), norm="own")
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_detached_equals_attached(net: detachnet.DetachableNet, share: bool) -> None:
+    for name in net.names:
+        detached = net.detach(name, share=share)
+        assert not detached.training
+        assert torch.equal(detached(IMAGES), net(IMAGES, which=name))
+
+
+def test_detached_names_and_ownership(net: detachnet.DetachableNet) -> None:
+    copied, shared = net.detach("sub1"), net.detach("sub1", share=True)
+    assert set(dict(shared.named_parameters())) == {
+        "stepdown.weight",
+        "stepdown.bias",
+        *(f"{layer}.{kind}" for layer in ("conv2", "bn2", "fc") for kind in ("weight", "bias")),
+    }
+    assert shared.get_parameter("conv2.weight") is net.base.get_parameter("conv2.weight")
+    assert copied.get_parameter("conv2.weight") is not net.base.get_parameter("conv2.weight")
+    assert type(net.detach("base")) is models.Plain
+
+
+class HasStepdown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.stepdown = nn.Conv2d(4, 5, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stepdown(self.conv(x)).mean((2, 3))
+
+
+def test_a_model_with_a_stepdown_of_its_own() -> None:
+    net = detachnet.make_detachable(HasStepdown(), ["conv"], (3, 8, 8)).eval()
+    detached = net.detach("sub0")
+    assert torch.equal(detached(IMAGES), net(IMAGES, which="sub0"))
+    assert {name for name, _ in detached.named_children()} == {"stepdown", "stepdown_"}
+
+
+def test_sharing_leaves_the_mode_of_the_family_alone() -> None:
+    net = detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8)).train()
+    net.detach("sub0", share=True)
+    assert all(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies(net: detachnet.DetachableNet, again: object) -> None:
+    net.active = "sub1"
+    for module in (net, net.detach("sub0")):
+        assert torch.equal(again(module)(IMAGES), module(IMAGES))  # type: ignore[operator]
+
+
+def test_private_norms_are_copies_and_shared_ones_are_not() -> None:
+    private = detachnet.make_detachable(models.Plain(), ["conv1", "pool"], (3, 8, 8), norm="private")
+    names = [name for name, _ in private.norms.named_parameters()]
+    layers = ("sub0.bn1", "sub0.bn2", "sub1.bn2")
+    assert names == [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    shared = detachnet.make_detachable(models.Plain(), ["conv1", "pool"], (3, 8, 8), norm="shared")
+    assert not list(shared.norms.parameters())
+
+
+def test_every_parameter_gets_a_gradient_and_only_a_models_own(net: detachnet.DetachableNet) -> None:
+    net.train()
+    for name in net.names:
+        net.zero_grad()
+        net(IMAGES, which=name).sum().backward()
+        used = {key for key, p in net.named_parameters() if p.grad is not None}
+        assert used == set(net.parameters_of([name]))
+    assert set(net.parameters_of(net.names)) == set(dict(net.named_parameters()))
+
+
+def test_channels_last_and_devices(net: detachnet.DetachableNet) -> None:
+    last = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(last(IMAGES, which="sub1"), net(IMAGES, which="sub1"))
+    on_meta = copy.deepcopy(net).to("meta")
+    assert on_meta(IMAGES.to("meta"), which="all")["sub1"].shape == (4, 5)
+
+
+class Sensitive(nn.Module):
+    """Flags, hooks and buffers that surgery could disturb."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = models.Plain()
+        self.net.bn1.eval()
+        self.net.conv2.weight.requires_grad_(False)
+        self.seen: list[str] = []
+        self.net.register_forward_hook(lambda *_: self.seen.append("forward"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("cuts", [["net.pool"], ["net.nothing"], ["net.fc"]])
+def test_the_users_model_comes_back_as_it_was(cuts: list[str]) -> None:
+    model = Sensitive()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    pointers = [value.data_ptr() for value in model.state_dict().values()]
+    flags = [(m.training, len(m._forward_hooks)) for m in model.modules()]
+    grads = [p.requires_grad for p in model.parameters()]
+    options = dict(vars(torch.backends.cudnn))
+    random_state = torch.get_rng_state()
+    try:
+        net = detachnet.make_detachable(model, cuts, (3, 8, 8))
+        net.train()(IMAGES, which="all")
+    except detachnet.CutError:
+        assert cuts != ["net.pool"]
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [value.data_ptr() for value in model.state_dict().values()] == pointers
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert [(m.training, len(m._forward_hooks)) for m in model.modules()] == flags
+    assert [p.requires_grad for p in model.parameters()] == grads
+    assert model.seen == []
+    assert dict(vars(torch.backends.cudnn)) == options
+
+
+def test_tracing_puts_torch_back_after_a_failure() -> None:
+    before = torch.zeros
+    with pytest.raises(detachnet.TraceError):
+        detachnet.find_cuts(models.ControlFlow(), (3, 8, 8))
+    assert torch.zeros is before
+
+
+def test_the_family_keeps_the_flags_of_the_model() -> None:
+    net = detachnet.make_detachable(Sensitive(), ["net.pool"], (3, 8, 8))
+    assert not net.base.net.bn1.training  # type: ignore[union-attr]
+    assert not net.base.net.conv2.weight.requires_grad  # type: ignore[union-attr]
+
+
+def test_plan_prints_and_round_trips(net: detachnet.DetachableNet) -> None:
+    assert detachnet.DetachPlan.model_validate_json(net.plan.model_dump_json()) == net.plan
+    text = str(net.plan)
+    assert text == (Path(__file__).parents[1] / "golden" / "plan.txt").read_text().rstrip("\n")
+
+
+AWKWARD: list[tuple[nn.Module, str, dict[str, Any]]] = [
+    (models.BatchAware(), "conv1", {}),
+    (models.Tokens(), "norm", {}),
+    (models.Gated(), "conv1", {}),
+    (models.UsesFunction(), "conv1", {"leaf_functions": [models.threshold]}),
+]
+
+
+@pytest.mark.parametrize(("model", "cut", "options"), AWKWARD)
+@torch.no_grad()
+def test_detached_models_are_plain_modules(model: nn.Module, cut: str, options: dict[str, Any]) -> None:
+    net = detachnet.make_detachable(model, [cut], (3, 8, 8), **options).eval()
+    detached = net.detach("sub0")
+    again = pickle.loads(pickle.dumps(detached))
+    assert not any(module.training for module in again.modules())
+    compiled = torch.compile(detached, backend="eager")
+    for one in (detached, again, pickle.loads(pickle.dumps(again)), copy.deepcopy(detached), compiled):
+        assert torch.equal(one(IMAGES), net(IMAGES, which="sub0"))
+    assert not isinstance(detached, torch.fx.GraphModule)
+    assert str(detached) == repr(detached) == repr(again)
+    assert str(detached).startswith("sub0(\n  (stepdown): ")
+    copy.deepcopy(detached).get_parameter("stepdown.bias" if cut != "norm" else "stepdown.conv.bias").data.add_(1)
+    assert torch.equal(detached(IMAGES), net(IMAGES, which="sub0"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_export(net: detachnet.DetachableNet) -> None:
+    detached = net.detach("sub1")
+    exported = torch.export.export(detached, (IMAGES,)).module()
+    torch.testing.assert_close(exported(IMAGES), detached(IMAGES))
+
+
+def test_a_layer_that_is_replaced_is_run() -> None:
+    net = detachnet.make_detachable(
+        detachnet.create_model("detachnet:vgg16_cifar", width=0.03), ["features.6"]
+    ).eval()
+    images = torch.randn(1, 3, 32, 32)
+    detached = net.detach("sub0")
+    for model in (net, detached):
+        model(images)  # writes the graph
+    net.base.classifier = detached.classifier = torch.nn.Linear(detached.classifier.in_features, 7)
+    assert net(images, which="sub0").shape == detached(images).shape == (1, 7)
+
+
+def test_a_family_is_one_line() -> None:
+    net = detachnet.make_detachable(models.Plain(), ["conv1"], (3, 8, 8))
+    assert repr(net) == (
+        "DetachableNet(Plain on 3×8×8 images, names=['base', 'sub0'], active='base', norm='private')"
+    )
+    assert "(conv1): Conv2d" in repr(net.base)
+
+
+def test_mistakes_with_a_family() -> None:
+    net = detachnet.make_detachable(models.Plain(), ["conv1"], (3, 8, 8))
+    with pytest.raises(detachnet.CutError, match="no model is called 1"):
+        net(torch.zeros(1, 3, 8, 8), which=1)  # type: ignore[call-overload]
+    with pytest.raises(detachnet.CutError, match=r"the model is a family already: DetachableNet[\s\S]*net\.base"):
+        detachnet.make_detachable(net, ["conv1"], (3, 8, 8))
+
+
+def test_a_batch_is_no_image_size() -> None:
+    resnet = detachnet.create_model("timm:resnet10t")
+    with pytest.raises(
+        detachnet.TraceError, match=r"not of a batch, \(8, 3, 64, 64\)\n  try      input_size=\(3, 64, 64\)"
+    ):
+        detachnet.make_detachable(resnet, ["layer1"], (8, 3, 64, 64))
+    with pytest.raises(
+        detachnet.TraceError, match=r"not a tensor\n  try      input_size=\(3, 64, 64\), or example_input"
+    ):
+        detachnet.make_detachable(resnet, ["layer1"], torch.zeros(8, 3, 64, 64))  # type: ignore[arg-type]
+    with pytest.raises(detachnet.TraceError, match=r"without the batch that is \(3, 8, 8\)"):
+        detachnet.make_detachable(models.Plain(), ["conv1"], (2, 3, 8, 8))

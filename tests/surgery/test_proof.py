@@ -1,0 +1,454 @@
+"""A family is its model, or it says it is not: what a trace loses is found when the family is made."""
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+import detachnet
+from detachnet.surgery import proof
+from detachnet.surgery.plan import DetachPlan
+from tests import models
+from tests.helpers import assert_joint_equals_separate
+
+
+class Stem(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+
+
+class Net(nn.Module):
+    """Four layers around a part that a trace may lose."""
+
+    def __init__(self, middle: nn.Module | Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = Stem(), nn.Conv2d(8, 8, 3, 1, 1)
+        self.c, self.fc = nn.Conv2d(8, 8, 3, 1, 1), nn.Linear(8, 5)
+        self.middle = middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.c(self.middle(self.b(self.a(x)))).mean((2, 3)))
+        return logits
+
+
+class Lossy(nn.Module):
+    """A module with a child, so that it is traced."""
+
+    def __init__(self, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.run = nn.Conv2d(8, 8, 3, 1, 1), run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def by_device(module: Any, x: Tensor) -> Tensor:
+    out: Tensor = module.conv(x * 10 if x.device.type == "cpu" else x)
+    return out
+
+
+def by_meta(module: Any, x: Tensor) -> Tensor:
+    out: Tensor = module.conv(x) - (1 if x.is_meta else 0)
+    return out
+
+
+def by_gradient(module: Any, x: Tensor) -> Tensor:
+    out: Tensor = module.conv(x * 10 if x.requires_grad else x)
+    return out
+
+
+def by_chance(module: Any, x: Tensor) -> Tensor:
+    for _ in range(20):
+        x = module.conv(x) if module.training and random.random() < 0.5 else x + 1
+    return x
+
+
+def by_numpy(module: Any, x: Tensor) -> Tensor:
+    out: Tensor = module.conv(x) * float(np.random.rand())
+    return out
+
+
+def without_gradient(module: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = module.conv(x)
+    return out
+
+
+def in_inference_of_data(module: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        weight = module.conv.weight * 1
+    return F.conv2d(x, weight, module.conv.bias, padding=1)
+
+
+def in_half_precision(module: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out: Tensor = module.conv(x)
+    return out.to(x.dtype)
+
+
+class Reverse(torch.autograd.Function):
+    """The gradient with the other sign."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return -gradient
+
+
+def reversed_gradient(module: Any, x: Tensor) -> Tensor:
+    out: Tensor = Reverse.apply(module.conv(x))  # type: ignore[no-untyped-call]
+    return out
+
+
+def slice_in_place(module: Any, x: Tensor) -> Tensor:
+    x = module.conv(x)
+    part = x[:, :4]
+    part += 1.0
+    return x
+
+
+LOST: dict[Callable[[nn.Module, Tensor], Tensor], str] = {
+    by_device: "evaluation mode its values are others",
+    by_meta: "evaluation mode its values are others",
+    by_gradient: "training mode its values are others",
+    by_chance: "training mode its values are others",
+    by_numpy: "evaluation mode its values are others",
+    without_gradient: "the gradient of",
+    in_inference_of_data: "the gradient of",
+    in_half_precision: "evaluation mode its values are others",
+    reversed_gradient: "the gradient of",
+    slice_in_place: "evaluation mode its values are others",
+}
+"""What a trace may lose, and how the refusal says it if it does."""
+
+
+@pytest.mark.parametrize("run", LOST, ids=lambda run: run.__name__)
+def test_the_family_is_the_model_or_is_refused(run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """The way out that the refusal names works."""
+    model = Net(Lossy(run))
+    net, error = made_or_refused(model)
+    if error and error.summary.startswith("the traced"):
+        assert LOST[run] in error.summary
+        assert error.node in ("middle", "b", None)
+    if error:
+        assert len(str(error).splitlines()) <= 5
+        assert "leaf_modules" in str(error)
+    assert_same_step(model, net or detachnet.make_detachable(model, ["a"], (3, 16, 16), leaf_modules=[Lossy]))
+
+
+def made_or_refused(model: nn.Module) -> tuple[detachnet.DetachableNet | None, detachnet.TraceError | None]:
+    """The family, where what a trace loses is kept; else the refusal."""
+    try:
+        return detachnet.make_detachable(model, ["a"], (3, 16, 16)), None
+    except detachnet.TraceError as error:
+        return None, error
+
+
+def assert_same_step(model: nn.Module, net: detachnet.DetachableNet) -> None:
+    """A training step of the model and of the base-model, with one seed."""
+    images = torch.randn(4, 3, 16, 16)
+    alone, family = copy.deepcopy(model).train(), copy.deepcopy(net).train()
+    for run in (alone, family):
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+        run(images).square().sum().backward()
+    for (name, one), (_, two) in zip(alone.named_parameters(), family.base.named_parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None), name
+        if one.grad is not None and two.grad is not None:
+            torch.testing.assert_close(one.grad, two.grad, msg=name)
+
+
+def test_the_refusal_names_the_module_and_the_way_out() -> None:
+    model = Net(nn.Sequential(nn.ReLU(), Lossy(by_device)))
+    net, error = made_or_refused(model)
+    if error:
+        assert error.node == "middle.1"
+        assert "leaf_modules=[Lossy] keeps 'middle.1' whole" in str(error)
+    if net:
+        assert_same_step(model, net)
+
+
+def test_what_is_compared_can_be_chosen() -> None:
+    with pytest.raises(detachnet.TraceError, match="check is 'full', 'outputs' or 'none', not 'all'"):
+        detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), check="all")  # type: ignore[arg-type]
+    said = {
+        "full": "",
+        "outputs": "no gradients were compared with the model's",
+        "none": "nothing was compared with the model",
+    }
+    for check, checked in said.items():
+        plan = detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), check=check).plan  # type: ignore[arg-type]
+        assert plan.checked == checked
+        assert ("checked:" in str(plan)) == bool(checked)
+        assert DetachPlan.model_validate_json(plan.model_dump_json()) == plan
+    before = plan.model_dump(exclude={"checked"})
+    assert DetachPlan.model_validate(before).checked == ""
+
+
+def test_without_weights_the_plan_says_that_nothing_was_compared() -> None:
+    net = detachnet.make_detachable(models.Plain().to("meta"), ["pool"], (3, 8, 8))
+    assert net.plan.checked == "nothing was compared with the model, which has no weights yet"
+
+
+def test_a_model_that_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: nn.Module, *_: object) -> None:
+        raise NotImplementedError("no kernel for this device")
+
+    net = detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), check="none")
+    monkeypatch.setattr(models.Plain, "forward", fails)
+    said = proof.prove(net, "full").checked
+    assert said.endswith("model, which does not run here: NotImplementedError: no kernel for this device")
+
+
+def test_the_plan_says_what_joins_the_images_of_a_batch() -> None:
+    mixed = detachnet.make_detachable(Net(lambda x: x.flip(0)), ["a"], (3, 16, 16)).plan
+    assert mixed.checked == "'flip' joins the images of a batch and runs model by model"
+    apart = detachnet.make_detachable(Net(lambda x: x - x.mean()), ["a"], (3, 16, 16)).plan
+    assert "'mean' gives a value that all images of a batch go into: the models run one after another" in str(
+        apart
+    )
+
+
+def test_the_model_the_random_states_and_the_mode_come_back() -> None:
+    model = Net(nn.Dropout(0.5)).eval()
+    model.b.train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    python, numpy, torchs = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[index]
+    net = detachnet.make_detachable(model, ["a"], (3, 16, 16))
+    assert random.getstate() == python
+    assert (np.random.get_state()[1] == numpy).all()  # type: ignore[index]
+    assert torch.equal(torch.get_rng_state(), torchs)
+    for one in (model, net.base):
+        assert all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
+        assert [module.training for module in one.modules()] == modes
+        assert all(parameter.grad is None for parameter in one.parameters())
+
+
+class OneAtATime(nn.Module):
+    """Counts its calls in an attribute, so that two models in one pass are not two passes."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_meta:
+            return x
+        self.calls += 1
+        return x * self.calls
+
+
+def test_joint_passes_that_are_not_separate_ones_are_refused() -> None:
+    with pytest.raises(
+        detachnet.TraceError,
+        match=r"the models of Net cannot share one pass: in evaluation mode they give other results than alone"
+        r"[\s\S]*outputs differ by[\s\S]*run the models one at a time",
+    ):
+        detachnet.make_detachable(Net(OneAtATime()), ["a"], (3, 16, 16))
+
+
+def test_joint_passes_that_fail_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> Tensor:
+        raise RuntimeError("a view is modified in place")
+
+    monkeypatch.setattr(torch, "cat", fails)
+    with pytest.raises(
+        detachnet.TraceError, match=r"share one pass: it fails in evaluation mode[\s\S]*RuntimeError: a view"
+    ):
+        detachnet.make_detachable(models.Skip(), ["stem"], (3, 8, 8))
+
+
+def test_hooks_that_no_graph_runs_are_named_or_run() -> None:
+    model = Net(nn.Identity())
+    model.a.register_forward_hook(lambda *args: args[2] * 10)
+    net = detachnet.make_detachable(model, ["b"], (3, 16, 16)).eval()
+    images = torch.randn(2, 3, 16, 16)
+    if not torch.allclose(net(images), model.eval()(images)):
+        assert net.plan.hints == ("the family does not run the hooks of 'a'",)
+
+
+def mix_style(x: Tensor) -> Tensor:
+    """Mixes the images' means; draws a permutation before the shares, which are needed first."""
+    mean = x.mean((2, 3), keepdim=True)
+    order = torch.randperm(x.shape[0])
+    share = torch.rand(x.shape[0], 1, 1, 1, dtype=x.dtype)
+    return x - mean + share * mean + (1 - share) * mean[order]
+
+
+def test_random_numbers_in_another_order_are_no_difference() -> None:
+    plan = detachnet.make_detachable(Net(mix_style), ["a"], (3, 16, 16)).plan
+    assert "in training mode it draws its random numbers in another order" in plan.checked
+    assert "joins the images of a batch and runs model by model" in plan.checked
+
+
+# Layers that keep statistics.
+
+
+class OwnNorm(nn.Module):
+    """A batch norm that is none of torch's."""
+
+    def __init__(self, num_chs: int = 8) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(num_chs)), nn.Parameter(torch.zeros(num_chs))
+        self.register_buffer("mean", torch.zeros(num_chs))
+        self.register_buffer("variance", torch.ones(num_chs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.mean, self.variance, self.weight, self.bias, self.training)
+
+
+class Centered(nn.Module):
+    """Follows the mean of what it sees, without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.center.mul_(0.9).add_(0.1 * x.detach().mean((0, 2, 3))[:, None, None])
+        return x - self.center
+
+
+class Wrapped(nn.Module):
+    """An own norm and a convolution, kept whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = OwnNorm(), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(self.norm(x))
+        return out
+
+
+class Opened(OwnNorm):
+    """An own norm with a child: it is traced, so its buffers cannot be private."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(super().forward(x))
+        return out
+
+
+NORMS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "own": (OwnNorm, {"weight", "bias", "mean", "variance"}),
+    "centered": (Centered, {"center"}),
+    "instance": (
+        lambda: nn.InstanceNorm2d(8, track_running_stats=True),
+        {"running_mean", "running_var", "num_batches_tracked"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_layers_that_keep_statistics_are_private_whatever_their_class(name: str) -> None:
+    make, parts = NORMS[name]
+    net = detachnet.make_detachable(Net(make()).double(), ["a"], (3, 16, 16))
+    assert net.plan.hints == ()
+    assert {key for key in net.state_dict() if key.startswith("norms.")} == {
+        f"norms.sub0.middle.{part}" for part in parts
+    }
+    assert_joint_equals_separate(net, torch.randn(4, 3, 16, 16, dtype=torch.double))
+    again = copy.deepcopy(net)
+    images = torch.randn(4, 3, 16, 16, dtype=torch.double)
+    assert torch.equal(again.eval()(images, which="sub0"), net.eval()(images, which="sub0"))
+
+
+def test_of_a_layer_kept_whole_only_the_norm_is_private() -> None:
+    net = detachnet.make_detachable(Net(Wrapped()).double(), ["a"], (3, 16, 16), leaf_modules=[Wrapped])
+    own = net.norms.get_submodule("sub0.middle")
+    assert own.conv.weight is net.base.middle.conv.weight  # type: ignore[union-attr]
+    assert own.norm.weight is not net.base.middle.norm.weight  # type: ignore[union-attr]
+    assert_joint_equals_separate(net, torch.randn(4, 3, 16, 16, dtype=torch.double))
+
+
+def test_statistics_that_cannot_be_private_are_named_in_a_hint() -> None:
+    net = detachnet.make_detachable(Net(Opened()).double(), ["a"], (3, 16, 16))
+    if not list(net.norms.buffers()):
+        hint = "all models share 'middle.mean', 'middle.variance', which training changes"
+        assert net.plan.hints == (hint,)
+    assert detachnet.make_detachable(Net(Opened()), ["a"], (3, 16, 16), norm="shared").plan.hints == ()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.nn.utils.spectral_norm,
+        torch.nn.utils.parametrizations.spectral_norm,
+        pytest.param(torch.nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore:.*weight_norm")),
+        torch.nn.utils.parametrizations.weight_norm,
+    ],
+    ids=["spectral", "spectral anew", "weight", "weight anew"],
+)
+def test_layers_that_compute_their_weights_run_as_alone(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    net = detachnet.make_detachable(Net(wrap(nn.Conv2d(8, 8, 3, 1, 1))).double(), ["a"], (3, 16, 16))
+    assert_joint_equals_separate(net, torch.randn(4, 3, 16, 16, dtype=torch.double))
+
+
+# Preparation of the image, and weight averages.
+
+
+class Prepared(nn.Module):
+    def __init__(self, prepare: Callable[[Tensor], Tensor] | nn.Module) -> None:
+        super().__init__()
+        self.net, self.prepare = models.Plain(), prepare
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(self.prepare(x))
+        return logits
+
+
+class Normalize(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), 118.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / 58
+
+
+@pytest.mark.parametrize(
+    ("prepare", "named"),
+    [
+        (lambda x: (x - 118.0) / 58.0, "'sub', 'truediv'"),
+        (Normalize(), "'prepare'"),
+        (nn.BatchNorm2d(3, affine=False), "'prepare'"),
+        (lambda x: F.interpolate(x, scale_factor=1.0), "'interpolate'"),
+    ],
+)
+def test_what_sub_models_miss_in_front_of_the_first_layer_is_named(prepare: Any, named: str) -> None:
+    plan = detachnet.make_detachable(Prepared(prepare), ["net.pool"], (3, 8, 8)).plan
+    assert plan.hints[0] == f"sub-models get the raw image, without {named} in front of 'net.conv1'"
+
+
+@pytest.mark.parametrize("prepare", [nn.Identity(), nn.Dropout(0.1), lambda x: x.contiguous().clone()])
+def test_what_leaves_the_image_as_it_is_is_not_named(prepare: Any) -> None:
+    assert detachnet.make_detachable(Prepared(prepare), ["net.pool"], (3, 8, 8)).plan.hints == ()
+
+
+def test_averaged_weights_get_their_statistics_by_recalibration() -> None:
+    """`update_bn` runs the active model alone and leaves the norms of the others empty."""
+    net = detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8)).train()
+    batches = [torch.randn(8, 3, 8, 8) + 1 for _ in range(4)]
+    averaged = AveragedModel(net)
+    update_bn(batches, averaged)
+    again = detachnet.recalibrate(averaged.module, batches)
+    assert not averaged.module.state_dict()["norms.sub0.bn2.running_mean"].any()
+    assert again.state_dict()["norms.sub0.bn2.running_mean"].any()
+    torch.testing.assert_close(
+        again.state_dict()["base.bn2.running_mean"], averaged.module.state_dict()["base.bn2.running_mean"]
+    )

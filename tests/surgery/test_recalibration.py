@@ -1,0 +1,111 @@
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from detachnet_cli.app import app
+from torch import nn
+from typer.testing import CliRunner
+
+import detachnet
+from detachnet.surgery.recalibration import recalibrate
+from detachnet.training.trainer import train
+from tests import models
+from tests.runs import recipe
+
+IMAGES = [torch.randn(8, 3, 32, 32) + i for i in range(3)]
+
+
+@pytest.fixture
+def net() -> detachnet.DetachableNet:
+    model = detachnet.create_model("detachnet:vgg16_cifar", width=0.1)
+    return detachnet.make_detachable(model, ["features.6", "features.23"], (3, 32, 32), norm="shared")
+
+
+def test_each_model_gets_the_statistics_of_its_own_features(net: detachnet.DetachableNet) -> None:
+    before = copy.deepcopy(net.state_dict())
+    fresh = recalibrate(net, IMAGES)
+    assert fresh.plan.norm == "private"
+    assert not fresh.training
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    for name in net.names:
+        # The first norm of each model sees features that no other norm has changed.
+        alone = net.detach(name).eval()
+        norms = [m for m in alone.modules() if isinstance(m, nn.BatchNorm2d)]
+        seen: list[torch.Tensor] = []
+        norms[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].mean((0, 2, 3))))
+        for images in IMAGES:
+            alone(images)
+        measured = next(m for m in fresh.detach(name).modules() if isinstance(m, nn.BatchNorm2d))
+        torch.testing.assert_close(measured.running_mean, torch.stack(seen).mean(0))
+        assert measured.momentum == 0.1
+
+
+def test_statistics_over_one_batch_are_those_of_training_mode(net: detachnet.DetachableNet) -> None:
+    fresh = recalibrate(net, IMAGES[:1])
+    for name in net.names:
+        trained = copy.deepcopy(net).train()(IMAGES[0], which=name)
+        # Training mode divides by n, running statistics by n - 1: the deepest maps have 8·2·2 values.
+        torch.testing.assert_close(fresh(IMAGES[0], which=name), trained, rtol=0.1, atol=0.1)
+
+
+def test_dropout_stays_off() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Dropout(0.9), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.Flatten(1)
+    )
+    net = detachnet.make_detachable(model, ["0"], (3, 32, 32), norm="shared")
+    one, other = (recalibrate(net, IMAGES) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.buffers(), other.buffers(), strict=True))
+
+
+def test_a_private_family_keeps_its_weights(net: detachnet.DetachableNet) -> None:
+    private = net.with_private_norms()
+    fresh = recalibrate(private, IMAGES)
+    for (name, one), (_, other) in zip(private.named_parameters(), fresh.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert not torch.equal(private.base.features[1].running_mean, fresh.base.features[1].running_mean)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    run = train(recipe("family.norm=shared", "train.epochs=1", "data.num_train=200"), tmp_path / "run").folder
+    out = CliRunner().invoke(app, ["recalibrate", str(run.path), "-o", str(tmp_path / "new.safetensors")])
+    assert out.exit_code == 0, out.output
+    assert "n = 1000; statistics of 4000 training images" in out.output
+    fresh = detachnet.load(tmp_path / "new.safetensors")
+    assert fresh.plan.norm == "private"
+    assert f"{100 * fresh.facts.accuracy['sub1']:.2f} %" in out.output
+    again = CliRunner().invoke(app, ["recalibrate", str(run.path), "-o", str(tmp_path / "new.safetensors")])
+    assert again.exit_code == 2
+    assert "exists already" in again.output
+
+
+def test_a_family_that_does_not_know_its_data(net: detachnet.DetachableNet, tmp_path: Path) -> None:
+    detachnet.save(net, tmp_path / "family.safetensors")
+    args = ["recalibrate", str(tmp_path / "family.safetensors"), "-o", str(tmp_path / "new.safetensors")]
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 2
+    assert "does not say what it was trained on" in result.output
+
+
+def test_no_images(net: detachnet.DetachableNet) -> None:
+    with pytest.raises(detachnet.DataError, match="no images to measure statistics on"):
+        recalibrate(net, [])
+
+
+def test_heads_are_kept() -> None:
+    model = detachnet.create_model("detachnet:vgg16_cifar", width=0.05)
+    net = detachnet.make_detachable(model, ["features.6"], (3, 32, 32), norm="shared", head="private")
+    for parameter in net.heads.parameters():
+        parameter.data += 1
+    fresh = recalibrate(net, [torch.randn(4, 3, 32, 32)])
+    assert torch.equal(fresh.heads.sub0.classifier.weight, net.heads.sub0.classifier.weight)
+
+
+def test_a_head_that_holds_a_norm_is_kept_whole() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(1), models.NormedHead(4, 5))
+    net = detachnet.make_detachable(
+        model, ["0"], (3, 8, 8), norm="shared", head="private", leaf_modules=[models.NormedHead]
+    )
+    fresh = recalibrate(net, [torch.randn(4, 3, 8, 8)])
+    assert len(list(fresh.heads.parameters())) == len(list(net.heads.parameters())) == 4
+    assert not {p.data_ptr() for p in fresh.heads.parameters()} & {p.data_ptr() for p in fresh.base.parameters()}

@@ -1,0 +1,881 @@
+"""What a trace would lose is kept: as a layer kept whole, as an operation of the graph, or it is refused."""
+
+import copy
+import logging
+import pickle
+import random
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import detachnet
+from detachnet.surgery.listening import _REPLACED
+from detachnet.surgery.plan import DetachPlan
+from detachnet.surgery.trace import trace
+from tests import models
+from tests.helpers import assert_joint_equals_separate
+
+Run = Callable[[Any, Tensor], Tensor]
+SIZE = (3, 16, 16)
+
+
+class Stem(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+
+
+class Block(nn.Module):
+    """A module with children, so that it is opened."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.conv, self.norm, self.run = nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), run
+        self.register_buffer("mean", torch.zeros(8, 1, 1))
+        self.steps, self.average = 0, torch.zeros(8, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+class Net(nn.Module):
+    """Four layers around a part that a trace may lose."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.middle = Stem(), nn.Conv2d(8, 8, 3, 1, 1), middle
+        self.c, self.fc = nn.Conv2d(8, 8, 3, 1, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(self.c(self.middle(self.b(self.a(x)))).mean((2, 3)))
+
+
+class Root(Net):
+    """The same part in the model's own forward."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(nn.Identity())
+        self.conv, self.norm, self.run = nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), run
+        self.register_buffer("mean", torch.zeros(8, 1, 1))
+        self.steps, self.average = 0, torch.zeros(8, 1, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(self.c(self.run(self, self.b(self.a(x)))).mean((2, 3)))
+
+
+def assert_is_the_model(model: nn.Module, net: detachnet.DetachableNet, seed: int = 5) -> None:
+    """Two training passes and one in evaluation mode of the model and of the base-model."""
+    alone, family = copy.deepcopy(model).double(), copy.deepcopy(net).double()
+    torch.manual_seed(seed)
+    images = torch.randn(4, *SIZE, dtype=torch.double)
+    made = []
+    for run in (alone, family):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        run.train()
+        outputs = [run(images.clone()), run(images.clone())]
+        sum(out.square().sum() for out in outputs).backward()
+        run.eval()
+        made.append([*outputs, run(images.clone())])
+    for one, two in zip(*made, strict=True):
+        torch.testing.assert_close(one, two)
+    for (name, one), (_, two) in zip(alone.named_parameters(), family.base.named_parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None), name
+        if one.grad is not None and two.grad is not None:
+            torch.testing.assert_close(one.grad, two.grad, msg=name)
+    for (name, one), (_, two) in zip(alone.named_buffers(), family.base.named_buffers(), strict=True):
+        torch.testing.assert_close(one, two, msg=name)
+
+
+def assert_nothing_stays() -> None:
+    """No patch outlives a trace."""
+    for owner, name, _ in _REPLACED:
+        assert not getattr(vars(owner)[name], "__module__", "").startswith("detachnet"), name
+        assert "listening" not in repr(vars(owner)[name])
+    assert torch.is_grad_enabled()
+    detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), check="none")
+
+
+# Contexts, and functions that vanish.
+
+
+def without_gradients(module: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h: Tensor = module.norm(module.conv(x))
+    return h + x
+
+
+@torch.inference_mode()
+def in_inference_mode(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x)
+    return h
+
+
+def inferred(module: Any, x: Tensor) -> Tensor:
+    return x + in_inference_mode(module, x).mean()
+
+
+def switched_off(module: Any, x: Tensor) -> Tensor:
+    torch.set_grad_enabled(False)
+    scale = module.conv(x).mean()
+    torch.set_grad_enabled(True)
+    return x * scale
+
+
+def in_half_precision(module: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h: Tensor = module.conv(x)
+    return h.to(x.dtype)
+
+
+def in_full_precision(module: Any, x: Tensor) -> Tensor:
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        h: Tensor = module.conv(x)
+    return h
+
+
+def saved_on_cpu(module: Any, x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        h: Tensor = module.conv(x)
+    return h
+
+
+def checkpointed(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = checkpoint(module.conv, x, use_reentrant=False)
+    return h
+
+
+def checkpointed_anew(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = checkpoint(lambda y: module.conv(y).relu(), x, use_reentrant=True)
+    return h
+
+
+# Decisions made once.
+
+
+def layer_drop(module: Any, x: Tensor) -> Tensor:
+    return x if module.training and random.random() < 0.5 else x + module.conv(x)
+
+
+def numpy_noise(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * float(np.random.uniform(0.5, 1))
+    return h
+
+
+def drawn_outside(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * torch.empty(1).uniform_().to(x)
+    return h
+
+
+def by_device(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x * 10 if x.device.type == "cpu" else x)
+    return h
+
+
+def by_place(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x if x.is_cuda else x * 10)
+    return h
+
+
+def by_gradient(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x * 10 if x.requires_grad else x)
+    return h
+
+
+def by_history(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x * 10 if x.grad_fn is None else x)
+    return h
+
+
+def by_dtype(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if x.dtype == torch.float64 else 1)
+    return h
+
+
+# State.
+
+
+def assigned(module: Any, x: Tensor) -> Tensor:
+    if module.training:
+        module.mean = 0.9 * module.mean + 0.1 * x.detach().mean((0, 2, 3))[:, None, None].float()
+    h: Tensor = module.conv(x - module.mean)
+    return h
+
+
+def in_place(module: Any, x: Tensor) -> Tensor:
+    if module.training:
+        module.mean.mul_(0.9).add_(0.1 * x.detach().mean((0, 2, 3))[:, None, None])
+    h: Tensor = module.conv(x - module.mean)
+    return h
+
+
+def replaced(module: Any, x: Tensor) -> Tensor:
+    if module.training:
+        module.mean.data = module.mean + x.detach().mean((0, 2, 3))[:, None, None]
+    h: Tensor = module.conv(x - module.mean)
+    return h
+
+
+def averaged(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) - module.average.to(x)
+    module.average = 0.5 * module.average + 0.5 * x.detach().mean((0, 2, 3))[:, None, None].float()
+    return h
+
+
+def counted(module: Any, x: Tensor) -> Tensor:
+    module.steps += 1
+    h: Tensor = module.conv(x) * module.steps
+    return h
+
+
+KEPT: dict[Run, str] = {
+    without_gradients: "no_grad",
+    inferred: "no_grad",
+    switched_off: "no_grad",
+    in_half_precision: "autocast",
+    in_full_precision: "autocast",
+    saved_on_cpu: "save_on_cpu or checkpointing",
+    checkpointed: "save_on_cpu or checkpointing",
+    checkpointed_anew: "checkpointing",
+    layer_drop: "Python's random numbers",
+    numpy_noise: "NumPy's random numbers",
+    drawn_outside: "random numbers outside the graph",
+    by_device: "a decision by .device",
+    by_place: "a question about .is_cuda",
+    by_gradient: "a question about .requires_grad",
+    by_history: "a question about .grad_fn",
+    by_dtype: "a decision by .dtype",
+    assigned: "'mean' assigned",
+    in_place: "'mean' changed in place",
+    replaced: ".data of a tensor assigned",
+    averaged: "'average' assigned",
+    counted: "'steps' changed",
+}
+"""What a module's own forward may do, and how the plan says that it is kept whole for it."""
+
+
+REFUSED = {
+    *(in_half_precision, layer_drop, numpy_noise, drawn_outside, by_device, by_place, by_gradient, by_history),
+    *(assigned, in_place, replaced, averaged),
+}
+"""What is refused in the model's own forward, which cannot be kept whole."""
+TOLD = {saved_on_cpu, checkpointed, checkpointed_anew, counted}
+"""What is left out there, and told in a hint."""
+
+
+def name_of(run: Run) -> str:
+    return run.__name__
+
+
+@pytest.mark.parametrize("run", KEPT, ids=name_of)
+def test_the_smallest_module_around_is_kept_whole(run: Run) -> None:
+    model = Net(nn.Sequential(nn.ReLU(), Block(run)))
+    states = random.getstate(), torch.get_rng_state()
+    net = detachnet.make_detachable(model, ["a", "c"], SIZE)
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    assert net.plan.whole.keys() == {"middle.1"}
+    assert net.plan.whole["middle.1"].startswith(f"{KEPT[run]}")
+    assert "test_whole.py:" in net.plan.whole["middle.1"]
+    assert f"kept whole: 'middle.1' ({KEPT[run]} at test_whole.py:" in str(net.plan)
+    assert DetachPlan.model_validate_json(net.plan.model_dump_json()) == net.plan
+    assert_is_the_model(model, net)
+    assert "norms.sub0.middle.1.norm.running_mean" in net.state_dict()  # its norm is private all the same
+    assert_nothing_stays()
+
+
+@pytest.mark.parametrize("run", KEPT, ids=name_of)
+def test_in_the_models_own_forward_it_is_right_or_refused_with_its_line(run: Run) -> None:
+    model = Root(run)
+    if run in REFUSED:
+        with pytest.raises(
+            detachnet.TraceError,
+            match=rf"{re.escape(KEPT[run])}[\s\S]*where .*test_whole\.py:\d+: [\s\S]*try .*module of its own",
+        ):
+            detachnet.make_detachable(model, ["a", "c"], SIZE)
+    else:
+        net = detachnet.make_detachable(model, ["a", "c"], SIZE)
+        said = [hint for hint in net.plan.hints if "the family does without" in hint]
+        assert len(said) == (run in TOLD)
+        if run in TOLD:
+            assert f"{KEPT[run]} at test_whole.py:" in said[0]
+        if run is not counted:
+            assert_is_the_model(model, net)
+    assert_nothing_stays()
+
+
+# Functions with a backward of their own, and script functions, are operations of the graph.
+
+
+class Reverse(torch.autograd.Function):
+    """The gradient with the other sign."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return -gradient
+
+
+class Sign(torch.autograd.Function):
+    """A straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
+class Halves(torch.autograd.Function):
+    """Two outputs, an argument that is a number, and a context of its own."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        one, two = x.chunk(2, 1)
+        return one * scale, two.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.scale = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, one: Tensor, two: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return torch.cat([one * ctx.scale, -two], 1), None
+
+
+class Clipped(torch.autograd.Function):
+    """Saves what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: Tensor) -> Tensor:
+        ctx.save_for_backward(x, low)
+        return torch.maximum(x, low)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        x, low = ctx.saved_tensors
+        return gradient * (x > low) * 0.5, None
+
+
+@torch.jit.script
+def swish(x: Tensor) -> Tensor:
+    return x * x.sigmoid()
+
+
+@torch.jit.script
+def mixed(x: Tensor, share: float) -> Tensor:
+    return x * share + x.relu() * (1.0 - share)
+
+
+@torch.jit.script
+def by_value(x: Tensor) -> Tensor:
+    if bool((x.abs().sum() >= 0).item()):
+        x = x * 2
+    return x
+
+
+FUNCTIONS: dict[str, Run] = {
+    "reverse": lambda m, x: Reverse.apply(m.conv(x)),  # type: ignore[no-untyped-call]
+    "sign": lambda m, x: Sign.apply(m.conv(x)) * x,  # type: ignore[no-untyped-call]
+    "halves": lambda m, x: torch.cat(Halves.apply(m.conv(x), 3.0), 1),  # type: ignore[no-untyped-call]
+    "clipped": lambda m, x: Clipped.apply(m.conv(x), m.mean),  # type: ignore[no-untyped-call]
+    "swish": lambda m, x: swish(m.conv(x)),
+    "mixed": lambda m, x: mixed(m.conv(x), 0.25),
+    "by value": lambda m, x: by_value(m.conv(x)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_operations_of_the_graph(name: str) -> None:
+    model = Root(FUNCTIONS[name])
+    net = detachnet.make_detachable(model, ["a", "b"], SIZE)
+    assert net.plan.whole == {}
+    assert_is_the_model(model, net)
+    assert_joint_equals_separate(copy.deepcopy(net).double(), torch.randn(4, *SIZE, dtype=torch.double))
+    images = torch.randn(2, *SIZE)
+    alone = pickle.loads(pickle.dumps(net.detach("sub0")))
+    torch.testing.assert_close(alone(images), net.eval()(images, which="sub0"))
+    assert_nothing_stays()
+
+
+def test_script_functions_may_be_named_as_leaves() -> None:
+    model = Root(FUNCTIONS["swish"])
+    net = detachnet.make_detachable(model, ["a"], SIZE, leaf_functions=[swish])
+    assert_is_the_model(model, copy.deepcopy(net))
+    assert [p.name for p in detachnet.find_cuts(model, SIZE, leaf_functions=[swish])][-2:] == ["c", "mean"]
+
+
+reverse = Reverse.apply
+
+
+def test_an_apply_bound_before_the_trace_is_kept_whole_or_refused() -> None:
+    def run(module: Any, x: Tensor) -> Tensor:
+        h: Tensor = reverse(module.conv(x))  # type: ignore[no-untyped-call]
+        return h
+
+    model = Net(Block(run))
+    net = detachnet.make_detachable(model, ["a"], SIZE)
+    assert list(net.plan.whole) == ["middle"]
+    assert_is_the_model(model, net)
+    with pytest.raises(detachnet.TraceError, match="the traced Root is not the model"):
+        detachnet.make_detachable(Root(run), ["a"], SIZE)
+
+
+# Hooks.
+
+
+def test_a_container_with_hooks_is_kept_whole_and_runs_them() -> None:
+    def tenfold(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        return out * 10
+
+    for register in (
+        lambda m: m.register_forward_hook(tenfold),
+        lambda m: m.register_forward_pre_hook(lambda _, args: (args[0] / 255,)),
+        lambda m: m.register_full_backward_hook(lambda _, given, __: (given[0] * 2,)),
+    ):
+        model = Net(Block(lambda m, x: m.conv(x)))
+        handle = register(model.middle)
+        net = detachnet.make_detachable(model, ["a"], SIZE)
+        assert "hook from test_whole.py:" in net.plan.whole["middle"]
+        images, both = torch.randn(2, *SIZE), []
+        for run in (model.train(), net.train()):
+            out = run(images)
+            out.sum().backward()
+            both.append((out, (run.base if run is net else run).a[0].weight.grad))  # type: ignore[union-attr]
+        torch.testing.assert_close(both[1], both[0])
+        opened = detachnet.make_detachable(model, ["middle.conv"], SIZE).plan
+        assert opened.whole == {}
+        assert opened.hints == ("the family does not run the hooks of 'middle'",)
+        handle.remove()
+        assert detachnet.make_detachable(model, ["middle.conv"], SIZE).plan.whole == {}
+
+
+def test_a_cut_inside_of_what_is_kept_whole_is_refused_with_the_reason() -> None:
+    with pytest.raises(
+        detachnet.CutError,
+        match=r"cannot cut Net at 'middle\.conv': 'middle' is kept whole \(no_grad at test_whole\.py:\d+\)"
+        r"[\s\S]*try .*cut at 'middle'",
+    ):
+        detachnet.make_detachable(Net(Block(without_gradients)), ["middle.conv"], SIZE)
+    plan = detachnet.make_detachable(Net(Block(checkpointed)), ["middle.conv"], SIZE).plan
+    assert plan.hints[0].startswith("the family does without save_on_cpu or checkpointing at test_whole.py:")
+
+
+def test_hooks_of_the_model_itself_are_named() -> None:
+    model = Net(nn.Identity())
+    model.register_forward_pre_hook(lambda _, args: (args[0] / 255,))
+    net = detachnet.make_detachable(model, ["a"], SIZE)
+    hint = "the family does not run the hooks of the model itself; what they change belongs into its forward"
+    assert net.plan.hints == (hint,)
+
+
+# Values with two names.
+
+
+def slice_in_place(module: Any, x: Tensor) -> Tensor:
+    h = module.conv(x)
+    part = h[:, :4]
+    part += 1.0
+    return h  # type: ignore[no-any-return]
+
+
+def piece_in_place(module: Any, x: Tensor) -> Tensor:
+    h = module.conv(x)
+    one, two = h.narrow(1, 0, 4), h.narrow(1, 4, 4)
+    one *= 2
+    one -= two
+    return h  # type: ignore[no-any-return]
+
+
+def shortcut_in_place(module: Any, x: Tensor) -> Tensor:
+    h = module.conv(x)
+    shortcut = h
+    h += 1
+    return module.norm(h) + shortcut  # type: ignore[no-any-return]
+
+
+def flat_in_place(module: Any, x: Tensor) -> Tensor:
+    h = module.conv(x)
+    flat = h.view(h.shape[0], -1)
+    flat /= 2
+    flat += 1
+    return h + flat.view_as(h)  # type: ignore[no-any-return]
+
+
+def items_in_place(module: Any, x: Tensor) -> Tensor:
+    h = module.conv(x) * 1
+    h[:, 2:4] = 0.5
+    h[:, :2] += 1
+    return h  # type: ignore[no-any-return]
+
+
+def number(module: Any, x: Tensor) -> Tensor:
+    n = x.shape[1]
+    n += 1
+    n *= 2
+    h: Tensor = module.conv(x) / n
+    return h
+
+
+@pytest.mark.parametrize(
+    "run",
+    [slice_in_place, piece_in_place, shortcut_in_place, flat_in_place, items_in_place, number],
+    ids=name_of,
+)
+def test_values_with_two_names(run: Run) -> None:
+    for model in (Root(run), Net(Block(run))):
+        net = detachnet.make_detachable(model, ["a", "b"], SIZE)
+        assert net.plan.whole == {}
+        assert_is_the_model(model, net)
+        assert_joint_equals_separate(net.double(), torch.randn(4, *SIZE, dtype=torch.double))
+
+
+def test_an_assignment_of_a_value_with_one_name_stays_as_torch_fx_writes_it() -> None:
+    def run(module: Any, x: Tensor) -> Tensor:
+        h = module.norm(module.conv(x))
+        h += x
+        return h  # type: ignore[no-any-return]
+
+    nodes = trace(Net(Block(run)), SIZE).eval.names
+    assert "middle.add" in nodes
+    assert nodes["middle.add"].target.__name__ == "add"  # type: ignore[union-attr]
+
+
+class Prepared(Net):
+    """Normalizes the image in place."""
+
+    def __init__(self, prepare: Callable[[Tensor], Any]) -> None:
+        super().__init__(nn.Identity())
+        self.prepare = prepare
+
+    def forward(self, x: Tensor) -> Any:
+        self.prepare(x)
+        return super().forward(x)
+
+
+def each_channel(x: Tensor) -> None:
+    for i in range(3):
+        x[:, i].sub_(0.5)
+
+
+def flattened(x: Tensor) -> None:
+    flat = x.flatten(1)
+    flat *= 2
+
+
+def first_channel(x: Tensor) -> None:
+    x[:, 0] = 0.0
+
+
+@pytest.mark.parametrize("prepare", [each_channel, flattened, first_channel], ids=lambda run: run.__name__)
+def test_an_image_changed_in_place_is_still_there_for_the_others(prepare: Callable[[Tensor], Any]) -> None:
+    model = Prepared(prepare)
+    net = detachnet.make_detachable(model, ["a", "b"], SIZE).eval()
+    assert_is_the_model(model, net)
+    images = torch.randn(4, *SIZE)
+    apart = {name: net(images.clone(), which=name) for name in net.names}
+    torch.testing.assert_close(net(images.clone(), which="all"), apart)
+
+
+# A user's layer that works in place.
+
+
+class InPlace(nn.Module):
+    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+class Shortcut(Net):
+    """Reads what the middle was given again, after it."""
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.b(self.a(x))
+        return self.fc((self.c(self.middle(h)) + h).mean((2, 3)))
+
+
+@pytest.mark.parametrize("net_of", [Net, Shortcut])
+@pytest.mark.parametrize(
+    "run",
+    [lambda x: F.leaky_relu(x, 0.1, inplace=True), lambda x: x.mul_(2).sigmoid_(), lambda x: x.clamp_(min=0)],
+)
+def test_layers_in_place_train_jointly(net_of: type[Net], run: Callable[[Tensor], Tensor]) -> None:
+    model = net_of(InPlace(run))
+    net = detachnet.make_detachable(model, ["a"], SIZE)
+    assert_is_the_model(model, net)
+    assert_joint_equals_separate(net.double(), torch.randn(4, *SIZE, dtype=torch.double))
+
+
+# Numbers made from shapes, classes of values, inputs.
+
+
+NUMBERS: dict[str, Run] = {
+    "np.sqrt": lambda m, x: m.conv(x) / np.sqrt(x.shape[1]),
+    "np.prod": lambda m, x: m.conv(x) / float(np.prod(list(x.shape[1:]))),
+    "torch.tensor": lambda m, x: m.conv(x) / torch.tensor(x.shape[1]),
+    "torch.as_tensor": lambda m, x: (
+        m.conv(x) * torch.as_tensor([x.shape[2] / x.shape[3]] * 8).to(x)[:, None, None]
+    ),
+    "isinstance": lambda m, x: m.conv(x) if isinstance(x, Tensor) and isinstance(x.shape[1], int) else x,
+    "is_tensor": lambda m, x: m.conv(sum([x] if torch.is_tensor(x) else x)),
+    "isinstance of a tuple": lambda m, x: (
+        m.conv(x.chunk(2, 1)[0].repeat(1, 2, 1, 1)) if isinstance(x.chunk(2, 1), tuple) else x
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_from_shapes_and_classes_of_values(name: str) -> None:
+    model = Root(NUMBERS[name])
+    net = detachnet.make_detachable(model, ["a", "b"], SIZE)
+    assert net.plan.whole == {}
+    assert_is_the_model(model, net)
+
+
+class TwoInputs(Net):
+    def forward(self, x: Tensor, meta: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x) + meta
+
+
+class Keyword(Net):
+    def forward(self, x: Tensor, *, scale: float) -> Any:  # type: ignore[override]
+        return super().forward(x) * scale
+
+
+class Wrapped(nn.Module):
+    def __init__(self, net: nn.Module, **rest: Any) -> None:
+        super().__init__()
+        self.net, self.rest = net, rest
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x, **self.rest)
+
+
+@pytest.mark.parametrize(("kind", "rest"), [(TwoInputs, {"meta": 1.0}), (Keyword, {"scale": 2.0})])
+def test_a_model_takes_one_image(kind: type[Net], rest: dict[str, Any]) -> None:
+    model, name = kind(nn.Identity()), next(iter(rest))
+    with pytest.raises(
+        detachnet.TraceError, match=rf"takes one image, but its forward takes x, {name}[\s\S]*wrap it"
+    ):
+        detachnet.make_detachable(model, ["a"], SIZE)
+    detachnet.make_detachable(Wrapped(model, **rest), ["net.a"], SIZE)
+
+
+def test_lazy_layers_are_to_be_run_first() -> None:
+    for lazy in (nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d()):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), lazy, nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
+        with pytest.raises(detachnet.TraceError, match=r"'1' has no shape yet[\s\S]*torch\.zeros\(2, 3, 16, 16\)"):
+            detachnet.make_detachable(model, ["2"], SIZE)
+        model(torch.zeros(2, *SIZE))
+        detachnet.make_detachable(model, ["2"], SIZE)
+
+
+@pytest.mark.parametrize("kept", [dict, list])
+def test_activations_that_a_pass_has_left(kept: type) -> None:
+    def run(module: Any, x: Tensor) -> Tensor:
+        h = module.conv(x)
+        if isinstance(module.left, dict):
+            module.left["conv"] = {"out": [h]}
+        else:
+            module.left[:] = [h, (h, 1)]
+        return h  # type: ignore[no-any-return]
+
+    for model in (Root(run), Net(Block(run))):
+        (model if isinstance(model, Root) else model.middle).left = kept()
+        model(torch.randn(2, *SIZE))
+        detachnet.make_detachable(model, ["a"], SIZE)
+
+
+# Wrappers inside.
+
+
+def test_what_is_inside_a_wrapper_can_be_cut() -> None:
+    model = Net(nn.DataParallel(Block(lambda m, x: m.norm(m.conv(x)))))
+    net = detachnet.make_detachable(model, ["middle.module.conv", "middle"], SIZE)
+    assert net.base.state_dict().keys() == model.state_dict().keys()
+    assert "norms.sub0.middle.module.norm.weight" in net.state_dict()
+    assert_is_the_model(model, net)
+    compiled = Net(torch.compile(Block(lambda m, x: m.norm(m.conv(x))), backend="eager"))  # type: ignore[arg-type]
+    assert "middle._orig_mod.conv" in [point.name for point in detachnet.find_cuts(compiled, SIZE)]
+
+
+# What changes after the family was made.
+
+
+def tempered(module: Any, x: Tensor) -> Tensor:
+    h = F.dropout(module.conv(x), module.drop) if module.training and module.drop > 0 else module.conv(x)
+    return (h if module.kind == "plain" else h.relu()) / module.temperature  # type: ignore[no-any-return]
+
+
+def test_plain_attributes_are_followed(caplog: pytest.LogCaptureFixture) -> None:
+    for model in (Root(tempered), Net(Block(tempered))):
+        own = model if isinstance(model, Root) else model.middle
+        own.drop, own.temperature, own.kind = 0.0, 1.0, "plain"
+        net = detachnet.make_detachable(model, ["a"], SIZE)
+        kept = net.base if isinstance(model, Root) else net.base.middle
+        images = torch.randn(2, *SIZE)
+        for change in ({"temperature": 4.0}, {"kind": "relu"}):
+            vars(own).update(change)
+            vars(kept).update(change)
+            with caplog.at_level(logging.WARNING, logger="detachnet"):
+                torch.testing.assert_close(net.eval()(images), model.eval()(images))
+            assert f"is traced again: {next(iter(change))!r} was" in caplog.text
+        vars(kept)["drop"] = 0.9
+        net.train()
+        assert not torch.equal(net(images, which="sub0"), net(images, which="sub0"))
+        torch.testing.assert_close(copy.deepcopy(net).eval()(images), model.eval()(images))
+
+
+def by_size(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if x.shape[-1] > 8 else 1)
+    return h
+
+
+def test_the_base_model_takes_images_of_another_size_as_it_is() -> None:
+    model = Root(by_size)
+    net = detachnet.make_detachable(model, ["a"], SIZE).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(net(images), model.eval()(images))
+
+
+# Names of modules, files, threads.
+
+
+def test_single_modules_can_be_named() -> None:
+    model = Net(nn.Sequential(Block(lambda m, x: m.conv(x)), Block(lambda m, x: m.conv(x))))
+    net = detachnet.make_detachable(model, ["middle.0.conv"], SIZE, leaf_modules=["middle.1"])
+    assert "middle.1.conv" not in [p.name for p in detachnet.find_cuts(model, SIZE, leaf_modules=["middle.1"])]
+    assert "middle.1.conv" not in net.traced(False).names
+    with pytest.raises(detachnet.TraceError, match=r"no module 'middle\.2' to keep whole[\s\S]*nearest *'middle"):
+        detachnet.make_detachable(model, ["a"], SIZE, leaf_modules=["middle.2"])
+
+
+def test_a_file_gives_the_same_layers_back(tmp_path: Path) -> None:
+    model = Net(nn.Sequential(Block(without_gradients), Block(layer_drop)))
+    net = detachnet.make_detachable(model, ["a"], SIZE).eval()
+    detachnet.save(net, tmp_path / "family.safetensors")
+    again = detachnet.load(tmp_path / "family.safetensors", model)
+    assert again.plan.whole == net.plan.whole
+    assert again.plan.whole.keys() == {"middle.0", "middle.1"}
+    images = torch.randn(2, *SIZE)
+    for one in (again, copy.deepcopy(net)):
+        assert one.plan == net.plan
+        torch.testing.assert_close(one(images, which="all"), net(images, which="all"))
+
+
+def test_nothing_stays_after_a_failure() -> None:
+    def fails(module: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            raise RuntimeError("no such thing")
+
+    with pytest.raises(detachnet.TraceError, match=r"'middle' \(Block\) fails|Net"):
+        detachnet.make_detachable(Net(Block(fails)), ["a"], SIZE)
+    assert_nothing_stays()
+
+
+def test_what_other_threads_do_is_none_of_a_traces_business() -> None:
+    done, seen = threading.Event(), threading.Event()
+
+    def meanwhile() -> None:
+        layer = nn.Linear(2, 2)
+        while not done.is_set():
+            layer.scale = random.random()  # type: ignore[assignment]
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                Reverse.apply(layer(torch.zeros(1, 2)))  # type: ignore[no-untyped-call]
+            swish(torch.zeros(1))
+            seen.set()
+
+    def run(module: Any, x: Tensor) -> Tensor:
+        seen.clear()
+        seen.wait(5)
+        h: Tensor = module.conv(x)
+        return h
+
+    thread = threading.Thread(target=meanwhile)
+    thread.start()
+    try:
+        traced = trace(Net(Block(run)), SIZE)
+    finally:
+        done.set()
+        thread.join()
+    assert traced.whole == {}
+    assert traced.lost == ()
+    assert_nothing_stays()
+
+
+# The second line of defence: what is seen only by comparing.
+
+
+def by_mode_of_gradients(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (1 if torch.is_grad_enabled() else 10)
+    return h
+
+
+def test_what_only_a_comparison_finds_is_kept_whole_too() -> None:
+    model = Net(nn.Sequential(Block(by_mode_of_gradients), nn.ReLU()))
+    net = detachnet.make_detachable(model, ["a", "c"], SIZE).eval()
+    assert list(net.plan.whole) == ["middle.0"]
+    assert "kept whole: 'middle.0' (its values are others in evaluation mode)" in str(net.plan)
+    images = torch.randn(2, *SIZE)
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), net.base(images))
+    with pytest.raises(detachnet.TraceError, match=r"the traced Root is not the model[\s\S]*module of its own"):
+        detachnet.make_detachable(Root(by_mode_of_gradients), ["a"], SIZE)
+    with pytest.raises(
+        detachnet.TraceError, match=r"not the model[\s\S]*leaf_modules=\['middle'\] keeps it whole"
+    ):
+        detachnet.make_detachable(Net(Block(by_mode_of_gradients)), ["middle.conv"], SIZE)
+
+
+def dropping(module: Any, x: Tensor) -> Tensor:
+    return F.dropout(module.conv(x), 0.5, training=module.training)
+
+
+def test_a_part_in_another_mode_is_followed(caplog: pytest.LogCaptureFixture) -> None:
+    model = Net(Block(dropping))
+    net = detachnet.make_detachable(model.train(), ["a"], SIZE, norm="shared")
+    images = torch.randn(2, *SIZE)
+    assert not torch.equal(net(images, which="sub0"), net(images, which="sub0"))
+    net.base.middle.eval()  # type: ignore[operator]
+    assert torch.equal(net(images, which="sub0"), net(images, which="sub0"))
+    assert "is traced again: another mode of 'middle'" in caplog.text
+    caplog.clear()
+    net.eval()(images)
+    net.train().base.middle.eval()  # type: ignore[operator]
+    net(images, which="all")
+    assert caplog.text == ""
+    assert not torch.equal(net.train()(images, which="sub0"), net(images, which="sub0"))
+    torch.testing.assert_close(net.eval()(images), net.base(images))
+
+
+def test_several_threads_make_families_at_once() -> None:
+    found: list[dict[str, str]] = []
+
+    def make() -> None:
+        model = Net(Block(without_gradients))
+        found.append(detachnet.make_detachable(model, ["a"], SIZE, check="none").plan.whole)
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [list(whole) for whole in found] == [["middle"]] * 4
+    assert_nothing_stays()

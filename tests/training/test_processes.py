@@ -1,0 +1,85 @@
+"""Several processes under torchrun, with gloo on the CPU: the same gradients, one writer, any number resumes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from timm.layers import convert_sync_batchnorm
+
+import detachnet
+from tests.runs import DETACHNET, SMALL, torchrun
+
+pytestmark = pytest.mark.slow  # each starts processes that start processes
+OPTIONS = [part for override in [*SMALL, "train.epochs=2", "data.num_train=1000"] for part in ("--set", override)]
+
+
+def test_gradients_are_those_of_one_process_with_the_whole_batch() -> None:
+    out = torchrun(2, "tests/training/two_processes.py")
+    assert "process 0 of 2: equal" in out
+    assert "process 1 of 2: equal" in out
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, first: int, then: int) -> None:
+    run = [DETACHNET, "train", "quickstart", *OPTIONS, "--out", str(tmp_path / "run")]
+    torchrun(first, *run, "--max-minutes", "0")
+    torchrun(then, *run, "--resume")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert detachnet.load(tmp_path / "run" / "last.safetensors").facts.accuracy == rows[-1]["test_accuracy"]
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+RUN_TWICE = """
+import os, sys
+import torch
+import detachnet
+theirs = len(sys.argv) > 3
+if theirs:
+    torch.distributed.init_process_group("gloo")
+for name in ("one", "two") if theirs else ("one",):
+    result = detachnet.train(detachnet.load_recipe("quickstart", sys.argv[2].split()), f"{sys.argv[1]}/{name}")
+    assert torch.distributed.is_initialized() == theirs
+    print(f"process {os.environ['RANK']}: {name} {result.status}")
+if theirs:
+    torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_the_library_closes_the_process_group_it_opened(tmp_path: Path, theirs: bool) -> None:
+    (tmp_path / "twice.py").write_text(RUN_TWICE)
+    overrides = " ".join([*SMALL, "train.epochs=1", "data.num_train=200"])
+    words = [str(tmp_path / "twice.py"), str(tmp_path), overrides, *(["theirs"] if theirs else [])]
+    out = torchrun(2, *words)
+    names = ("one", "two") if theirs else ("one",)
+    assert all(f"process {i}: {name} finished" in out for i in range(2) for name in names)
+    assert len({(tmp_path / name / "metrics.jsonl").read_bytes() for name in names}) == 1
+
+
+def test_synchronized_norms_keep_their_activations() -> None:
+    net = detachnet.make_detachable(
+        detachnet.create_model("timm:efficientnet_b0"), ["blocks.2"], (3, 32, 32)
+    ).eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = net(images, which="all")
+    same = convert_sync_batchnorm(net)
+    found = {type(m).__name__ for m in same.modules()}
+    assert "SyncBatchNormAct" in found
+    # On a CPU they run in evaluation mode only.
+    for name, out in same(images, which="all").items():
+        torch.testing.assert_close(out, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batch_size=25", "train.batch_size = 25 is no multiple of 2 processes"),
+        ("train.compile=true", "train.compile is for one process"),
+        ("train.strategy=separate", "train.strategy = 'separate' is for one process"),
+    ],
+)
+def test_what_several_processes_cannot_do(tmp_path: Path, override: str, message: str) -> None:
+    run = [DETACHNET, "train", "quickstart", *OPTIONS, "--out", str(tmp_path / "run")]
+    assert message in torchrun(2, *run, "--set", override, check=False)

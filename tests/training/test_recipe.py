@@ -1,0 +1,202 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import detachnet
+from detachnet.training.recipe import load_recipe, parse_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_round_trips(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    (tmp_path / "again.toml").write_text(recipe.to_toml())
+    assert load_recipe(tmp_path / "again.toml") == recipe
+
+
+def test_the_papers_protocol() -> None:
+    recipe = load_recipe(QUICKSTART.with_name("vgg16_cifar10.toml"))
+    assert recipe.model.name == "detachnet:vgg16_cifar"
+    assert recipe.family.cuts == ("features.6", "features.23")
+    assert recipe.family.norm == "shared"
+    assert (recipe.data.name, recipe.data.pad, recipe.data.flip) == ("cifar10", 4, True)
+    assert (recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.momentum) == ("momentum", 0.01, 0.9)
+    assert (recipe.schedule.name, recipe.schedule.milestones) == ("multistep", (50, 100, 150))
+    assert (recipe.schedule.decay, recipe.schedule.warmup_epochs) == (0.1, 1)
+    assert (recipe.train.epochs, recipe.train.batch_size) == (300, 32)
+    assert (recipe.loss.weights, recipe.train.precision) == ({}, "float32")
+
+
+def test_overrides() -> None:
+    recipe = load_recipe(
+        QUICKSTART,
+        ["train.epochs=3", 'train.models=["sub1", "base"]', "family.norm=shared", "loss.weights.sub0=0.3"],
+    )
+    assert recipe.train.epochs == 3
+    assert recipe.models == ("base", "sub1")
+    assert recipe.family.norm == "shared"
+    assert recipe.loss.weights == {"sub0": 0.3}
+
+
+def test_weight_decay_of_a_model_alone() -> None:
+    options = ["optimizer.weight_decay=1e-4", "optimizer.weight_decay_alone={base = 5e-4}"]
+    assert load_recipe(QUICKSTART, options).weight_decay == 1e-4
+    assert load_recipe(QUICKSTART, [*options, 'train.models=["base"]']).weight_decay == 5e-4
+    assert load_recipe(QUICKSTART, [*options, 'train.models=["sub1"]']).weight_decay == 1e-4
+
+
+def test_loss_weights_are_those_of_the_trained_models() -> None:
+    options = ["loss.weights={base = 0.5, sub1 = 0.2}"]
+    assert load_recipe(QUICKSTART, options).loss_weights == {"base": 0.5, "sub1": 0.2}
+    assert load_recipe(QUICKSTART, [*options, 'train.models=["base", "sub0"]']).loss_weights == {"base": 0.5}
+    assert load_recipe(QUICKSTART, [*options, 'train.models=["sub1"]']).loss_weights == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lerning_rate=1", r"unknown key 'lerning_rate' in \[optimizer\]"),
+        ("train.epoch=1", r"unknown key 'epoch' in \[train\][\s\S]*nearest  'epochs'"),
+        ("trian.epochs=1", r"unknown key 'trian' in the recipe[\s\S]*nearest  'train'"),
+        ("optimizer.lr=-1", r"optimizer.lr = -1: input should be greater than 0"),
+        ("optimizer.lr=fast", r'optimizer.lr = "fast": input should be a valid number'),
+        ("optimizer.lr=inf", r"optimizer.lr = Infinity: input should be a finite number"),
+        ("optimizer.momentum=1", r"optimizer.momentum = 1: input should be less than 1"),
+        ("train.epochs=3.5", r"train.epochs = 3.5: input should be a valid integer"),
+        ("train.epochs=true", r"train.epochs = true: input should be a valid integer"),
+        ("train.epochs=0", r"train.epochs = 0: input should be greater than 0"),
+        ("train=3", r"train = 3: input should be an object"),
+        (
+            "data.name=cifar11",
+            r"data.name = \"cifar11\": input should be 'cifar10', 'cifar10-mini' or 'mnist'; or 'folder'",
+        ),
+        ("family.cuts=[1]", r"family.cuts = \[1\]: give names of nodes, .*'auto', a number from 1 on, or shares"),
+        ('train.models=["sub7"]', r"train.models names 'sub7', but the models are base, sub0, sub1"),
+        ('train.models=["base", "base"]', r"train.models names a model twice"),
+        ("loss.weights.sub9=1", r"loss.weights names 'sub9'"),
+        ("train.freeze_base=true", r"train.freeze_base needs a trained base-model"),
+        ("schedule.milestones=[3]", r"schedule.milestones is for 'multistep' only"),
+        ("schedule.name=multistep", r"schedule.milestones is needed for 'multistep'"),
+        ("schedule.warmup_epochs=999", r"schedule.warmup_epochs is longer than train.epochs"),
+        ("data.pad=33", r"data.pad = 33: input should be less than or equal to 32"),
+        (
+            "train.epochs=10000000000000",
+            r"train.epochs = 10000000000000: input should be less than or equal to 1000000",
+        ),
+        ("train.batch_size=1000001", r"train.batch_size = 1000001: input should be less"),
+        ("model.kwargs.width=1e9", r"model.kwargs.width = 1000000000.0: it is above 0 and at most 64"),
+        ("model.kwargs.depth=2001", r"model.kwargs.depth = 2001: it is above 0 and at most 2000"),
+        ("family.stem.depth=101", r"family.stem.depth = 101: input should be less than or equal to 100"),
+        ("family.stem.width=65", r"family.stem.width = 65: input should be less than or equal to 64"),
+        ('family.cuts={base="features.6"}', r"'base' is the base-model: a sub-model of family.cuts needs"),
+        ("nonsense", r"--set takes table.key=value, not 'nonsense'"),
+        ("train.epochs.x=1", r"'epochs' is a value, not a table"),
+    ],
+)
+def test_wrong_values(override: str, message: str) -> None:
+    with pytest.raises(detachnet.RecipeError, match=message) as error:
+        load_recipe(QUICKSTART, [override])
+    assert len(str(error.value).splitlines()) < 8
+    if "--set" not in str(error.value):
+        assert "quickstart.toml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.pad=4", r"data.pad is for data sets in memory, not for image files"),
+        ("data.holdout=4", r"data.holdout is for data sets in memory, not for image files"),
+        ("data.num_worker=4", r"unknown key 'num_worker' in \[data\][\s\S]*nearest  'num_workers'"),
+        ("data.image_size=0", r"data.image_size = 0: input should be greater than 0"),
+        ("data.crop_pct=0", r"data.crop_pct = 0: input should be greater than 0"),
+        ("data.crop_pct=1.5", r"data.crop_pct = 1.5: input should be less than or equal to 1"),
+        ("data.reprob=2", r"data.reprob = 2: input should be less than or equal to 1"),
+        ("data.mixup=-1", r"data.mixup = -1: input should be greater than or equal to 0"),
+        ("data.cutmix=-1", r"data.cutmix = -1: input should be greater than or equal to 0"),
+        ("data.num_workers=-1", r"data.num_workers = -1: input should be greater than or equal to 0"),
+        ("data.name=wds/", r"data.name = \"wds/\": string should match pattern"),
+        ("train.ema_decay=1", r"train.ema_decay = 1: input should be less than 1"),
+    ],
+)
+def test_wrong_values_of_image_files(override: str, message: str) -> None:
+    with pytest.raises(detachnet.RecipeError, match=message):
+        load_recipe(QUICKSTART.with_name("resnet50_imagenet.toml"), [override])
+
+
+def test_keys_of_image_files_are_not_for_data_in_memory() -> None:
+    with pytest.raises(detachnet.RecipeError, match=r"data.mixup is for image files, not for data sets in memory"):
+        load_recipe(QUICKSTART, ["data.mixup=0.1"])
+    with pytest.raises(detachnet.RecipeError, match=r"not for image files\n  what     also: data.flip is for"):
+        load_recipe(QUICKSTART, ["data.name=folder"])
+
+
+def test_weights_that_are_not_asked_for_are_none() -> None:
+    options = ["train.freeze_base=true", "model.kwargs.pretrained"]
+    with pytest.raises(detachnet.RecipeError, match=r"train.freeze_base needs a trained base-model"):
+        load_recipe(QUICKSTART, [options[0], f"{options[1]}=false"])
+    assert load_recipe(QUICKSTART, [options[0], f"{options[1]}=true"]).train.freeze_base
+
+
+def test_milestones_rise() -> None:
+    with pytest.raises(detachnet.RecipeError, match=r"schedule\.milestones must rise"):
+        load_recipe(QUICKSTART, ["schedule.name=multistep", "schedule.milestones=[5, 2]"])
+
+
+def test_a_missing_table(tmp_path: Path) -> None:
+    (tmp_path / "short.toml").write_text('description = "x"\n[model]\nname = "timm:resnet18"\n')
+    with pytest.raises(detachnet.RecipeError, match=r"family is missing[\s\S]*data is missing"):
+        load_recipe(tmp_path / "short.toml")
+
+
+def test_no_toml_no_file_no_text(tmp_path: Path) -> None:
+    (tmp_path / "broken.toml").write_text("[model\n")
+    with pytest.raises(detachnet.RecipeError, match="is not valid TOML"):
+        load_recipe(tmp_path / "broken.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(detachnet.RecipeError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "binary.toml")
+    with pytest.raises(detachnet.RecipeError, match="there is no recipe"):
+        load_recipe(tmp_path / "nothing.toml")
+
+
+@pytest.mark.parametrize("lever", ["loss.distillation=1", "loss.hint=1"])
+def test_a_teacher_must_be_there(lever: str) -> None:
+    with pytest.raises(detachnet.RecipeError, match="need 'base' among"):
+        load_recipe(QUICKSTART, [lever, 'train.models=["sub0", "sub1"]'])
+    assert load_recipe(QUICKSTART, [lever, 'train.models=["sub1"]']).models == ("sub1",)
+
+
+def test_sub_models_that_leave_out_spans() -> None:
+    options = ['family.cuts={front="features.6"}', 'family.models.late.drop=["features.16:features.22"]']
+    family = load_recipe(QUICKSTART, options).family
+    assert family.names == ("base", "front", "late")
+    assert family.routes == {
+        "front": "features.6",
+        "late": detachnet.SubModel(drop=["features.16:features.22"]),
+    }
+    with pytest.raises(detachnet.RecipeError, match=r"front is in family\.cuts and in family\.models"):
+        load_recipe(QUICKSTART, [options[0], 'family.models.front.drop=["features.16:features.22"]'])
+    with pytest.raises(detachnet.RecipeError, match="Input should be a valid string"):
+        load_recipe(QUICKSTART, ["family.models.late.drop=[1]"])
+    with pytest.raises(detachnet.RecipeError, match="that is the base-model"):
+        load_recipe(QUICKSTART, ["family.models.late.drop=[]"])
+
+
+def test_sub_models_with_fewer_filters() -> None:
+    options = [
+        "family.models.half.width=0.5",
+        'family.models.some={width={"features.0"=0.25}, filters="important"}',
+    ]
+    recipe = load_recipe(QUICKSTART, options)
+    assert recipe.family.models["half"] == detachnet.SubModel(width=0.5)
+    assert recipe.family.models["some"].width == {"features.0": 0.25}
+    assert parse_recipe(tomllib.loads(recipe.to_toml())) == recipe
+    with pytest.raises(detachnet.RecipeError, match=r"width=1\.5: a width is a share of the filters, in \(0, 1\]"):
+        load_recipe(QUICKSTART, ["family.models.half.width=1.5"])
+    with pytest.raises(detachnet.RecipeError, match="filters='best': input should be 'first' or 'important'"):
+        load_recipe(QUICKSTART, ["family.models.half.width=0.5", "family.models.half.filters=best"])
+    with pytest.raises(detachnet.RecipeError, match="that is the base-model"):
+        load_recipe(QUICKSTART, ["family.models.half.width=1"])

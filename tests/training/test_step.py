@@ -1,0 +1,102 @@
+"""One step of a family's training: the same whichever way it is made."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+import detachnet
+from detachnet.losses import MultiModelLoss
+from detachnet.surgery.plan import Norm
+from detachnet.training.step import Strategy, TrainingStep
+
+IMAGES, LABELS = torch.randn(12, 3, 32, 32, dtype=torch.double), torch.arange(12) % 10
+
+
+def family(norm: Norm = "private") -> detachnet.DetachableNet:
+    torch.manual_seed(0)
+    model = detachnet.create_model("detachnet:vgg16_cifar", width=0.05)
+    return detachnet.make_detachable(model, ["features.6", "features.23"], (3, 32, 32), norm=norm).double().train()
+
+
+def sgd(net: detachnet.DetachableNet) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+
+
+def gradients(
+    loss: MultiModelLoss, norm: Norm = "private", strategy: Strategy = "joint", compiled: bool = False
+) -> dict[str, Tensor]:
+    """Losses, gradients and statistics of a step in float64."""
+    net = family(norm)
+    step = TrainingStep(net, net.names, loss, sgd(net), strategy=strategy, compiled=compiled)
+    losses = step.add_gradients(IMAGES, LABELS)
+    grads = {f"grad {name}": p.grad for name, p in net.named_parameters() if p.grad is not None}
+    buffers = {f"buffer {name}": buffer for name, buffer in net.named_buffers()}
+    return dict(zip(net.names, losses, strict=True)) | grads | buffers
+
+
+def assert_close(these: dict[str, Tensor], those: dict[str, Tensor]) -> None:
+    assert these.keys() == those.keys()
+    for name, one in these.items():
+        assert torch.allclose(one.double(), those[name].double(), 1e-9, 1e-11), name
+
+
+def test_a_step_is_what_one_writes_by_hand() -> None:
+    net = family()
+    other, loss = copy.deepcopy(net), MultiModelLoss({"sub1": 0.3}, label_smoothing=0.1)
+    step, optimizer = TrainingStep(net, net.names, loss, sgd(net)), sgd(other)
+    for _ in range(2):
+        losses = step(IMAGES, LABELS)
+        optimizer.zero_grad()
+        outputs = other(IMAGES, which="all")
+        loss(outputs, LABELS).backward()
+        optimizer.step()
+        assert losses.tolist() == [float(one.detach()) for one in loss.per_model(outputs, LABELS).values()]
+    assert all(map(torch.equal, net.state_dict().values(), other.state_dict().values()))
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_only_the_models_that_are_named_are_trained() -> None:
+    net = family()
+    before, trained = copy.deepcopy(net), net.parameters_of(["sub1"])
+    assert TrainingStep(net, ["sub1"], MultiModelLoss(), sgd(net))(IMAGES, LABELS).shape == (1,)
+    for (name, one), (_, other) in zip(before.named_parameters(), net.named_parameters(), strict=True):
+        assert torch.equal(one, other) == (name not in trained), name
+
+
+def test_what_runs_and_what_propagates_may_be_given() -> None:
+    net, seen = family(), []
+
+    def forward(images: Tensor, **options: object) -> object:
+        seen.append(options)
+        return net(images, **options)
+
+    def backward(loss: Tensor) -> None:
+        seen.append(loss.detach())
+        loss.backward()
+
+    loss = MultiModelLoss({"sub0": 0.5})
+    losses = TrainingStep(net, net.names, loss, sgd(net), forward=forward, backward=backward)(IMAGES, LABELS)
+    assert seen == [{"which": net.names, "features": False}, losses[0] + 0.5 * losses[1] + losses[2]]
+
+
+@pytest.mark.parametrize("norm", ["private", "shared"])
+@pytest.mark.parametrize("teacher", ["base", "larger"])
+def test_separate_passes_give_the_same_gradients(norm: Norm, teacher: str) -> None:
+    loss = MultiModelLoss({"sub1": 0.3}, distillation=1.0, teacher=teacher)
+    assert_close(gradients(loss, norm), gradients(loss, norm, "separate"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["joint", "separate"])
+@pytest.mark.parametrize("norm", ["private", "shared"])
+def test_the_compiled_step_is_one_graph_and_the_same(
+    norm: Norm, strategy: Strategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without kernels, whose making takes minutes; what is no single graph is refused."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda run, mode: compiled(run, backend="eager", fullgraph=True))
+    torch._dynamo.reset()
+    loss = MultiModelLoss(distillation=1.0, hint=0.5 if strategy == "joint" else 0.0)
+    assert_close(gradients(loss, norm, strategy), gradients(loss, norm, strategy, compiled=True))
