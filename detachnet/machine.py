@@ -31,7 +31,8 @@ def find_device(name: str | torch.device) -> torch.device:
 
 def hardware(device: torch.device) -> dict[str, str]:
     """The machine, in words."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    cpu = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     system = f"{platform.machine()}, {platform.system()}"
     return {"device": f"{device.type} ({name})", "cpu_cores": str(os.cpu_count()), "system": system}
 

@@ -1,17 +1,28 @@
 """Train everything docs/study.md compares, one run after another, and print the table.
 
-    python scripts/study.py [--data-root DIR] [--out runs/study] [--seeds 3] [--set TABLE.KEY=VALUE] [NAME ...]
+    python scripts/study.py [--data-root DIR] [--out runs/study] [--seeds 3] [--set TABLE.KEY=VALUE]
+                            [--json FILE] [NAME ...]
 
 Runs that are finished are skipped and interrupted ones resumed, so it can be stopped at any time. About two hours
-on two CPU cores with three seeds.
+on two CPU cores with three seeds. The JSON file has each seed's accuracy on the test images and on the training
+images that no run was trained on: settings are chosen on the latter.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
+import torch
+
+import detachnet
+from detachnet.data.datasets import Split, load_data
+from detachnet.evaluation import evaluate
+from detachnet.machine import hardware, versions
 from detachnet.memory import keep_freed
 from detachnet.report import comparison
 from detachnet.training.recipe import Recipe, load_recipe
@@ -32,6 +43,12 @@ INNER = (
     '"features.26:features.29"]'
 )
 """Without convolutions 2, 4, 6, 7 and 9."""
+MIDDLE = 'family.models.middle.drop=["features.9:features.12","features.16:features.22","features.26:features.32"]'
+"""Without convolutions 4, 6, 7, 9 and 10: as many MACs as without the inner ones, but more of them shared."""
+EXIT = 'family.models.exit.drop=["features.16:features.43"]'
+"""Out behind convolution 5, through one convolution to the head: an early exit of as many MACs."""
+FRONT = 'family.models.front.drop=[":features.23"]'
+"""In behind convolution 7, through a stem: the paper's way to save, for as many MACs."""
 
 RUNS: dict[str, tuple[str, ...]] = {
     "all": (),
@@ -51,10 +68,16 @@ RUNS: dict[str, tuple[str, ...]] = {
     "larger": ("loss.teacher=larger",),
     "temperature": ("loss.temperature=2",),
     "late": (NO_CUTS, LATE, NO_WEIGHTS),
+    "middle": (NO_CUTS, MIDDLE, NO_WEIGHTS),
     "inner": (NO_CUTS, INNER, NO_WEIGHTS),
+    "exit": (NO_CUTS, EXIT, NO_WEIGHTS),
+    "front": (NO_CUTS, FRONT, NO_WEIGHTS),
+    "late+middle": (NO_CUTS, LATE, MIDDLE, NO_WEIGHTS),
     "late+inner": (NO_CUTS, LATE, INNER, NO_WEIGHTS),
     "late-alone": (NO_CUTS, LATE, 'train.models=["late"]', NO_WEIGHTS),
+    "middle-alone": (NO_CUTS, MIDDLE, 'train.models=["middle"]', NO_WEIGHTS),
     "inner-alone": (NO_CUTS, INNER, 'train.models=["inner"]', NO_WEIGHTS),
+    "exit-alone": (NO_CUTS, EXIT, 'train.models=["exit"]', NO_WEIGHTS),
 }
 """Name -> what is overridden in the recipe, which has all levers that help together."""
 
@@ -74,12 +97,36 @@ def run(name: str, seed: int, out: Path, data_root: str | None, changes: list[st
         sys.exit(f"stopped ({done.status}); the same command goes on")
 
 
+def held_out(folder: RunFolder, data_root: str | None) -> dict[str, float]:
+    """Each model's accuracy, in [0, 1], on the training images that the run was not trained on."""
+    recipe, known = load_recipe(folder.recipe), folder.path / "held_out.json"
+    if not known.exists():
+        train_split, _ = load_data(recipe.data.name, data_root)
+        first = recipe.data.num_train
+        rest = Split(train_split.images[first:], train_split.labels[first:], train_split.classes)
+        scores = evaluate(detachnet.load(folder.last), rest)
+        known.write_text(json.dumps({name: row["accuracy"] for name, row in scores.items()}))
+    return dict(json.loads(known.read_text()))
+
+
+def write_rows(entries: list[comparison.Entry], out: Path, seeds: int, data_root: str | None, file: Path) -> None:
+    """The entries as JSON, with the machine."""
+    rows = []
+    for entry in entries:
+        folders = [RunFolder(out / f"{entry.run}-{seed}") for seed in range(seeds)]
+        shares = [held_out(f, data_root)[entry.model] for f in folders if f.results.exists()]
+        rows.append(asdict(entry) | {"held_out": shares})
+    machine = hardware(torch.device("cpu")) | versions("torch")
+    file.write_text(json.dumps({"date": f"{date.today()}", "machine": machine, "rows": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train everything the study compares.")
     parser.add_argument("names", nargs="*", choices=[[], *RUNS], help="only these; all if none is named")
     parser.add_argument("--data-root", help="where CIFAR-10 is")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every seed's accuracies there")
     parser.add_argument("--set", action="append", default=[], dest="changes", help="override the recipe")
     options = parser.parse_args()
     keep_freed()
@@ -92,6 +139,8 @@ def main() -> None:
     table = comparison.table(entries).markdown()
     (options.out / "table.md").write_text(table)
     comparison.figure(entries, options.out / "accuracy.svg")
+    if options.json:
+        write_rows(entries, options.out, options.seeds, options.data_root, options.json)
     print(table)
 
 

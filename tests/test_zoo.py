@@ -16,7 +16,7 @@ from tests.helpers import slow_but
 from tests.zoo.check import (
     TABLE_OF,
     check,
-    check_joint,
+    compare,
     every_name,
     family_of,
     in_processes,
@@ -81,8 +81,9 @@ def test_processes_are_new_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm:levit_128s", "timm:mobilevitv2_050"])
-def test_joint_passes_of_a_sample(name: str) -> None:
-    assert check_joint(name) == (name, "equal")
+def test_comparisons_of_a_sample(name: str) -> None:
+    columns = compare(name)[1]
+    assert (columns["joint"], columns["narrow"]) == ("equal", "equal")
 
 
 @of_this_timm
@@ -94,6 +95,7 @@ def test_targets() -> None:
     assert working([f"torchvision:{n}" for n in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")]) == 1
     assert working([name for name in TABLE if name.startswith("timm:")]) > 0.98
     assert {row.joint for row in TABLE.values()} <= {"", "equal", "equal in float32"}
+    assert {row.narrow for row in TABLE.values()} <= {"", "equal", "equal in float32"}
 
 
 def test_detection_is_refused_with_advice() -> None:

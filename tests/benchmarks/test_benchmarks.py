@@ -95,6 +95,19 @@ def test_training_step(
     assert (of_separate.limit, of_base.limit) == (0.80, row["mac_ratio"])
 
 
+def test_what_a_route_shares_is_counted_once(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_step, "added_memory", lambda *_: None)
+    drop = training_step.ROUTES[0].drop
+    case = training_step.VGG("tiny", drop=drop, batch=2, kwargs={"width": 0.03})
+    options.compile = options.layouts = False
+    row = training_step.measure(case, options, seconds=0, least=2)
+    base, late = training_step.Step(case, CPU).net.plan.models
+    assert row["sum_ratio"] == 1 + late.macs / base.macs
+    assert row["mac_ratio"] == 1 + (late.macs - late.shared_macs) / base.macs < row["sum_ratio"]
+    (target,) = training_step.judge(case, row, CPU)
+    assert target.limit == 1.03 * row["mac_ratio"]
+
+
 def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_step, "total_memory", lambda device: 10_000_000_000)
     row = {"model": "tiny", "norm": "private", "batch": 32, "base_mb": 1_000.0, "separate_mb": None}

@@ -3,9 +3,11 @@
     python -m tests.zoo.check [--write] [--sample N [--seed S]] [NAME ...]
 
 Compares with `table.csv`, or writes it and the page of the docs made from it. For each model: the number of valid
-cuts, or the exact refusal. A model that works is made detachable on the meta device with cuts near two thirds and
-one third of its MACs, and the shape of every model's output is checked. For one model of each of timm's modules
-and each of torchvision's families, joint and separate passes are compared numerically.
+cuts, or the exact refusal; the spans that nothing needs to stand for, and the share of the MACs that goes with all
+of them. A model that works is made detachable on the meta device with cuts near two thirds and one third of its
+MACs, and the shape of every model's output is checked. For one model of each of timm's modules and each of
+torchvision's families, joint and separate passes are compared numerically, a route without an inner span among
+them, and so is a network of half the width with the one whose dropped filters are zero.
 """
 
 from __future__ import annotations
@@ -33,11 +35,15 @@ from torch import nn
 import detachnet
 from detachnet.losses import logits
 from detachnet.surgery.cuts import CutAnalysis, choose_cuts, cut_points
+from detachnet.surgery.graph import TracedModel
 from detachnet.surgery.plan import make_plan
+from detachnet.surgery.routes import SubModel
+from detachnet.surgery.spans import SpanPoint, span_places, span_points
 from detachnet.surgery.trace import trace
 from detachnet.surgery.tracer import leaves_of
 from detachnet.zoo import default_input_size
 from tests.helpers import without_dropout
+from tests.widths import narrowed
 
 TABLE = Path(__file__).with_name("table.csv")
 TABLE_OF = "1.0.31"
@@ -69,7 +75,12 @@ class Row:
     family: str
     cuts: str = ""
     macs: str = ""
+    spans: str = ""
+    left_out: str = ""
     joint: str = ""
+    half: str = ""
+    whole: str = ""
+    narrow: str = ""
     refusal: str = ""
 
 
@@ -130,19 +141,51 @@ def check(name: str) -> Row:
             refusal = "no cut: every inner value is passed by another path"
             return Row(name, family_of(name), "0", macs, refusal=refusal)
         problem = check_family(model, traced)
-        return Row(name, family_of(name), str(len(cut_points(traced))), macs, refusal=problem)
+        spans = inner_spans(traced)
+        share = sum(span.macs_of_base for span in apart(traced, spans))
+        found = str(len(spans)), f"{share:.2f}" if spans else ""
+        return Row(name, family_of(name), str(len(cut_points(traced))), macs, *found, refusal=problem)
     except detachnet.DetachNetError as error:
         details = {line[2:10].strip(): line[11:] for line in str(error).splitlines()[1:]}
         parts = [error.summary, details.get("what", ""), details.get("try", "")]
         return Row(name, family_of(name), refusal="; ".join(filter(None, parts)))
 
 
-def check_family(model: nn.Module, traced: Any) -> str:
-    """Make a family on the meta device; what is wrong with its outputs, or nothing."""
+def inner_spans(traced: TracedModel) -> list[SpanPoint]:
+    """What can be left out without anything in its place."""
+    return [span for span in span_points(traced) if span.bridge is None]
+
+
+def apart(traced: TracedModel, spans: list[SpanPoint]) -> Iterator[SpanPoint]:
+    """Those of some spans that can all be left out at once, front to back."""
+    places = [traced.eval.name_of[node] for node in span_places(CutAnalysis(traced.eval))]
+    behind = 0
+    for span in spans:
+        start, end = map(places.index, span.name.split(":"))
+        if start >= behind:
+            behind = end
+            yield span
+
+
+def some_cuts(traced: TracedModel) -> list[str]:
+    """Cuts near two thirds and one third of the MACs, or the last one where there are none."""
     try:
-        cuts = choose_cuts(traced, [2 / 3, 1 / 3])
+        return choose_cuts(traced, [2 / 3, 1 / 3])
     except detachnet.CutError:
-        cuts = [point.name for point in cut_points(traced)][-1:]
+        return [point.name for point in cut_points(traced)][-1:]
+
+
+def some_models(traced: TracedModel) -> dict[str, SubModel]:
+    """Sub-models without the front, and one without an inner span."""
+    models = {f"sub{i}": SubModel(drop=[f":{cut}"]) for i, cut in enumerate(some_cuts(traced))}
+    if spans := inner_spans(traced):
+        models["inner"] = SubModel(drop=[spans[len(spans) // 2].name])
+    return models
+
+
+def check_family(model: nn.Module, traced: TracedModel) -> str:
+    """Make a family on the meta device; what is wrong with its outputs, or nothing."""
+    cuts = some_cuts(traced)
     if not cuts:
         return "no step-down: no cut has a feature that one convolution of the image can produce"
     plan, stepdowns = make_plan(traced, cuts, "private")
@@ -170,48 +213,66 @@ def representatives(rows: list[Row]) -> list[str]:
     return [row.name for row in smallest.values()]
 
 
-def check_joint(name: str) -> tuple[str, str]:
-    """Largest difference between joint and separate outputs in training mode, relative to the outputs."""
+def compare(name: str) -> tuple[str, dict[str, str]]:
+    """What a model that is run gives: the columns of a family's representative."""
     torch.manual_seed(0)
+    smaller, size = SMALLER.get(family_of(name), ({}, None))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        kwargs = {"weights": None} if name.startswith("torchvision:") else {}
+        kwargs: dict[str, Any] = {"weights": None} if name.startswith("torchvision:") else {}
         kwargs |= {"weights_backbone": None} if name.startswith("torchvision:") and has_backbone(name) else {}
-        smaller, size = SMALLER.get(family_of(name), ({}, None))
         model = without_dropout(detachnet.create_model(name, **kwargs | smaller)).double()
     size = size or default_input_size(model) or (3, 224, 224)
-    traced = trace(model, size)
-    try:
-        cuts = choose_cuts(traced, [2 / 3, 1 / 3])
-    except detachnet.CutError:
-        cuts = [point.name for point in cut_points(traced)][-1:]
-    together = detachnet.make_detachable(model, cuts, size, check="none").train()
-    apart = copy.deepcopy(together)
     images = torch.randn(1 if family_of(name) in SMALLER else 2, *size, dtype=torch.double)
+    narrow = check_narrow(copy.deepcopy(model), size)
+    return name, {"joint": check_joint(model, size, images), **narrow}
+
+
+def check_joint(model: nn.Module, size: tuple[int, ...], images: torch.Tensor) -> str:
+    """Largest difference between joint and separate passes in training mode, relative to the outputs."""
+    models = some_models(trace(model, size))
+    together = detachnet.make_detachable(model, models, size, check="none").train()
+    single = copy.deepcopy(together)
     with torch.no_grad():
         torch.manual_seed(1)
         outputs = together(images, which="all")
         worst = 0.0
-        for other in apart.names:
+        for other in single.names:
             torch.manual_seed(1)
-            expected, got = logits(apart(images, which=other)), logits(outputs[other])
+            with single.in_turn(other, single.names):
+                expected, got = logits(single(images, which=other)), logits(outputs[other])
             worst = max(worst, float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-9)))
-        for one, two in zip(together.buffers(), apart.buffers(), strict=True):
+        for one, two in zip(together.buffers(), single.buffers(), strict=True):
             worst = max(worst, float((one.double() - two.double()).abs().max()) if one.numel() else 0.0)
+    return verdict(worst, model)
+
+
+def check_narrow(model: nn.Module, size: tuple[int, ...]) -> dict[str, str]:
+    """A network of half the width: its share of the MACs, what stays whole, and how far off its outputs are."""
+    half = narrowed(model, size)
+    columns = {
+        "half": f"{half.kept.macs_of_base:.2f}",
+        "whole": "; ".join(sorted(set(half.whole.values()))),
+    }
+    return columns if half.kept.macs_of_base == 1 else columns | {"narrow": verdict(half.error, model)}
+
+
+def verdict(error: float, model: nn.Module) -> str:
+    """Whether a difference is one of rounding."""
     if any(type(module).__name__.endswith("Fp32") for module in model.modules()):
-        return name, f"{worst:.0e}" if worst > 1e-5 else "equal in float32"
-    return name, f"{worst:.0e}" if worst > 1e-10 else "equal"
+        return f"{error:.0e}" if error > 1e-5 else "equal in float32"
+    return f"{error:.0e}" if error > 1e-10 else "equal"
 
 
-def make_rows(names: list[str], joint: Callable[[list[Row]], list[str]]) -> list[Row]:
-    """All rows, in the order of the names; `joint` says of which models the joint pass is compared."""
+def make_rows(names: list[str], run: Callable[[list[Row]], list[str]]) -> list[Row]:
+    """All rows, in the order of the names; `run` says which models are run to be compared."""
     rows = list(progress(in_processes(check, names, WORKERS), len(names), "models"))
-    chosen = joint(rows)
+    chosen = run(rows)
     large = [row.name for row in rows if row.name in chosen and int(row.macs) > LARGEST_OF_SAMPLE]
     small = [name for name in chosen if name not in large]
-    results = dict(progress(in_processes(check_joint, small, WORKERS), len(small), "joint passes"))
-    results |= dict(progress(in_processes(check_joint, large, 1), len(large), "joint passes of large models"))
-    return [Row(**(asdict(row) | {"joint": results.get(row.name, "")})) for row in rows]
+    results = dict(progress(in_processes(compare, small, WORKERS), len(small), "comparisons"))
+    results |= dict(progress(in_processes(compare, large, 1), len(large), "comparisons of large models"))
+    return [replace(row, **results.get(row.name, {})) for row in rows]
 
 
 def in_processes(function: Callable[[str], Any], names: list[str], workers: int) -> Iterator[Any]:
@@ -250,16 +311,25 @@ INTRODUCTION = """\
 # Coverage
 
 Generated by `python -m tests.zoo.check --write`; `make zoo` compares. Each model is made detachable with two cuts,
-near two thirds and one third of its MACs, and the outputs' shapes are checked; for the model of each
-family with the fewest MACs, joint and separate passes are compared in float64 in training mode, on two images
-(one for DeepSeek-ViT, Gemma4-ViT and Qwen3-ViT, at a smaller size, and for MViT). Norms that compute in float32
-whatever they are given are equal to its precision."""
+near two thirds and one third of its MACs, and the outputs' shapes are checked. *Left out* is the share of the MACs
+that goes with all spans that nothing needs to stand for (`find_spans`).
+
+The model of each family with the fewest MACs is run, in float64, on two images (one for DeepSeek-ViT, Gemma4-ViT
+and Qwen3-ViT, at a smaller size, and for MViT): joint and separate passes in training mode, with the two cuts and
+a route without an inner span; and a network of half the width (`SubModel(width=0.5)`), which must give what the
+model gives when the filters that were left out are zero. *Half width* is its share of the MACs: a quarter where
+every filter can go; what stays whole is below. Norms that compute in float32 whatever they are given are equal to
+its precision."""
+COLUMNS = (
+    "| family | models | work | cuts | left out | run | joint = separate | half width | narrow = zeroed |",
+    "| --- | ---: | ---: | ---: | ---: | --- | --- | ---: | --- |",
+)
 
 
 def page(rows: list[Row]) -> str:
     """The page of the docs."""
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
-    good = sum(bool(row.cuts) and not row.refusal for row in rows)
+    good = sum(works(row) for row in rows)
     lines = [
         INTRODUCTION,
         "",
@@ -267,26 +337,56 @@ def page(rows: list[Row]) -> str:
         + ", ".join(f"{name} {number.partition('+')[0]}" for name, number in versions.items())
         + ".",
         "",
-        "| family | models | work | cuts | joint = separate |",
-        "| --- | ---: | ---: | ---: | --- |",
+        *COLUMNS,
     ]
     families: dict[str, list[Row]] = {}
     for row in rows:
         families.setdefault(row.family, []).append(row)
-    for family, members in families.items():
-        good = [row for row in members if row.cuts and not row.refusal]
-        cuts = sorted(int(row.cuts) for row in good)
-        compared = next((f"{row.joint} ({row.name.partition(':')[2]})" for row in members if row.joint), "")
-        span = f"{cuts[0]}–{cuts[-1]}" if cuts else ""
-        lines.append(f"| {family} | {len(members)} | {len(good)} | {span} | {compared} |")
-    lines += ["", "## Refusals", ""]
-    refusals: dict[str, list[str]] = {}
-    for row in rows:
-        if row.refusal:
-            refusals.setdefault(row.refusal, []).append(row.name)
-    for refusal, names in refusals.items():
-        lines += [f"- {refusal}", "", f"    {', '.join(f'`{name}`' for name in names)}", ""]
+    lines += [line_of(family, members) for family, members in families.items()]
+    whole = grouped((reason, row.family) for row in rows if row.half for reason in row.whole.split("; ") if reason)
+    lines += ["", "## Filters that stay", "", *listed(whole)]
+    refusals = grouped((row.refusal, row.name) for row in rows if row.refusal)
+    lines += ["## Refusals", "", *listed(refusals)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def works(row: Row) -> bool:
+    """Whether a model can be made detachable."""
+    return bool(row.cuts) and not row.refusal
+
+
+def line_of(family: str, members: list[Row]) -> str:
+    """A family's line of the page."""
+    good = [row for row in members if works(row)]
+    cuts = sorted(int(row.cuts) for row in good)
+    shares = sorted(float(row.left_out or 0) for row in good)
+    ran = next((row for row in members if row.joint), Row("", ""))
+    cells = (
+        family,
+        str(len(members)),
+        str(len(good)),
+        f"{cuts[0]}–{cuts[-1]}" if cuts else "",
+        f"{100 * shares[0]:.0f}–{100 * shares[-1]:.0f} %" if shares else "",
+        ran.name.partition(":")[2],
+        ran.joint,
+        f"{100 * float(ran.half):.0f} %" if ran.half else "",
+        ran.narrow,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """What each reason holds for."""
+    found: dict[str, list[str]] = {}
+    for reason, name in pairs:
+        found.setdefault(reason, []).append(name)
+    return found
+
+
+def listed(groups: dict[str, list[str]]) -> Iterator[str]:
+    """Reasons and names, as Markdown."""
+    for reason, names in groups.items():
+        yield from (f"- {reason}", "", f"    {', '.join(f'`{name}`' for name in names)}", "")
 
 
 def main() -> None:
@@ -309,7 +409,8 @@ def main() -> None:
         print(f"{len(names)} models of --seed {options.seed}", flush=True)
     largest = LARGEST_OF_SAMPLE if options.sample else float("inf")
     compared = {n for n, row in known.items() if n in names and row.joint and int(row.macs) <= largest}
-    expected = {n: row if n in compared else replace(row, joint="") for n, row in known.items()}
+    unseen = dict.fromkeys(("joint", "half", "whole", "narrow"), "")
+    expected = {n: row if n in compared else replace(row, **unseen) for n, row in known.items()}
     rows = make_rows(names, lambda rows: [row.name for row in rows if row.name in compared])
     different = [(row, expected.get(row.name)) for row in rows if row != expected.get(row.name)]
     gone = set() if options.names or options.sample else set(known) - set(names)
