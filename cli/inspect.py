@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from detachnet.surgery.cuts import CutPoint
     from detachnet.surgery.plan import DetachPlan
     from detachnet.surgery.spans import SpanPoint
-    from detachnet.surgery.widths import Widths
+    from detachnet.surgery.widths.groups import Widths
 
 PLACES = {"activation": "best", "module": "good", "inner": "fair"}
 DEAR = "dear"

@@ -38,7 +38,7 @@ from .surgery.recalibration import recalibrate as recalibrate
 from .surgery.routes import SubModel as SubModel
 from .surgery.spans import SpanPoint as SpanPoint, find_spans as find_spans
 from .surgery.stepdown import Stem as Stem
-from .surgery.widths import WidthGroup as WidthGroup, Widths as Widths, find_widths as find_widths
+from .surgery.widths.groups import WidthGroup as WidthGroup, Widths as Widths, find_widths as find_widths
 from .training.recipe import Recipe as Recipe, load_recipe as load_recipe
 from .training.trainer import train as train
 from .zoo import create_model as create_model
