@@ -1,6 +1,7 @@
 """The public names, each written once: this file is read when the package is imported, too."""
 
-from .checkpoint import load as load, save as save
+from .checkpoint.loading import load as load
+from .checkpoint.saving import save as save
 from .data.datasets import load_data as load_data
 from .deploy.deadline import DeadlineRunner as DeadlineRunner
 from .deploy.export import export as export

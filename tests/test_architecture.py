@@ -22,15 +22,16 @@ GROUND = {
     "losses",
     "__init__",
 }
-MIDDLE = {"checkpoint", "fingerprint", "evaluation"}
+MIDDLE = {"evaluation"}
 MAY = {
     "ground": {"ground"},
     "data": {"ground", "data"},
     "surgery": {"ground", "surgery"},
+    "checkpoint": {"ground", "surgery", "checkpoint"},
     "middle": {"ground", "data", "surgery", "middle"},
-    "training": {"ground", "data", "surgery", "middle", "training"},
-    "deploy": {"ground", "data", "surgery", "middle", "deploy"},
-    "report": {"ground", "data", "surgery", "middle", "training", "deploy", "report"},
+    "training": {"ground", "data", "surgery", "checkpoint", "middle", "training"},
+    "deploy": {"ground", "data", "surgery", "checkpoint", "middle", "deploy"},
+    "report": {"ground", "data", "surgery", "checkpoint", "middle", "training", "deploy", "report"},
 }
 
 
