@@ -31,7 +31,8 @@ from detachnet.data.folders import open_files
 from detachnet.data.loader import Augmentation, FileBatches
 from detachnet.data.shards import make_shards
 from detachnet.training.data import FileSource
-from detachnet.training.recipe import FilesTable, load_recipe
+from detachnet.training.recipe import load_recipe
+from detachnet.training.tables import FilesTable
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "resnet50_imagenet.toml"

@@ -24,7 +24,7 @@ def detach(
     """Write one model of a family to a file of its own, with only the weights it needs."""
     if out.exists():
         raise CheckpointError(f"{out} exists already", hint="name a new file, or remove this one")
-    from detachnet.checkpoint import save
+    from detachnet.checkpoint.saving import save
     from detachnet.text import si
 
     path, net = open_family(checkpoint, model_file)

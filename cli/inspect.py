@@ -15,12 +15,28 @@ if TYPE_CHECKING:
     from torch import nn
 
     from detachnet.surgery.cuts import CutPoint
+    from detachnet.surgery.graph import TracedModel
     from detachnet.surgery.plan import DetachPlan
     from detachnet.surgery.spans import SpanPoint
-    from detachnet.surgery.widths import Widths
+    from detachnet.surgery.widths.groups import Widths
 
 PLACES = {"activation": "best", "module": "good", "inner": "fair"}
 DEAR = "dear"
+Cuts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Show the plan for this cut; repeatable. A name; 'auto' or a number of sub-models; or a share of the "
+        "MACs to keep, such as 0.7."
+    ),
+]
+Shares = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|SHARES",
+        help="Show the plan for so many sub-models, or for shares of the MACs such as 0.7,0.4; what each leaves "
+        "out is chosen.",
+    ),
+]
 
 
 @friendly
@@ -28,25 +44,12 @@ def inspect(
     model: Annotated[
         str, typer.Argument(help="torchvision:NAME, timm:NAME, detachnet:NAME, or path/to/file.py:FUNCTION.")
     ],
-    cut: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Show the plan for this cut; repeatable. A name; 'auto' or a number of sub-models; or a share of "
-            "the MACs to keep, such as 0.7."
-        ),
-    ] = None,
+    cut: Cuts = None,
     drop: Annotated[
         list[str] | None,
         typer.Option(metavar="A:B", help="Show the plan for a sub-model that leaves out this span; repeatable."),
     ] = None,
-    sub_models: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|SHARES",
-            help="Show the plan for so many sub-models, or for shares of the MACs such as 0.7,0.4; what each "
-            "leaves out is chosen.",
-        ),
-    ] = None,
+    sub_models: Shares = None,
     stepdown: Annotated[
         Literal["conv", "stem"], typer.Option(help="What sub-models take in the image through, which is priced.")
     ] = "conv",
@@ -68,48 +71,58 @@ def inspect(
 ) -> None:
     """Show where a model can be cut, and what each sub-model would cost."""
     size = _parse_size(input_size)
+    if sum(map(bool, (cut, drop, sub_models))) > 1:
+        raise typer.BadParameter("ask for one of --cut, --drop and --sub-models")
     from detachnet.zoo import build_model
 
     kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     network = build_model(model, **kwargs)
     import detachnet
 
-    if sum(map(bool, (cut, drop, sub_models))) > 1:
-        raise typer.BadParameter("ask for one of --cut, --drop and --sub-models")
     if cut or drop or sub_models:
         _show_plan(_plan(network, size, cut, drop, sub_models, stepdown), as_json, in_toml=bool(sub_models))
-        return
-    if spans:
+    elif spans:
         _show_spans(model, detachnet.find_spans(network, size), as_json)
-        return
-    if widths:
+    elif widths:
         _show_widths(model, detachnet.find_widths(network, size), as_json)
-        return
-    from detachnet.surgery.cuts import cut_points, every_node
-    from detachnet.surgery.trace import trace
+    else:
+        from detachnet.surgery.cuts import cut_points
+        from detachnet.surgery.trace import trace
+
+        traced = trace(network, size)
+        points = cut_points(traced, stepdown)
+        if as_json:
+            print_json([_record(point) for point in points])
+        elif show_all:
+            _show_nodes(model, traced, points)
+        else:
+            _show_cuts(model, points)
+
+
+def _show_nodes(model: str, traced: TracedModel, points: list[CutPoint]) -> None:
+    """Every node of a model, and why it is no cut."""
+    from detachnet.surgery.cuts import every_node
     from detachnet.text import Table
 
-    traced = trace(network, size)
-    points = cut_points(traced, stepdown)
-    if as_json:
-        print_json([_record(point) for point in points])
-    elif show_all:
-        valid = {point.name: point for point in points}
-        rows = [(name, _by(shape), _price(valid.get(name)), why) for name, shape, why in every_node(traced)]
-        columns = ("node", "feature", "MACs of base", "why it is no cut")
-        show(Table(columns, tuple(rows), f"{model}: {len(rows)} nodes, {len(points)} valid cuts", left=4))
-    else:
-        outer = [point for point in points if point.place != "inner" and not point.in_block]
-        shown = outer or [point for point in points if point.place != "inner"] or points
-        header = ("cut", "place", "feature", "reduction", "step-down", "MACs", "of base", "parameters")
-        title = f"{model}: {len(points)} valid cuts, {len(shown)} behind modules"
-        show(Table(header, tuple(map(_row, shown)), title, left=3))
-        note(
-            "\nbest: behind an activation or pooling that ends a module; good: behind another module; more: --all"
-        )
-        if any(point.caution for point in shown):
-            note(f"{DEAR}: the step-down has more than it replaces, or only the classifier is left; never chosen")
-        note(f"Plan a family: detachnet inspect {model} --cut auto, or --cut NAME --cut NAME")
+    valid = {point.name: point for point in points}
+    rows = [(name, _by(shape), _price(valid.get(name)), why) for name, shape, why in every_node(traced)]
+    columns = ("node", "feature", "MACs of base", "why it is no cut")
+    show(Table(columns, tuple(rows), f"{model}: {len(rows)} nodes, {len(points)} valid cuts", left=4))
+
+
+def _show_cuts(model: str, points: list[CutPoint]) -> None:
+    """Where a model can be cut between its modules."""
+    from detachnet.text import Table
+
+    outer = [point for point in points if point.place != "inner" and not point.in_block]
+    shown = outer or [point for point in points if point.place != "inner"] or points
+    header = ("cut", "place", "feature", "reduction", "step-down", "MACs", "of base", "parameters")
+    title = f"{model}: {len(points)} valid cuts, {len(shown)} behind modules"
+    show(Table(header, tuple(map(_row, shown)), title, left=3))
+    note("\nbest: behind an activation or pooling that ends a module; good: behind another module; more: --all")
+    if any(point.caution for point in shown):
+        note(f"{DEAR}: the step-down has more than it replaces, or only the classifier is left; never chosen")
+    note(f"Plan a family: detachnet inspect {model} --cut auto, or --cut NAME --cut NAME")
 
 
 def _plan(

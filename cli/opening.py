@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def open_family(checkpoint: Path, model_file: str | None = None) -> tuple[Path, DetachableNet]:
     """A family and its file; of a folder, the last checkpoint of the run in it."""
-    from detachnet.checkpoint import load_family
+    from detachnet.checkpoint.loading import load_family
     from detachnet.storage import locate_checkpoint
 
     path = locate_checkpoint(checkpoint)

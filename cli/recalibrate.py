@@ -25,7 +25,7 @@ def recalibrate(
     """Give each model batch norms of its own, with statistics measured anew."""
     if out.exists():
         raise CheckpointError(f"{out} exists already", hint="name a new file, or remove this one")
-    from detachnet.checkpoint import save
+    from detachnet.checkpoint.saving import save
     from detachnet.data.batches import Batches
     from detachnet.data.datasets import load_data, select
     from detachnet.evaluation import EVAL_BATCH, evaluate

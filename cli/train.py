@@ -17,6 +17,7 @@ from .options import DataRoot, Download
 
 if TYPE_CHECKING:
     from detachnet.training.recipe import Recipe
+    from detachnet.training.trainer import RunResult
 
 WORTH_SAYING = 0.05
 """Share of the run's time spent waiting for images."""
@@ -44,7 +45,6 @@ def train(
     path = find_recipe(recipe)  # before anything heavy is loaded
     from detachnet.training import trainer
     from detachnet.training.recipe import load_recipe
-    from detachnet.training.results import result_table
     from detachnet.training.runs import default_folder
 
     checked = load_recipe(path, overrides or [])
@@ -75,25 +75,37 @@ def train(
             display.close()
     if not first:
         return
+    _show_result(result, checked)
+    if result.status == "finished":
+        note(f"Run: {result.folder.path}  Best family: {result.folder.best}")
+        return
+    again = _resume_command(recipe, overrides or [], data_root, out)
+    note(f"\nStopped ({result.status}); saved in {result.folder.last}. Resume with:\n  {again}")
+    if result.status == "interrupted":
+        raise typer.Exit(130)
+
+
+def _show_result(result: RunResult, recipe: Recipe) -> None:
+    """The accuracies of a run, and what its time went into."""
+    from detachnet.training.results import result_table
+
     if result.table:
-        epochs = f"{result.epochs} of {checked.train.epochs} epochs"
-        images = "held-out" if checked.data.holdout else "test"
-        title = f"{checked.data.name} {images} accuracy, {epochs}, seed {checked.train.seed}"
+        epochs = f"{result.epochs} of {recipe.train.epochs} epochs"
+        images = "held-out" if recipe.data.holdout else "test"
+        title = f"{recipe.data.name} {images} accuracy, {epochs}, seed {recipe.train.seed}"
         show(result_table(result.table, title))
         note("\nBest is over the accuracies of all epochs, as in the paper; last is the last epoch's.")
     if result.wait_share > WORTH_SAYING:
         note(f"{100 * result.wait_share:.0f} % of the time went into waiting for images.")
-    if result.status == "finished":
-        note(f"Run: {result.folder.path}  Best family: {result.folder.best}")
-        return
+
+
+def _resume_command(recipe: str, overrides: list[str], data_root: Path | None, out: Path | None) -> str:
+    """What a person types to resume a run."""
     words = ["detachnet", "train", recipe]
-    words += [word for override in overrides or [] for word in ("--set", override)]
+    words += [word for override in overrides for word in ("--set", override)]
     words += ["--data-root", str(data_root)] if data_root else []
     words += ["--out", str(out)] if out else []
-    note(f"\nStopped ({result.status}); saved in {result.folder.last}. Resume with:")
-    note(f"  {shlex.join([*words, '--resume'])}")
-    if result.status == "interrupted":
-        raise typer.Exit(130)
+    return shlex.join([*words, "--resume"])
 
 
 def _preview(recipe: Recipe, out: Path | None, data_root: Path | None, download: bool) -> None:

@@ -1,6 +1,7 @@
 """The public names, each written once: this file is read when the package is imported, too."""
 
-from .checkpoint import load as load, save as save
+from .checkpoint.loading import load as load
+from .checkpoint.saving import save as save
 from .data.datasets import load_data as load_data
 from .deploy.deadline import DeadlineRunner as DeadlineRunner
 from .deploy.export import export as export
@@ -38,7 +39,7 @@ from .surgery.recalibration import recalibrate as recalibrate
 from .surgery.routes import SubModel as SubModel
 from .surgery.spans import SpanPoint as SpanPoint, find_spans as find_spans
 from .surgery.stepdown import Stem as Stem
-from .surgery.widths import WidthGroup as WidthGroup, Widths as Widths, find_widths as find_widths
+from .surgery.widths.groups import WidthGroup as WidthGroup, Widths as Widths, find_widths as find_widths
 from .training.recipe import Recipe as Recipe, load_recipe as load_recipe
 from .training.trainer import train as train
 from .zoo import create_model as create_model

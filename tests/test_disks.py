@@ -12,6 +12,7 @@ from detachnet_cli.app import app
 from typer.testing import CliRunner
 
 import detachnet
+from detachnet.checkpoint.content import read
 from detachnet.storage import MANIFEST, replace_file, write_new
 from detachnet.training import trainer
 from detachnet.training.trainer import train
@@ -119,7 +120,7 @@ def test_several_savers_and_readers_of_one_path(tmp_path: Path) -> None:
     def work(run: int) -> None:
         try:
             for _ in range(10):
-                detachnet.save(nets[run], path) if run < 2 else detachnet.checkpoint.read(path)
+                detachnet.save(nets[run], path) if run < 2 else read(path)
         except BaseException as error:
             errors.append(error)
 

@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from typer.testing import CliRunner
 
 import detachnet
-from detachnet import checkpoint
+from detachnet.checkpoint import content as checkpoint
 from detachnet.data.images import read_image
 from detachnet.deploy.backends import OnnxBackend
 from detachnet.deploy.manifest import _digest

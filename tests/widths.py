@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detachnet.surgery.channel_layers import STANDARDIZED
-from detachnet.surgery.channel_run import find_channels
-from detachnet.surgery.channels import Channels, Layer
 from detachnet.surgery.graph import TracedModel
 from detachnet.surgery.trace import trace
 from detachnet.surgery.tracer import PREFIX
-from detachnet.surgery.width_choice import Kept, choose
-from detachnet.surgery.width_slice import slice_layer, slice_model
+from detachnet.surgery.widths.channels import Channels, Layer
+from detachnet.surgery.widths.choice import Kept, choose
+from detachnet.surgery.widths.layers import STANDARDIZED
+from detachnet.surgery.widths.propagation import find_channels
+from detachnet.surgery.widths.slicing import slice_layer, slice_model
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 from torch import Tensor, nn
 
-from detachnet.checkpoint import load_family
+from detachnet.checkpoint.loading import load_family
 from detachnet.data.images import read_image, to_tensor
 from detachnet.deploy.backends import Backend, Costs, OnnxBackend, TorchBackend
 from detachnet.deploy.budget import Candidate, check, choose

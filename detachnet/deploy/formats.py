@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from detachnet.deploy.archive import clean_archive
 from detachnet.errors import ExportError, one_line
 from detachnet.storage import open_file, read_file
-from detachnet.surgery.width_read import Pick
+from detachnet.surgery.widths.reading import Pick
 
 Format = Literal["onnx", "pt2", "pte"]
 Runner = Callable[[Tensor], Tensor]

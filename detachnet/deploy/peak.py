@@ -51,7 +51,7 @@ def resident_peaks(
 def _torch(path: str, model: str, batch: int, threads: int) -> int:
     import torch
 
-    from detachnet.checkpoint import load
+    from detachnet.checkpoint.loading import load
 
     torch.set_num_threads(threads)
     net = load(path)

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from detachnet.checkpoint import save
+from detachnet.checkpoint.saving import save
 from detachnet.deploy.backends import Backend, Costs, OnnxBackend, Runtime, TorchBackend
 from detachnet.deploy.peak import resident_peaks
 from detachnet.errors import MeasurementError, one_line

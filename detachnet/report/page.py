@@ -26,7 +26,7 @@ from detachnet.report.chart import Axis, Chart, Point, Series, key, on_page, per
 from detachnet.report.figures import bar, describe_route
 from detachnet.report.record import RunRecord, read_run
 from detachnet.text import si
-from detachnet.training.recipe import FilesTable
+from detachnet.training.tables import FilesTable
 
 NUM_PICTURES = 12
 """Test images that are shown; evenly spaced through the test images, so not chosen by what came out."""

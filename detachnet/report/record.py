@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from detachnet.checkpoint import load_family
+from detachnet.checkpoint.loading import load_family
 from detachnet.deploy.profile import Profile, read_profile
 from detachnet.errors import CheckpointError
 from detachnet.storage import locate_checkpoint

@@ -4,9 +4,7 @@ modules, stepdown, norms, codegen, detached   layers, and modules that run witho
 whole, listening                              what of a model is kept whole, and how that is noticed
 tracer -> graph, settle -> trace              a model's forward pass as a graph, with all shapes known
 cuts, spans, routes -> choice                 where it can be cut, and what is left out
-opening -> channels -> channel_run -> widths  which filters go together (channel_layers, channel_rules: the rules)
-width_choice -> width_check, width_patch      which of them a narrower network keeps (width_order: which)
-width_slice, width_read, width_store          that network, cut out of the model or reading parts of it; as numbers
+widths/                                       which filters go together, a choice of them, the narrower network
 plan                                          what a family will be
 coupling, finding, statistics                 what joins the images of a batch, and which layers keep statistics
 ownership, legs -> rewrite                    whose layer a node runs with, where models part, and all graphs

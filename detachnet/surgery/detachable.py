@@ -34,7 +34,7 @@ from detachnet.surgery.routes import BRIDGES, STEPDOWNS, folder
 from detachnet.surgery.statistics import find_statistics, own_statistics
 from detachnet.surgery.trace import trace
 from detachnet.surgery.tracer import PREFIX
-from detachnet.surgery.width_read import Pick, SlicedLayer, SlicedTensor
+from detachnet.surgery.widths.reading import Pick, SlicedLayer, SlicedTensor
 from detachnet.text import by
 from detachnet.zoo import ModelSource, model_source
 

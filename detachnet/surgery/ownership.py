@@ -20,11 +20,11 @@ from detachnet.surgery.plan import BASE, DetachPlan, ModelPlan
 from detachnet.surgery.routes import Route, Span, bridge_place, folder, owner
 from detachnet.surgery.statistics import Statistics
 from detachnet.surgery.tracer import PREFIX, PROBE_BATCH
-from detachnet.surgery.width_choice import Kept
-from detachnet.surgery.width_patch import kept_along_axes
-from detachnet.surgery.width_read import SlicedLayer, SlicedTensor
-from detachnet.surgery.width_slice import is_cut, narrow_graph, narrow_root, slice_layer
-from detachnet.surgery.width_store import Narrowing, kept_in_training
+from detachnet.surgery.widths.choice import Kept
+from detachnet.surgery.widths.patch import kept_along_axes
+from detachnet.surgery.widths.reading import SlicedLayer, SlicedTensor
+from detachnet.surgery.widths.slicing import is_cut, narrow_graph, narrow_root, slice_layer
+from detachnet.surgery.widths.storing import Narrowing, kept_in_training
 
 SLICES = "slices"
 NORMS = "norms"

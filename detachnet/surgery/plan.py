@@ -35,8 +35,8 @@ from detachnet.surgery.stepdown import (
     plan_bridge,
     plan_stepdown,
 )
-from detachnet.surgery.width_slice import narrow_graph
-from detachnet.surgery.width_store import Narrowing
+from detachnet.surgery.widths.slicing import narrow_graph
+from detachnet.surgery.widths.storing import Narrowing
 from detachnet.text import Table, by, si
 
 BASE = "base"

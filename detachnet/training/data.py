@@ -13,7 +13,7 @@ from detachnet.data.folders import Files, open_files
 from detachnet.data.loader import EVAL_BATCH as FILES_EVAL_BATCH, Augmentation, FileBatches
 from detachnet.evaluation import EVAL_BATCH
 from detachnet.facts import DataInfo
-from detachnet.training.recipe import DataTable, FilesTable, TrainTable
+from detachnet.training.tables import DataTable, FilesTable, TrainTable
 from detachnet.zoo import normalization
 
 

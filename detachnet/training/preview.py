@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from detachnet.checkpoint import check_storable
+from detachnet.checkpoint.saving import check_storable
 from detachnet.facts import DataInfo
 from detachnet.surgery.plan import DetachPlan
 from detachnet.training.recipe import Recipe

@@ -6,303 +6,34 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any
 
 import tomli_w
 from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
     PrivateAttr,
-    Tag,
     ValidationError,
     model_validator,
 )
 
-from detachnet.errors import RecipeError, nearest, one_line
-from detachnet.models import MOST
+from detachnet.errors import RecipeError, one_line
 from detachnet.storage import read_file
-from detachnet.surgery.routes import SubModel
-from detachnet.surgery.stepdown import Stem
 from detachnet.text import parse_json
+from detachnet.training.problems import explain
 from detachnet.training.shipped import find_recipe
+from detachnet.training.tables import (
+    AnyData,
+    FamilyTable,
+    LossTable,
+    ModelTable,
+    OptimizerTable,
+    RecipeTable,
+    ScheduleTable,
+    TrainTable,
+)
 from detachnet.zoo import WEIGHTS
 
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
 
-
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ModelTable(_Table):
-    """The base-model: `create_model(name, **kwargs)`."""
-
-    name: str
-    """A name of the zoo, such as `torchvision:vgg16_bn` or `timm:resnet18.a1_in1k`; or `path/to/file.py:FUNCTION`,
-    your own code, which returns the model. A path is looked for here, then beside the recipe."""
-    kwargs: dict[str, int | float | bool | str] = {}
-    """Arguments of the model's constructor."""
-
-    @model_validator(mode="after")
-    def _can_be_built(self) -> ModelTable:
-        for name, most in MOST.items() if self.name.startswith("detachnet:") else ():
-            value = self.kwargs.get(name)
-            if isinstance(value, int | float) and not 0 < value <= most:
-                raise ValueError(f"model.kwargs.{name} = {value}: it is above 0 and at most {most}")
-        return self
-
-
-class FamilyTable(_Table):
-    """How the base-model is made detachable."""
-
-    cuts: tuple[str, ...] | dict[str, str] | Literal["auto"] | Positive | tuple[Fraction, ...] = ()
-    """Sub-models that drop the front: names of nodes, front to back; own names of sub-models to them; or as
-    `make_detachable` chooses them, `"auto"`, a number of them or shares of the MACs."""
-    sub_models: Literal["auto"] | Positive | tuple[Fraction, ...] = ()
-    """Instead of cuts, sub-models whose routes are chosen likewise: `"auto"`, a number, or shares of the MACs."""
-    models: dict[str, SubModel] = {}
-    """Sub-models by own names, and the spans or filters each leaves out: `[family.models.small]` with
-    `drop = ["a:b"]`, `width = 0.5` or both."""
-    norm: Literal["private", "shared"] = "private"
-    """Batch norms: each sub-model's own, or the base-model's (the paper)."""
-    head: Literal["private", "shared"] = "shared"
-    """The last layer with weights, which makes the output: likewise."""
-    stepdown: Literal["conv", "stem", "identity"] = "conv"
-    """One convolution (the paper); several with batch norms; the flattened image as it is (NSN)."""
-    stem: Stem = Stem()
-    """Its `depth` and `width`, if `stepdown` is `stem`."""
-
-    chosen: str = ""
-    """Written by a run: what the recipe asked for, where its cuts or routes were chosen."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """`("base", "sub0", …)`: first those of `cuts` or `sub_models`, then those of `models`."""
-        return ("base", *self._in_front, *self.models)
-
-    @property
-    def asked(self) -> str:
-        """What is to be chosen when a run starts; empty if nothing is."""
-        for key, value in (("cuts", self.cuts), ("sub_models", self.sub_models)):
-            if _is_choice(value):
-                return f"{key} = {json.dumps(value)}"
-        return ""
-
-    @property
-    def routes(self) -> dict[str, str | SubModel]:
-        """What `make_detachable` takes, where nothing is to be chosen: sub-model → cut, or what it leaves out."""
-        cuts = (
-            self.cuts if isinstance(self.cuts, dict) else dict(zip(self._in_front, self._cut_names, strict=True))
-        )
-        return {**cuts, **self.models}
-
-    @property
-    def _cut_names(self) -> tuple[str, ...]:
-        """The cuts of a list of names."""
-        return tuple(str(cut) for cut in self.cuts) if isinstance(self.cuts, tuple) else ()
-
-    @property
-    def _in_front(self) -> tuple[str, ...]:
-        """Names of the sub-models that are not in `models`."""
-        if isinstance(self.cuts, dict):
-            return tuple(self.cuts)
-        return tuple(f"sub{i}" for i in range(_count(self.cuts) or _count(self.sub_models)))
-
-    @model_validator(mode="after")
-    def _has_sub_models(self) -> FamilyTable:
-        if self.cuts and self.sub_models:
-            raise ValueError("give either family.cuts or family.sub_models")
-        for value in (self.cuts, self.sub_models):
-            if _is_choice(value) and isinstance(value, tuple) and list(value) != sorted(value, reverse=True):
-                raise ValueError(f"family: shares of the MACs fall from front to back, unlike {list(value)}")
-        if twice := set(self._in_front) & set(self.models):
-            raise ValueError(f"{', '.join(sorted(twice))} is in family.cuts and in family.models")
-        if "base" in self.names[1:]:
-            raise ValueError("'base' is the base-model: a sub-model of family.cuts needs another name")
-        return self
-
-
-def _is_choice(value: object) -> bool:
-    """Whether cuts or routes are to be chosen, and not given by name."""
-    return (
-        value == "auto"
-        or isinstance(value, int)
-        or bool(isinstance(value, tuple) and value and _is_share(value[0]))
-    )
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, float)
-
-
-def _count(value: object) -> int:
-    """How many sub-models that makes."""
-    if isinstance(value, int):
-        return value
-    return 2 if value == "auto" else len(value) if isinstance(value, tuple) else 0
-
-
-class DataTable(_Table):
-    """A small data set, which is held in memory, and how its images are augmented."""
-
-    name: Literal["cifar10", "cifar10-mini", "mnist"]
-    """A data set of `load_data`."""
-    pad: Annotated[int, Field(ge=0, le=32)] = 0
-    """Zero padding in pixels before a random crop of the image's size, at most that; 0 for no crop."""
-    num_train: Annotated[int, Field(ge=0)] = 0
-    """Train on the first so many images; 0 for all."""
-    holdout: Annotated[int, Field(ge=0)] = 0
-    """Evaluate on the last so many training images, which are not trained on, instead of the test images: for
-    choosing settings. Files of such a run quote no accuracy; `test_*` in its metrics is of the held-out images."""
-    flip: bool = False
-    """Mirror each image left to right with probability one half."""
-    normalize: Literal["channel", "none"] = "channel"
-    """Mean 0 and standard deviation 1 for each channel of the training images; or values in [0, 1] as they are."""
-
-
-class FilesTable(_Table):
-    """A data set of image files, read by worker processes, and how its images are augmented: all of it timm's."""
-
-    name: Annotated[str, Field(pattern=r"^(folder|wds/.+|hfds/.+)$")]
-    """`folder`: a folder of images per class. `wds/NAME`: WebDataset shards. `hfds/NAME`: Hugging Face's."""
-    train_split: str = "train"
-    """The training images: a folder, a split that the shards' `_info.json` knows or `NAME-{0000..0127}.tar|COUNT`,
-    or a split of the data set."""
-    val_split: str = "validation"
-    """The images accuracies are measured on."""
-    image_size: Annotated[int, Field(gt=0, le=4096)] = 224
-    """Height and width in pixels of the images a family takes in; training images are cut out at random and
-    brought to it."""
-    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
-    """Share of the resized image's side that is kept for an evaluation."""
-    auto_augment: str = ""
-    """A policy of timm's, such as `rand-m9-mstd0.5-inc1`; empty for its jitter of the colours."""
-    reprob: Share = 0.0
-    """Probability that a part of a training image is erased."""
-    mixup: Annotated[float, Field(ge=0)] = 0.0
-    """Alpha of mixup; 0 for none."""
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
-    """Alpha of cutmix; 0 for none. With both, one is chosen for each batch."""
-    num_workers: Annotated[int, Field(ge=0, le=1024)] = 4
-    """Processes that read and augment images, for each process that trains; 0 for none beside it."""
-
-    @property
-    def holdout(self) -> int:
-        """Held-out training images: none, `val_split` may name any."""
-        return 0
-
-
-_MEMORY, _FILES = "(data sets in memory)", "(image files)"
-"""The two kinds of `[data]`."""
-
-
-def _kind_of_data(table: Any) -> str:
-    """Which of the two tables a `[data]` is, by its name; as `data.is_files` has it."""
-    name = table.get("name") if isinstance(table, dict) else getattr(table, "name", None)
-    files = isinstance(name, str) and (name == "folder" or name.startswith(("wds/", "hfds/")))
-    return _FILES if files else _MEMORY
-
-
-AnyData = Annotated[
-    Annotated[DataTable, Tag(_MEMORY)] | Annotated[FilesTable, Tag(_FILES)], Discriminator(_kind_of_data)
-]
-
-
-class OptimizerTable(_Table):
-    """The optimizer, one of timm's."""
-
-    name: Literal["momentum", "nesterov", "adamw"] = "momentum"
-    """`momentum` and `nesterov` are SGD."""
-    lr: Annotated[float, Field(gt=0)]
-    """Learning rate after the warm-up."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Of SGD."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """L2 penalty on every parameter."""
-    weight_decay_alone: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Model → its weight decay when `train.models` names it alone."""
-
-
-class ScheduleTable(_Table):
-    """The learning rate over time, one of timm's schedules, set at every step."""
-
-    name: Literal["multistep", "cosine"] = "cosine"
-    """`multistep` multiplies by `decay` after each milestone; `cosine` goes down to 0."""
-    milestones: tuple[Positive, ...] = ()
-    """Epochs after which `multistep` decays."""
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Factor of `multistep`."""
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Epochs over which the learning rate rises linearly from 0."""
-
-    @model_validator(mode="after")
-    def _milestones_fit(self) -> ScheduleTable:
-        if self.name == "multistep" and not self.milestones:
-            raise ValueError("schedule.milestones is needed for 'multistep'")
-        if self.name != "multistep" and self.milestones:
-            raise ValueError("schedule.milestones is for 'multistep' only")
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError("schedule.milestones must rise")
-        return self
-
-
-class LossTable(_Table):
-    """The multi-model loss."""
-
-    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Model → weight of its loss; 1 where none is given (the paper's sum), and for a model trained alone."""
-    label_smoothing: Share = 0.0
-    """Of the cross entropy."""
-    distillation: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the divergence of each sub-model's prediction from its teacher's; there is none alone."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Both predictions' logits are divided by it."""
-    teacher: Literal["base", "larger"] = "base"
-    """Of each sub-model: the base-model, or the next larger model."""
-    hint: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the squared error of each step-down's output against the base-model's feature at the cut."""
-
-
-class TrainTable(_Table):
-    """The training itself."""
-
-    epochs: Annotated[int, Field(gt=0, le=1_000_000)]
-    """Passes over the training images."""
-    batch_size: Annotated[int, Field(gt=0, le=1_000_000)]
-    """Images per step, over all processes together."""
-    models: tuple[str, ...] = ()
-    """The models that are trained; empty for all. `["base"]` is the baseline, `["sub1"]` that sub-model alone."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Decides the weights, the order of the images and the augmentation."""
-    init: str = ""
-    """What all models start from: the base-model's weights and statistics of a family's file or run; or a state
-    dict of the base-model alone, in `.safetensors` or `.pth`. A classifier that does not fit stays new."""
-    freeze_base: bool = False
-    """Train only what sub-models have for themselves: the base-model stays bit for bit as it is. Layers of it run
-    in evaluation mode; dropout that a forward pass calls as a function stays on."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay per step of an exponential moving average of the weights, which accuracies are then those of, and the
-    weights in the run's files; it rises to it, as timm's warm-up has it. 0 for none."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """`bf16` runs under bfloat16 autocast."""
-    strategy: Literal["joint", "separate"] = "joint"
-    """One pass for all models; or one model after another, each freeing its activations before the next: the same
-    gradients, less memory, more time."""
-    sample: Annotated[int, Field(ge=0)] = 0
-    """Of many models each step trains the largest, the smallest and so many random others (the sandwich rule of
-    arXiv 1903.05134), so that a step costs no more the more there are. 0 for all of them."""
-    compile: bool = False
-    """Forward pass and losses through `torch.compile`, on CUDA into CUDA graphs; on a CPU it gains nothing."""
-    log_with: str = ""
-    """An experiment tracker that is told losses and accuracies after each epoch: `tensorboard`, `wandb`, `mlflow`,
-    `trackio` or another one that accelerate knows and you have installed. Empty for none."""
-
-
-class Recipe(_Table):
+class Recipe(RecipeTable):
     """One experiment. Every table and key of the TOML file is a field here."""
 
     description: str
@@ -434,24 +165,9 @@ def parse_recipe(tables: Mapping[str, Any], where: str = "") -> Recipe:
     try:
         return Recipe.model_validate_json(json.dumps(tables, default=str))
     except ValidationError as error:
-        several = dict.fromkeys(_choice(tables, problem["loc"]) for problem in error.errors())
-        problems: list[tuple[str, list[str]]] = [(text, []) for text in several if text]
-        left = [dict(problem) for problem in error.errors() if not _choice(tables, problem["loc"])]
-        problems += [_explain(problem, tables) for problem in left]
-        first, known = problems[0]
-        more = "; ".join(text for text, _ in problems[1:])
+        (first, known), *others = explain(error, tables, Recipe)
+        more = "; ".join(text for text, _ in others)
         raise RecipeError(first, what=f"also: {more}" if more else "", where=where, nearest=known) from error
-
-
-def _choice(tables: Mapping[str, Any], loc: tuple[Any, ...]) -> str:
-    """A problem with one of the two keys that take several kinds of values, all of its kinds in one sentence."""
-    names = {"cuts": "names of nodes, own names of sub-models to them, ", "sub_models": ""}
-    if len(loc) < 2 or loc[0] != "family" or loc[1] not in names:
-        return ""
-    value = json.dumps(tables["family"][loc[1]], default=str)
-    return (
-        f"family.{loc[1]} = {value}: give {names[loc[1]]}'auto', a number from 1 on, or shares such as [0.7, 0.4]"
-    )
 
 
 def _override(tables: dict[str, Any], override: str) -> None:
@@ -472,56 +188,3 @@ def _override(tables: dict[str, Any], override: str) -> None:
         if not isinstance(table, dict):
             raise RecipeError(f"--set {override}: {key!r} is a value, not a table")
     table[keys[-1]] = value
-
-
-def _explain(problem: dict[str, Any], tables: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """One problem in the recipe's own words, and the known keys near an unknown one."""
-    path = _keys(problem["loc"], tables, problem["type"] == "missing")
-    key, table = ".".join(path), path[:-1]
-    if problem["type"] == "extra_forbidden":
-        if path[0] == "data":
-            return _unknown_in_data(key, path[-1], problem["loc"][1])
-        known = _fields(table)
-        place = f"[{'.'.join(table)}]" if table else "the recipe"
-        return f"unknown key {path[-1]!r} in {place}", nearest(path[-1], known) or known
-    if problem["type"] == "missing":
-        return f"{key} is missing", []
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"]), []
-    given = problem["input"]
-    if key == "data.name" and problem["type"] == "literal_error":
-        problem["msg"] += "; or 'folder', 'wds/NAME' or 'hfds/NAME'"
-    return f"{key} = {json.dumps(given, default=str)}: {problem['msg'][0].lower()}{problem['msg'][1:]}", []
-
-
-def _unknown_in_data(key: str, field: str, kind: str) -> tuple[str, list[str]]:
-    """The same of `[data]`, whose keys depend on where the images are."""
-    tables: dict[str, type[_Table]] = {_MEMORY: DataTable, _FILES: FilesTable}
-    other = _FILES if kind == _MEMORY else _MEMORY
-    if field in tables[other].model_fields:
-        return f"{key} is for {other.strip('()')}, not for {kind.strip('()')}", []
-    known = list(tables[kind].model_fields)
-    return f"unknown key {field!r} in [data]", nearest(field, known) or known
-
-
-def _keys(location: Sequence[str | int], tables: Any, missing: bool) -> list[str]:
-    """The keys of the file in a location; pydantic puts members of unions in between."""
-    keys: list[str] = []
-    here = tables
-    for part in location:
-        known = here if isinstance(here, dict) else range(len(here)) if isinstance(here, list | tuple) else ()
-        if part in known:
-            here = here[part]
-        elif not (missing and part == location[-1]):
-            continue
-        keys.append(str(part))
-    return keys
-
-
-def _fields(table: Sequence[str]) -> list[str]:
-    """The keys a table knows."""
-    model: Any = Recipe
-    for key in table:
-        fields = getattr(model, "model_fields", {})
-        model = fields[key].annotation if key in fields else (get_args(model) or (None,))[-1]
-    return list(getattr(model, "model_fields", {}))

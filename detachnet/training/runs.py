@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from detachnet.checkpoint import Header, TrainingState, read
+from detachnet.checkpoint.content import read
+from detachnet.checkpoint.header import Header, TrainingState
 from detachnet.errors import CheckpointError, RecipeError
 from detachnet.storage import LAST, locked, replace_file
 from detachnet.training.recipe import Recipe, load_recipe

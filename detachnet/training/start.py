@@ -19,7 +19,8 @@ from detachnet.surgery.plan import DetachPlan
 from detachnet.surgery.routes import SubModel
 from detachnet.surgery.stepdown import Stem
 from detachnet.training.data import Source
-from detachnet.training.recipe import FilesTable, Recipe
+from detachnet.training.recipe import Recipe
+from detachnet.training.tables import FilesTable
 from detachnet.training.weights import read_base
 from detachnet.zoo import WEIGHTS, build_model, new_layers
 

@@ -9,15 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detachnet.checkpoint import (
-    LIVE,
-    TRAINER,
-    TrainingState,
-    load_weights,
-    untied,
-    with_prefix,
-    without_prefix,
-)
+from detachnet.checkpoint.content import LIVE, TRAINER, untied, with_prefix, without_prefix
+from detachnet.checkpoint.header import TrainingState
+from detachnet.checkpoint.loading import load_weights
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.training.optimizer import AveragedWeights, make_optimizer
 from detachnet.training.recipe import Recipe

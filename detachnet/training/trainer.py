@@ -21,7 +21,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import distribute_bn
 from torch import Tensor
 
-from detachnet.checkpoint import check_storable, write
+from detachnet.checkpoint.saving import check_storable, write
 from detachnet.data.batches import BatchSource, mix
 from detachnet.data.datasets import load_data, select
 from detachnet.errors import RecipeError, TrainingError
@@ -33,12 +33,13 @@ from detachnet.surgery.layout import image_layout
 from detachnet.training.data import FileSource, MemorySource, Source
 from detachnet.training.optimizer import make_loss, make_schedule
 from detachnet.training.processes import open_processes, start_tracking, track
-from detachnet.training.recipe import FilesTable, Recipe
+from detachnet.training.recipe import Recipe
 from detachnet.training.results import result_rows, result_table
 from detachnet.training.runs import RunFolder, default_folder
 from detachnet.training.start import starting_family, with_routes
 from detachnet.training.state import RunState, new_state
 from detachnet.training.step import TrainingStep, sample_models
+from detachnet.training.tables import FilesTable
 
 SAVE_EVERY_S = 60.0
 """Seconds between two checkpoints; one is written at the end in any case."""

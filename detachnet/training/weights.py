@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from detachnet.checkpoint import KEY, read
+from detachnet.checkpoint.content import KEY, read
 from detachnet.errors import CheckpointError
 from detachnet.storage import locate_checkpoint
 

@@ -15,7 +15,7 @@ from detachnet_cli.app import app
 from typer.testing import CliRunner
 
 import detachnet
-from detachnet.checkpoint import read
+from detachnet.checkpoint.content import read
 from detachnet.storage import LOCK, locked
 from detachnet.training import trainer
 from detachnet.training.runs import RunFolder

@@ -11,9 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from detachnet.surgery.channel_layers import join_groups, joined_along
-from detachnet.surgery.channels import CONSTANT, SHARED, Channels, Layer, WholeError, along, compress, lean, spread
 from detachnet.surgery.tracer import Spec, leaves_of
+from detachnet.surgery.widths.channels import (
+    CONSTANT,
+    SHARED,
+    Channels,
+    Layer,
+    WholeError,
+    along,
+    compress,
+    lean,
+    spread,
+)
+from detachnet.surgery.widths.layers import join_groups, joined_along
 from detachnet.text import Shape
 
 

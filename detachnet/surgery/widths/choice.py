@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from detachnet.errors import WidthError, nearest
-from detachnet.surgery.channel_rules import tensors_of
-from detachnet.surgery.channels import CONSTANT, Channels, compress, distinct
-from detachnet.surgery.width_check import Fault, check_width
-from detachnet.surgery.width_patch import Patch
-from detachnet.surgery.widths import Group, costs, group_channels, group_names
+from detachnet.surgery.widths.channels import CONSTANT, Channels, compress, distinct
+from detachnet.surgery.widths.check import Fault, check_width
+from detachnet.surgery.widths.functions import tensors_of
+from detachnet.surgery.widths.groups import Group, costs, group_channels, group_names
+from detachnet.surgery.widths.patch import Patch
 from detachnet.text import Table, si
 
 DIVISOR = 8

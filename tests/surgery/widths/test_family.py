@@ -15,15 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import detachnet
 from detachnet import SubModel
 from detachnet.losses import MultiModelLoss, logits
-from detachnet.surgery.channel_run import find_channels
 from detachnet.surgery.layout import image_layout
 from detachnet.surgery.recalibration import recalibrate
 from detachnet.surgery.trace import trace
-from detachnet.surgery.width_choice import choose
-from detachnet.surgery.width_order import important
-from detachnet.surgery.width_read import SlicedLayer
-from detachnet.surgery.width_slice import slice_model
-from detachnet.surgery.width_store import restore, store
+from detachnet.surgery.widths.choice import choose
+from detachnet.surgery.widths.order import important
+from detachnet.surgery.widths.propagation import find_channels
+from detachnet.surgery.widths.reading import SlicedLayer
+from detachnet.surgery.widths.slicing import slice_model
+from detachnet.surgery.widths.storing import restore, store
 from detachnet.training.step import TrainingStep
 from tests.helpers import slow_but, without_dropout
 from tests.widths import randomize

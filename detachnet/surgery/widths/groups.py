@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from detachnet.surgery.channel_run import find_channels
-from detachnet.surgery.channels import CONSTANT, Channels, Side, distinct
 from detachnet.surgery.modules import unwrap
 from detachnet.surgery.trace import trace
 from detachnet.surgery.tracer import PREFIX, Leaves
+from detachnet.surgery.widths.channels import CONSTANT, Channels, Side, distinct
+from detachnet.surgery.widths.propagation import find_channels
 from detachnet.text import Table, si
 
 

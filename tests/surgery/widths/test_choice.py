@@ -9,9 +9,9 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import detachnet
-from detachnet.surgery.width_choice import choose
-from detachnet.surgery.width_order import important
-from detachnet.surgery.width_slice import slice_model
+from detachnet.surgery.widths.choice import choose
+from detachnet.surgery.widths.order import important
+from detachnet.surgery.widths.slicing import slice_model
 from tests import models
 from tests.widths import find, narrowed, randomize
 

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from detachnet.surgery.channels import Layer
 from detachnet.surgery.detached import DetachedModel
 from detachnet.surgery.graph import Root, TracedGraph, TracedModel
 from detachnet.surgery.modules import attribute, copies_of_computed_tensors, silence_hooks, unwrap
 from detachnet.surgery.tracer import PREFIX
-from detachnet.surgery.width_choice import Kept
-from detachnet.surgery.width_patch import kept_along_axes
+from detachnet.surgery.widths.channels import Layer
+from detachnet.surgery.widths.choice import Kept
+from detachnet.surgery.widths.patch import kept_along_axes
 
 _MADE = ("out_channels", "out_features")
 _READ = ("in_channels", "in_features", "num_features", "num_channels", "num_parameters", "channels")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from detachnet.surgery.channels import CONSTANT, Channels
 from detachnet.surgery.modules import unwrap
 from detachnet.surgery.tracer import PREFIX
-from detachnet.surgery.widths import group_channels, group_names
+from detachnet.surgery.widths.channels import CONSTANT, Channels
+from detachnet.surgery.widths.groups import group_channels, group_names
 
 _NORMS = ("norm", "group norm", "layer norm")
 

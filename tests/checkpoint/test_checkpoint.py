@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import detachnet
-from detachnet import checkpoint
+from detachnet.checkpoint import content
+from detachnet.checkpoint.loading import load_family
+from detachnet.checkpoint.saving import check_storable
 from detachnet.surgery.plan import Head, Norm
 from detachnet.zoo import ModelSource
 from tests import models
@@ -83,7 +85,7 @@ class Tied(nn.Module):
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     net = detachnet.make_detachable(Tied(), ["one"], (3, 8, 8)).eval()
     detachnet.save(net, tmp_path / "tied.safetensors")
-    header, tensors = checkpoint.read(tmp_path / "tied.safetensors")
+    header, tensors = content.read(tmp_path / "tied.safetensors")
     assert header.tied == {"base.two.weight": "base.one.weight"}
     assert "base.two.weight" not in tensors
     assert_same(detachnet.load(tmp_path / "tied.safetensors", Tied()), net, torch.randn(2, 3, 8, 8))
@@ -164,9 +166,9 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
 
 def rewrite(path: Path, change: dict[str, object]) -> None:
     """Change a header and give it a right checksum, as a malicious writer would."""
-    header, tensors = checkpoint.read(path)
+    header, tensors = content.read(path)
     text = json.dumps(json.loads(header.model_dump_json()) | change)
-    metadata = {"format": "pt", checkpoint.KEY: text, "sha256": checkpoint._digest(text, tensors)}
+    metadata = {"format": "pt", content.KEY: text, "sha256": content._digest(text, tensors)}
     save_file(tensors, path, metadata)
 
 
@@ -245,7 +247,7 @@ def test_one_model_alone(net: detachnet.DetachableNet, tmp_path: Path, name: str
     alone = detachnet.load(path)
     assert not any(module.training for module in alone.modules())
     assert torch.equal(alone(IMAGES), net(IMAGES, which=name))
-    header, tensors = checkpoint.read(path)
+    header, tensors = content.read(path)
     assert (header.detached, header.plan.names) == (name, tuple(dict.fromkeys(["base", name])))
     assert header.accuracy == {model: value for model, value in net.facts.accuracy.items() if model == name}
     assert tensors.keys() == net.detach(name).state_dict().keys()
@@ -270,7 +272,7 @@ def test_one_model_is_no_family(net: detachnet.DetachableNet, tmp_path: Path) ->
     path = tmp_path / "alone.safetensors"
     detachnet.save(net, path, which="sub1")
     with pytest.raises(detachnet.CheckpointError, match=r"holds sub1 alone[\s\S]*the file of the whole family"):
-        checkpoint.load_family(path)
+        load_family(path)
     rewrite(path, {"detached": "sub7"})
     with pytest.raises(
         detachnet.CheckpointError, match=r"says something unknown[\s\S]*'sub7', which is none of the models"
@@ -391,8 +393,8 @@ def test_what_loading_refuses_is_refused_before(kwargs: dict[str, object], messa
     model = detachnet.create_model("timm:resnet18", num_classes=5, **kwargs)
     net = detachnet.make_detachable(model, ["layer1"], (3, 32, 32), check="none")
     with pytest.raises(detachnet.CheckpointError, match=message):
-        checkpoint.check_storable(net)
-    checkpoint.check_storable(net, own=True)
+        check_storable(net)
+    check_storable(net, own=True)
 
 
 def test_what_timm_made_loads_without_its_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

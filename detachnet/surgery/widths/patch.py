@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from detachnet.surgery.channel_rules import operation
-from detachnet.surgery.channels import CONSTANT, Layer, compress
+from detachnet.surgery.widths.channels import CONSTANT, Layer, compress
+from detachnet.surgery.widths.functions import operation
 
 _SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split")
 _SIZED = ("view", "reshape", "expand")

@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from detachnet.surgery.channels import Channels, Kind, Layer, WholeError, along, distinct, spread
 from detachnet.surgery.tracer import PREFIX
+from detachnet.surgery.widths.channels import Channels, Kind, Layer, WholeError, along, distinct, spread
 from detachnet.text import Shape
 
 MOVES = ("Flatten", "Unflatten", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "Permute")

@@ -14,11 +14,18 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from detachnet.surgery.channel_rules import ELEMENTWISE, asks_for_shape, broadcast, execute, operation, tensors_of
-from detachnet.surgery.channel_run import arguments
-from detachnet.surgery.channels import Channels
 from detachnet.surgery.tracer import leaves_of
-from detachnet.surgery.width_patch import NoProductError, Patch, narrowed, patch_move, patch_norm
+from detachnet.surgery.widths.channels import Channels
+from detachnet.surgery.widths.functions import (
+    ELEMENTWISE,
+    asks_for_shape,
+    broadcast,
+    execute,
+    operation,
+    tensors_of,
+)
+from detachnet.surgery.widths.patch import NoProductError, Patch, narrowed, patch_move, patch_norm
+from detachnet.surgery.widths.propagation import arguments
 
 
 @dataclass(frozen=True)

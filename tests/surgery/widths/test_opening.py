@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 import detachnet
-from detachnet.surgery.channel_layers import is_known
-from detachnet.surgery.opening import open_layers
 from detachnet.surgery.trace import trace
 from detachnet.surgery.tracer import NO_LEAVES
+from detachnet.surgery.widths.layers import is_known
+from detachnet.surgery.widths.opening import open_layers
 from tests.widths import narrowed, randomize
 
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from detachnet.surgery.channels import Layer
 from detachnet.surgery.modules import copies_of_computed_tensors, meta_twin
-from detachnet.surgery.width_choice import Kept
-from detachnet.surgery.width_patch import kept_along_axes
-from detachnet.surgery.width_slice import layer_picks, set_counts, slice_layer
+from detachnet.surgery.widths.channels import Layer
+from detachnet.surgery.widths.choice import Kept
+from detachnet.surgery.widths.patch import kept_along_axes
+from detachnet.surgery.widths.slicing import layer_picks, set_counts, slice_layer
 
 
 class Pick:

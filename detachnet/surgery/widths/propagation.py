@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from detachnet.surgery.channel_layers import MOVES, class_names, is_known, run_layer
-from detachnet.surgery.channel_rules import run_function, tensors_of
-from detachnet.surgery.channels import SHARED, Channels, WholeError, lean
 from detachnet.surgery.graph import TracedGraph, TracedModel
 from detachnet.surgery.modules import attribute, evaluating
-from detachnet.surgery.opening import open_layers
 from detachnet.surgery.tracer import PREFIX, Leaves, Spec, leaves_of, thaw
+from detachnet.surgery.widths.channels import SHARED, Channels, WholeError, lean
+from detachnet.surgery.widths.functions import run_function, tensors_of
+from detachnet.surgery.widths.layers import MOVES, class_names, is_known, run_layer
+from detachnet.surgery.widths.opening import open_layers
 
 _LARGE = 2**18
 """Tensors with more elements have no atom for each: they stay, and what meets them."""

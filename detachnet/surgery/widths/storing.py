@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from detachnet.errors import WidthError, nearest
-from detachnet.surgery.channel_run import find_channels, find_channels_of
-from detachnet.surgery.channels import CONSTANT, Channels
 from detachnet.surgery.graph import TracedModel
 from detachnet.surgery.routes import SubModel
-from detachnet.surgery.width_check import Fault, check_width
-from detachnet.surgery.width_choice import Kept, KeptGroup, choose, unit_size
-from detachnet.surgery.width_order import important
-from detachnet.surgery.widths import group_channels, group_names
+from detachnet.surgery.widths.channels import CONSTANT, Channels
+from detachnet.surgery.widths.check import Fault, check_width
+from detachnet.surgery.widths.choice import Kept, KeptGroup, choose, unit_size
+from detachnet.surgery.widths.groups import group_channels, group_names
+from detachnet.surgery.widths.order import important
+from detachnet.surgery.widths.propagation import find_channels, find_channels_of
 
 Stored = Mapping[str, int | str]
 """Name of a group → how many of its units are kept, from the first on; or which of them, as the bits of a

@@ -1,0 +1,140 @@
+"""net -> one file, which says what it takes to build the family again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from detachnet.checkpoint.content import split_state, write_file
+from detachnet.checkpoint.fingerprint import difference_from_source, fingerprint
+from detachnet.checkpoint.header import Header, Source, TrainingState
+from detachnet.errors import CheckpointError, ModelError, one_line
+from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.plan import BASE
+from detachnet.zoo import ModelSource, inferred_source
+
+logger = logging.getLogger("detachnet")
+_AS_OWN = "save(net, path, own=True), then load(path, model=...) with the model as it is now"
+
+
+def save(net: DetachableNet, path: str | Path, which: str | None = None, *, own: bool = False) -> None:
+    """Write a family, or one of its models alone, to one safetensors file.
+
+    The file appears complete or not at all: it is written beside its place and renamed.
+
+    Args:
+        net: The family.
+        path: Where to.
+        which: A model to write alone, with only the weights it needs: `load` gives what `net.detach(which)` does.
+        own: Write it as a model of your own even if it came from the zoo, as one that was changed must be: loading
+            then needs `load(path, model=...)`.
+
+    Raises:
+        CutError: No model is called `which`.
+        CheckpointError: The file cannot be written, or loading would not give this model.
+    """
+    check_storable(net, own)
+    header = _header(net, own)
+    if header.source is None:
+        why = "" if own else _unlike_timms(net.base)
+        logger.info("%s: loading it needs the model: load(path, model=%s(...))%s", path, net.plan.model, why)
+    if which is None:
+        write_file(path, header, net.state_dict(), {})
+    else:
+        is_narrow = which in net.names and bool(net.plan[which].kept)
+        module = net.detach(which, share=not is_narrow)
+        write_file(path, _alone(header, which), module.state_dict(), {})
+
+
+def check_storable(net: DetachableNet, own: bool = False) -> None:
+    """Refuse a family whose file would not load, or load as another network.
+
+    Args:
+        net: The family; a training run asks before it begins.
+        own: As in `save`.
+
+    Raises:
+        CheckpointError: The model's arguments cannot be stored, it is no longer what they build, or a layer has a
+            state that is no tensor and no JSON.
+    """
+    header = _header(net, own)
+    split_state(net.state_dict())
+    if header.source is None or net.source is None:
+        return
+    if difference := difference_from_source(net.base, net.source):
+        raise CheckpointError(
+            f"the model is not what {net.source.name} with its arguments builds: it was changed afterwards",
+            what=difference,
+            hint=_AS_OWN,
+        )
+
+
+def write(
+    net: DetachableNet,
+    path: str | Path,
+    training: TrainingState | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+) -> None:
+    """`save`, with what a training needs to go on: its state and its tensors, under one of the two prefixes."""
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in (extra or {}).items()}
+    write_file(path, _header(net).model_copy(update={"training": training}), net.state_dict(), kept)
+
+
+def _header(net: DetachableNet, own: bool = False) -> Header:
+    """What a family's file says, but for its tensors."""
+    known = None if own else net.source or _timms_own(net.base)
+    try:
+        source = Source(name=known.name, kwargs=known.kwargs) if known else None
+    except ValidationError as error:
+        raise CheckpointError(
+            "the arguments the model was made with cannot be stored in a file",
+            what=f"{net.source}",
+            hint=f"use numbers, strings and booleans only; or {_AS_OWN}",
+        ) from error
+    tensors = [*net.parameters(), *net.buffers()]
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+    said: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "fingerprint": fingerprint(net.base)}
+    try:
+        return Header(source=source, plan=net.plan, **said, **dict(net.facts))
+    except ValidationError as error:
+        raise CheckpointError(
+            "what is known of the family cannot be stored in a file",
+            what=one_line(error),
+            hint="net.facts says it: data, trained and accuracy",
+        ) from error
+
+
+def _timms_own(model: nn.Module) -> ModelSource | None:
+    """The name and arguments of a model that `timm.create_model` made, if they build the same one again."""
+    source = inferred_source(model)
+    try:
+        return source if source and not difference_from_source(model, source) else None
+    except ModelError:
+        return None
+
+
+def _unlike_timms(model: nn.Module) -> str:
+    """What keeps a model of timm's from being made again by its name; nothing of another."""
+    source = inferred_source(model)
+    try:
+        return f"; unlike {source.name}, {difference_from_source(model, source)}" if source else ""
+    except ModelError:
+        return ""
+
+
+def _alone(header: Header, name: str) -> Header:
+    """The same of one model of the family."""
+    models = tuple(model for model in header.plan.models if model.name in (BASE, name))
+    change = {
+        "plan": header.plan.model_copy(update={"models": models}),
+        "trained": tuple(model for model in header.trained if model == name),
+        "accuracy": {model: value for model, value in header.accuracy.items() if model == name},
+        "detached": name,
+    }
+    return header.model_copy(update=change)
