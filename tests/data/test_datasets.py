@@ -63,10 +63,10 @@ def write_binary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     return records
 
 
-def write_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """The same in torchvision's Python layout."""
+def write_python(folder: Path, monkeypatch: pytest.MonkeyPatch, pixels: np.ndarray | None = None) -> np.ndarray:
+    """The same, or those given, in torchvision's Python layout."""
     folder.mkdir(parents=True)
-    pixels = np.random.randint(0, 256, (6, 10, 3072), dtype=np.uint8)
+    pixels = np.random.randint(0, 256, (6, 10, 3072), dtype=np.uint8) if pixels is None else pixels
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     listed = []
     for name, content in zip(names, pixels, strict=True):

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import detachnet
 from detachnet.data.batches import Batches
-from detachnet.data.datasets import Split, describe_data
+from detachnet.data.datasets import Split, describe_data, select
 from detachnet.evaluation import evaluate
 from detachnet.surgery.layout import image_layout
 from detachnet.training import trainer
@@ -411,7 +411,7 @@ def test_a_compiled_training(whole: Path, tmp_path: Path) -> None:
 
 def loop(chosen: Recipe, folder: Path) -> trainer._Loop:
     """What a run has before its first step."""
-    source = MemorySource(chosen.data, tenth())
+    source = MemorySource(chosen.data, select(tenth(), chosen.data.num_train, chosen.data.holdout))
     with open_processes(chosen, RunFolder(folder)) as accelerator:
         net = starting_family(chosen, source, accelerator.device, several=False, resuming=False)
         batches, test = trainer._deal(chosen, source, net, accelerator)
