@@ -17,8 +17,7 @@ from detachnet.data.batches import Batches, augment
 from detachnet.data.datasets import Split, describe_data, load_data, select
 from detachnet.data.folders import open_files
 from detachnet.facts import DataInfo, scale_and_shift
-from tests.data.test_datasets import write_binary, write_python
-from tests.folders import write_folder
+from tests.folders import write_binary, write_folder, write_python
 
 
 def test_the_binary_cifar10_is_what_torchvision_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -433,8 +433,11 @@ def test_graphs_are_compared_at_one_image_and_at_three(wrong: int) -> None:
 
 @pytest.mark.parametrize(
     ("largest", "difference", "fine"),
-    [(1.0, 0.9e-5, True), (1.0, 1.2e-5, False), (0.1, 0.9e-5, True), (0.1, 1.1e-5, False)]
-    + [(10.0, 0.8e-4, True), (10.0, 1.3e-4, False)],
+    [
+        *[(1.0, 0.9e-5, True), (1.0, 1.2e-5, False)],
+        *[(0.1, 0.9e-5, True), (0.1, 1.1e-5, False)],
+        *[(10.0, 0.8e-4, True), (10.0, 1.3e-4, False)],
+    ],
 )
 def test_what_a_graph_may_differ_by(largest: float, difference: float, fine: bool) -> None:
     """1e-5, and that of the largest output where it is above 1."""

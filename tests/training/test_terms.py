@@ -18,8 +18,7 @@ from detachnet.checkpoint import read
 from detachnet.training import trainer
 from detachnet.training.recipe import Recipe, load_recipe
 from detachnet.training.trainer import Listener, train
-from tests.runs import QUICKSTART, SMALL, KillAfter, Killed
-from tests.training.test_trainer import loop
+from tests.runs import QUICKSTART, SMALL, KillAfter, Killed, loop
 
 pytestmark = pytest.mark.usefixtures("little_data")
 
@@ -174,7 +173,7 @@ def test_every_term_of_a_step_is_what_torch_has(tmp_path: Path, small: Callable[
         assert row["test_loss"] == pytest.approx(ours["test_loss"], rel=2e-3)
         assert row["test_accuracy"] == pytest.approx(ours["test_accuracy"], abs=0.021)
     for (key, mine), (_, other) in zip(one.state.net.state_dict().items(), net.state_dict().items(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4, msg=lambda text: f"{key}: {text}")
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4, msg=key)
 
 
 def test_an_average_of_the_weights(tmp_path: Path, small: Callable[..., Recipe]) -> None:
