@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test fast lint docs zoo zoo-sample study bench clean
+.PHONY: quickstart test fast fuzz lint docs zoo zoo-sample study bench soak clean
 
 quickstart: .venv/package ## train a small family on embedded data, a few minutes on two cores
 	rm -rf runs/quickstart
@@ -13,6 +13,9 @@ test: .venv/dev ## everything that must pass
 
 fast: .venv/dev ## the tests that are not marked slow, five minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --max-worker-restart 0
+
+fuzz: .venv/dev ## random recipes, headers, manifests, cuts, sizes and run folders; FUZZ=10000 of them
+	FUZZ=$(or $(FUZZ),10000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz --timeout 0
 
 lint: .venv/dev ## format, rules, types
 	$(BIN)/ruff format --check .
@@ -40,7 +43,11 @@ bench: .venv/dev .venv/peers/ready ## the quick benchmarks
 	$(BIN)/python benchmarks/data_pipeline.py --quick
 	$(BIN)/python benchmarks/image_files.py --quick
 	$(BIN)/python benchmarks/deadline.py --quick
+	$(BIN)/python benchmarks/soak.py --quick
 	.venv/peers/bin/python benchmarks/peers.py --quick
+
+soak: .venv/dev ## a DeadlineRunner at 0.5 to 4 times the base-model's load, some minutes
+	$(BIN)/python benchmarks/soak.py --json benchmarks/results/soak.json
 
 clean:
 	rm -rf .venv site build *.egg-info

@@ -98,7 +98,7 @@ class CheckpointError(DetachNetError):
 
 
 class TrainingError(DetachNetError):
-    """A training whose losses or weights are not finite any more."""
+    """A training whose losses or weights are not finite any more, or that finds no memory."""
 
 
 class MeasurementError(DetachNetError, ValueError):

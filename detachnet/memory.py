@@ -20,6 +20,17 @@ RUNS = 5
 Run = Callable[[], object]
 
 
+_SHORT = ("out of memory", "allocate memory", "not enough memory", "could not create a primitive", "bad_alloc")
+"""What torch's errors say where there was no memory: CUDA's, the CPU's, those of oneDNN and of C++."""
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error is of memory that was not there."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SHORT)
+
+
 def keep_freed() -> None:
     """Have this process keep the memory it frees, where glibc is its C library; elsewhere nothing happens.
 

@@ -1,12 +1,16 @@
-"""A little data set of image files, made by the tests that read it."""
+"""Little data sets in files, made by the tests that read them."""
 
+import hashlib
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torchvision
 from PIL import Image
 
-from detachnet.data import shards
+from detachnet.data import datasets, shards
 from detachnet.training.recipe import Recipe, parse_recipe
 
 CLASSES = ("10", "9", "cat", "dog")
@@ -54,3 +58,35 @@ def make_shards(folder: Path, out: Path, per_shard: int) -> Path:
     """The folder of shards, made."""
     shards.make_shards(folder, out, per_shard)
     return out
+
+
+def write_binary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """A CIFAR-10 of ten records a file in the binary layout, with checksums to match."""
+    folder.mkdir(parents=True)
+    records = np.random.randint(0, 256, (6, 10, 3073), dtype=np.uint8)
+    records[:, :, 0] = np.arange(10)
+    sums = {}
+    for name, content in zip(datasets._CIFAR10_BINARY, records, strict=True):
+        (folder / name).write_bytes(content.tobytes())
+        sums[name] = hashlib.sha256(content.tobytes()).hexdigest()
+    monkeypatch.setattr(datasets, "_CIFAR10_BINARY", sums)
+    return records
+
+
+def write_python(folder: Path, monkeypatch: pytest.MonkeyPatch, pixels: np.ndarray | None = None) -> np.ndarray:
+    """The same, or those given, in torchvision's Python layout."""
+    folder.mkdir(parents=True)
+    pixels = np.random.randint(0, 256, (6, 10, 3072), dtype=np.uint8) if pixels is None else pixels
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    listed = []
+    for name, content in zip(names, pixels, strict=True):
+        raw = pickle.dumps({"data": content, "labels": list(range(10))})
+        (folder / name).write_bytes(raw)
+        listed.append((name, hashlib.md5(raw).hexdigest()))
+    raw = pickle.dumps({"label_names": list(datasets._CIFAR10_CLASSES)})
+    (folder / "batches.meta").write_bytes(raw)
+    cifar = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cifar, "train_list", listed[:5])
+    monkeypatch.setattr(cifar, "test_list", listed[5:])
+    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": hashlib.md5(raw).hexdigest()})
+    return pixels

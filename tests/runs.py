@@ -9,8 +9,14 @@ from pathlib import Path
 import torch
 
 import detachnet
-from detachnet.data.datasets import Split, load_data
+from detachnet.data.datasets import Split, load_data, select
+from detachnet.training import trainer
+from detachnet.training.data import MemorySource
+from detachnet.training.processes import open_processes
 from detachnet.training.recipe import Recipe, load_recipe
+from detachnet.training.runs import RunFolder
+from detachnet.training.start import starting_family
+from detachnet.training.state import new_state
 from detachnet.training.trainer import Listener
 
 ROOT = Path(__file__).parents[1]
@@ -67,3 +73,14 @@ def assert_same_run(one: Path, other: Path) -> None:
         first, second = detachnet.load(one / name), detachnet.load(other / name)
         for (key, a), (_, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
             assert torch.equal(a, b), (name, key)
+
+
+def loop(chosen: Recipe, folder: Path) -> trainer._Loop:
+    """What a run has before its first step."""
+    source = MemorySource(chosen.data, select(tenth(), chosen.data.num_train, chosen.data.holdout))
+    with open_processes(chosen, RunFolder(folder)) as accelerator:
+        net = starting_family(chosen, source, accelerator.device, several=False, resuming=False)
+        batches, test = trainer._deal(chosen, source, net, accelerator)
+        state = new_state(chosen, net, accelerator.device)
+        step = trainer._make_step(chosen, state, accelerator)
+    return trainer._Loop(chosen, RunFolder(folder), accelerator, batches, test, state, step, Listener())

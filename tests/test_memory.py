@@ -51,9 +51,22 @@ def test_without_it_memory_goes_back() -> None:
     assert freed < 20e6
 
 
-def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("system", ["darwin", "linux"])
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    """Not even looked at on another system; on Linux asked for its name first, which musl has not."""
     from detachnet import memory as heap
 
-    monkeypatch.setattr(sys, "platform", "darwin")
+    class Musl:
+        def mallopt(self, *_: int) -> None:
+            raise AssertionError("musl's was called")
+
+        malloc_trim = mallopt
+
+    def opened(name: None) -> Musl:
+        assert system == "linux"
+        return Musl()
+
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(heap.ctypes, "CDLL", opened)
     heap.keep_freed()
     heap.give_back()

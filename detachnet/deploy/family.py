@@ -135,7 +135,7 @@ class Family:
         Raises:
             BudgetError: No model is fast enough, or both arguments are given.
             CutError: No model has that name.
-            DataError: The image is broken or has another size.
+            DataError: The image is broken, not finite or has another size.
             MeasurementError: There are no latencies to choose by.
         """
         if model is not None and budget_ms is not None:
@@ -224,6 +224,11 @@ class Family:
             raise DataError(
                 f"the family takes normalized images, not {str(image.dtype).removeprefix('torch.')} pixels",
                 hint="give the picture or its file, or normalize: (pixel / 255 - mean) / std",
+            )
+        if not (finite := image.isfinite()).all():
+            raise DataError(
+                f"the image holds {float(image[~finite][0])}: no model has an answer to it",
+                hint="look for a division by zero, or a sensor that gave nothing",
             )
         return image
 

@@ -24,9 +24,9 @@ from torch import Tensor
 from detachnet.checkpoint.saving import check_storable, write
 from detachnet.data.batches import BatchSource, mix
 from detachnet.data.datasets import load_data, select
-from detachnet.errors import RecipeError, TrainingError
+from detachnet.errors import RecipeError, TrainingError, one_line
 from detachnet.evaluation import score_batches, scores
-from detachnet.memory import keep_freed
+from detachnet.memory import is_shortage, keep_freed
 from detachnet.storage import replace_file
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.layout import image_layout
@@ -109,7 +109,8 @@ def train(
     Raises:
         DetachNetError: The data, the model, the cuts or the folder are not as they must be, or another process
             writes the folder.
-        TrainingError: A loss or a weight is not finite any more; the last good checkpoint is kept.
+        TrainingError: A loss or a weight is not finite any more, or memory is short; the last good checkpoint is
+            kept.
 
     Examples:
         >>> result = detachnet.train(detachnet.load_recipe("quickstart"))
@@ -241,7 +242,7 @@ class _Loop:
         self.listener.on_start(self.state.net, self.updates, epochs * len(self.batches))
         if self.updates:
             self._check_finite()
-        with _interruptible(self.interrupted):
+        with _interruptible(self.interrupted), self._short_of_memory():
             while self.state.epoch < epochs:
                 if self._train_epoch():
                     self._end_epoch()
@@ -252,6 +253,26 @@ class _Loop:
         if self.state.epoch == epochs:
             return "finished"
         return "interrupted" if self.interrupted.is_set() else "time is up"
+
+    @contextmanager
+    def _short_of_memory(self) -> Iterator[None]:
+        """A training that finds no memory says so.
+
+        Raises:
+            TrainingError: In the place of whatever torch raises then.
+        """
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_shortage(error):
+                raise
+            epoch, step = self.state.epoch + 1, self.state.step + 1
+            raise TrainingError(
+                f"there is no memory left in epoch {epoch}, step {step} of {len(self.batches)}",
+                what=f"{self._kept()}; torch says: {one_line(error) or type(error).__name__}",
+                hint="free some and --resume; or start anew with a smaller train.batch_size or "
+                "train.strategy = 'separate'",
+            ) from error
 
     def _train_epoch(self) -> bool:
         """Make the rest of the current epoch's steps; False if that was stopped."""
@@ -375,16 +396,19 @@ class _Loop:
             models = [m for m in self.recipe.models if name in state.net.parameters_of([m])]
             raise self._gone_wrong(f"{name!r}, a weight of {(models or ['base'])[0]}, is not finite", state.step)
 
+    def _kept(self) -> str:
+        """What there is to go on from."""
+        saved = [path for path in (self.folder.last, self.folder.best) if path.exists()]
+        return f"{saved[0]} is the last good checkpoint" if saved else "nothing was saved before"
+
     def _gone_wrong(self, what: str, step: int) -> TrainingError:
         """What is said of a training that cannot go on."""
-        epoch, saved = self.state.epoch + 1, [self.folder.last, self.folder.best]
+        epoch = self.state.epoch + 1
         if not step and self.state.rows:
             epoch, step = epoch - 1, len(self.batches)
-        good = next((path for path in saved if path.exists()), None)
-        kept = "nothing was saved before" if good is None else f"{good} is the last good checkpoint"
         return TrainingError(
             f"the training went wrong in epoch {epoch}, step {step} of {len(self.batches)}: {what}",
-            what=f"{kept}; the learning rate is {self.state.optimizer.param_groups[0]['lr']:g}",
+            what=f"{self._kept()}; the learning rate is {self.state.optimizer.param_groups[0]['lr']:g}",
             hint="start again in another folder with a smaller optimizer.lr or more schedule.warmup_epochs",
         )
 

@@ -1,10 +1,8 @@
 import hashlib
 import os
-import pickle
 from importlib import resources
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torchvision
@@ -13,6 +11,7 @@ import detachnet
 from detachnet.data import datasets as data
 from detachnet.data.batches import Batches, augment
 from detachnet.data.datasets import Split, describe_data, load_data
+from tests.folders import write_binary, write_python
 
 FULL = Path(__file__).parents[3] / "shared" / "data"
 needs_full = pytest.mark.skipif(not FULL.is_dir(), reason="the full CIFAR-10 is not on this machine")
@@ -48,38 +47,6 @@ def test_damaged_mini(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.hashlib, "sha256", hashlib.md5)
     with pytest.raises(detachnet.DataError, match="cifar10-mini is damaged"):
         load_data("cifar10-mini")
-
-
-def write_binary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """A CIFAR-10 of ten records a file in the binary layout, with checksums to match."""
-    folder.mkdir(parents=True)
-    records = np.random.randint(0, 256, (6, 10, 3073), dtype=np.uint8)
-    records[:, :, 0] = np.arange(10)
-    sums = {}
-    for name, content in zip(data._CIFAR10_BINARY, records, strict=True):
-        (folder / name).write_bytes(content.tobytes())
-        sums[name] = hashlib.sha256(content.tobytes()).hexdigest()
-    monkeypatch.setattr(data, "_CIFAR10_BINARY", sums)
-    return records
-
-
-def write_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """The same in torchvision's Python layout."""
-    folder.mkdir(parents=True)
-    pixels = np.random.randint(0, 256, (6, 10, 3072), dtype=np.uint8)
-    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    listed = []
-    for name, content in zip(names, pixels, strict=True):
-        raw = pickle.dumps({"data": content, "labels": list(range(10))})
-        (folder / name).write_bytes(raw)
-        listed.append((name, hashlib.md5(raw).hexdigest()))
-    raw = pickle.dumps({"label_names": list(data._CIFAR10_CLASSES)})
-    (folder / "batches.meta").write_bytes(raw)
-    cifar = torchvision.datasets.CIFAR10
-    monkeypatch.setattr(cifar, "train_list", listed[:5])
-    monkeypatch.setattr(cifar, "test_list", listed[5:])
-    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": hashlib.md5(raw).hexdigest()})
-    return pixels
 
 
 @pytest.mark.parametrize("inside", [False, True])

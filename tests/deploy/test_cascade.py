@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import detachnet
 from detachnet.data.datasets import Split
+from detachnet.deploy import cascade
 from detachnet.deploy.backends import TorchBackend
 from detachnet.deploy.cascade import Cascade, Curve, Scores, all_points, calibrate, evaluate, pareto, score, thin
 from detachnet.deploy.family import Family
@@ -194,6 +195,68 @@ def test_calibration_and_report_are_disjoint(net: detachnet.DetachableNet) -> No
     assert curve.chosen is not None
     assert curve.chosen.models[-1] == "base"
     assert curve.chosen.accuracy < 0.5
+
+
+def drawn(n: int = 24) -> Scores:
+    """Two kinds of images in turn: of the second ones every model knows less."""
+    generator = torch.Generator().manual_seed(4)
+    macs, confidence, right = {"large": 100, "medium": 50, "small": 10}, {}, {}
+    for name, share in (("large", 0.9), ("medium", 0.75), ("small", 0.6)):
+        confidence[name] = torch.rand(n, generator=generator)
+        luck = torch.rand(n, generator=generator)
+        luck[1::2] += 0.25
+        right[name] = luck < share * (0.6 + 0.6 * confidence[name])
+    return Scores(confidence, right, macs)
+
+
+def by_hand(scores: Scores, first: int, chain: tuple[str, ...], threshold: float) -> tuple[float, float]:
+    """Accuracy and MACs per image of every other image, one after another."""
+    right = spent = count = 0
+    for i in range(first, scores.num_images, 2):
+        count += 1
+        for name in chain:
+            spent += scores.macs[name]
+            if scores.confidence[name][i] >= threshold or name == chain[-1]:
+                right += bool(scores.right[name][i])
+                break
+    return right / count, spent / count
+
+
+def test_chosen_on_the_first_half_measured_on_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside every chain at every threshold, tried one by one."""
+    scores = drawn()
+    monkeypatch.setattr(cascade, "score", lambda *_: scores)
+    images = Split(torch.zeros(24, 3, 2, 2), torch.zeros(24), ())
+    chains = [("small", "medium"), ("small", "large"), ("medium", "large"), ("small", "medium", "large")]
+    tried = {
+        (chain, threshold): by_hand(scores, 0, chain, threshold)
+        for chain in chains
+        for threshold in torch.cat([scores.confidence[name][::2] for name in chain[:-1]]).double().tolist()
+    }
+    for target in (0.6, 0.75, max(accuracy for accuracy, _ in tried.values())):
+        curve = calibrate(None, images, target_accuracy=target)  # type: ignore[arg-type]
+        chosen = curve.chosen
+        assert chosen is not None
+        accuracy, macs = by_hand(scores, 0, chosen.models, chosen.threshold)
+        assert accuracy >= target
+        assert macs == min(macs for accuracy, macs in tried.values() if accuracy >= target)
+        assert (chosen.accuracy, chosen.mean_macs) == by_hand(scores, 1, chosen.models, chosen.threshold)
+        assert chosen.n == 12
+    for target in (40, 70, 100):
+        chosen = calibrate(None, images, target_macs=target).chosen  # type: ignore[arg-type]
+        assert chosen is not None
+        accuracy, macs = by_hand(scores, 0, chosen.models, chosen.threshold)
+        assert macs <= target
+        assert accuracy == max(accuracy for accuracy, macs in tried.values() if macs <= target)
+        assert (chosen.accuracy, chosen.mean_macs) == by_hand(scores, 1, chosen.models, chosen.threshold)
+    assert [single.models[0] for single in curve.singles] == ["small", "medium", "large"]
+    for point in (*curve.singles, *curve.points):
+        assert (point.accuracy, point.mean_macs) == by_hand(scores, 1, point.models, point.threshold)
+    assert {by_hand(scores, 0, point.models, point.threshold) for point in curve.points} == {
+        (accuracy, macs)
+        for accuracy, macs in tried.values()
+        if not any(a >= accuracy and m <= macs and (a, m) != (accuracy, macs) for a, m in tried.values())
+    }
 
 
 def test_targets(net: detachnet.DetachableNet) -> None:

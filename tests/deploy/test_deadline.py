@@ -12,7 +12,7 @@ import torch
 
 import detachnet
 from detachnet.deploy.backends import TorchBackend
-from detachnet.deploy.deadline import HOLD, DeadlineRunner, LoadPolicy, Served
+from detachnet.deploy.deadline import DeadlineRunner, LoadPolicy, Served
 from detachnet.deploy.family import Answer, Family
 from tests.families import make, profile_of
 
@@ -99,8 +99,38 @@ def test_does_not_flap() -> None:
     rungs = [list(LATENCY_S).index(model) for model, _ in served]
     ups = [i for i, (before, after) in enumerate(pairwise(rungs)) if after < before]
     assert policy.switches == sum(before != after for before, after in pairwise(rungs))
-    assert all(later - earlier >= HOLD for earlier, later in pairwise(ups))
+    assert all(later - earlier >= 25 for earlier, later in pairwise(ups))
     assert all(rungs[i] - rungs[i + 1] == 1 for i in ups)
+
+
+def test_comes_back_after_25_requests_with_room_and_one_step_at_a_time() -> None:
+    policy = ladder()
+    assert policy.choose(0.0, 1000) == "sub1"
+    assert [policy.choose(0.0, 0) for _ in range(51)] == ["sub1"] * 24 + ["sub0"] * 25 + ["base"] * 2
+    assert policy.choose(0.0, 1000) == "sub1"
+    calm = [policy.choose(0.0, 0) for _ in range(24)]
+    policy.choose(0.050, 0)  # in time with sub1, but without room for sub0: it counts anew
+    assert calm + [policy.choose(0.0, 0) for _ in range(25)] == ["sub1"] * 48 + ["sub0"]
+
+
+@pytest.mark.parametrize(("target_s", "back"), [(0.0172, "base"), (0.0170, "sub0")])
+def test_room_is_seven_tenths_of_the_target(target_s: float, back: str) -> None:
+    """The base-model's p99 is 12 ms: 0.7 of 17.2 ms are more, of 17.0 ms less."""
+    policy = LoadPolicy(LATENCY_S, target_s, tuple(LATENCY_S))
+    assert policy.choose(0.0, 1000) == "sub1"
+    for _ in range(100):
+        policy.choose(0.0, 0)
+    assert policy.model == back
+
+
+def test_the_estimate_is_that_of_tcp() -> None:
+    """RFC 6298 with a weight of 1/32: by hand, for a run of twice its median and one of just that."""
+    policy = LoadPolicy({"base": (0.010, 0.012)}, 1.0, ["base"])
+    policy.observe("base", 0.020)  # mean 1 + 1/32; deviation 0.05 + 0.95 / 32
+    assert policy.expect_s("base", 0, 0) == pytest.approx(0.010 * (1.03125 + 4 * 0.0796875), abs=1e-12)
+    policy.observe("base", 0.010)
+    assert policy.expect_s("base", 0, 0) == pytest.approx(0.0134296875, abs=1e-12)
+    assert policy.expect_s("base", 0, 10) == pytest.approx(0.10302734375 + 0.0134296875, abs=1e-12)
 
 
 def test_follows_a_machine_that_slows_down_and_recovers() -> None:
@@ -305,6 +335,22 @@ def serve(
         return runner, [answer.latency_s for answer in answers]
 
 
+def test_a_wait_is_no_slowness_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "Thread", NoThread)
+    stub = Stub()
+    runner = DeadlineRunner(stub, 1e3 * TARGET_S, clock=lambda: stub.now)  # type: ignore[arg-type]
+    stub.service_s = lambda model, now: LATENCY_S[model][0]
+    future = runner.submit(torch.zeros(3, 2, 2))
+    request = runner._waiting.get()
+    assert request is not None
+    stub.now = 0.030
+    runner._answer(request)
+    served = future.result(0)
+    assert (served.model, served.waited_s, served.service_s) == ("base", 0.030, pytest.approx(0.010))
+    # The run took its median: the mean stays, the deviation of 0.05 loses a 32nd.
+    assert runner.policy.expect_s("base", 0, 0) == pytest.approx(0.010 * (1 + 4 * 0.05 * 31 / 32))
+
+
 @pytest.mark.parametrize(("rate", "stall_s"), [(200, 0), (200, 3), (400, 1), (400, 3), (900, 0)])
 def test_what_is_answered_is_in_time_whatever_happens(
     monkeypatch: pytest.MonkeyPatch, rate: float, stall_s: float
@@ -364,6 +410,17 @@ def test_a_run_that_ends_the_program_fails_its_request_only(
     assert isinstance(futures[1].exception(0), error)
     assert [future.exception(0) for i, future in enumerate(futures) if i != 1] == [None] * 3
     assert (runner.counts.answered, runner.counts.failed) == (3, 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_an_image_that_is_not_finite_gets_no_answer(family: Family, value: float) -> None:
+    image = torch.zeros(3, 32, 32)
+    image[1, 2, 3] = value
+    with DeadlineRunner(family, target_ms=10_000) as runner:
+        future = runner.submit(image)
+    with pytest.raises(detachnet.DataError, match=f"the image holds {value}"):
+        future.result(0)
+    assert (runner.counts.answered, runner.counts.failed) == (0, 1)
 
 
 def test_an_image_that_changes_afterwards(family: Family, gate: threading.Event) -> None:

@@ -425,6 +425,31 @@ def test_not_a_number_is_a_mismatch() -> None:
         compare("base", nn.Identity(), lambda images: images[:, :1], torch.ones(3, 2))
 
 
+@pytest.mark.parametrize("wrong", [1, 3])
+def test_graphs_are_compared_at_one_image_and_at_three(wrong: int) -> None:
+    with pytest.raises(detachnet.ExportError, match=f"outputs differ by .* on {wrong} images"):
+        compare("base", nn.Identity(), lambda x: x + (len(x) == wrong), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("largest", "difference", "fine"),
+    [
+        *[(1.0, 0.9e-5, True), (1.0, 1.2e-5, False)],
+        *[(0.1, 0.9e-5, True), (0.1, 1.1e-5, False)],
+        *[(10.0, 0.8e-4, True), (10.0, 1.3e-4, False)],
+    ],
+)
+def test_what_a_graph_may_differ_by(largest: float, difference: float, fine: bool) -> None:
+    """1e-5, and that of the largest output where it is above 1."""
+    images = torch.tensor([[0.0, -largest]] * 3)
+    run = lambda x: x + torch.tensor([difference, 0.0])  # noqa: E731
+    if fine:
+        compare("base", nn.Identity(), run, images)
+    else:
+        with pytest.raises(detachnet.ExportError, match="does not compute what PyTorch does"):
+            compare("base", nn.Identity(), run, images)
+
+
 class Evil:
     """Touches a file when it is unpickled."""
 

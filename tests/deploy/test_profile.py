@@ -145,10 +145,11 @@ def test_peak_memory_holds_weights_and_activations() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux only")
 def test_a_process_that_fails_is_no_measurement(tmp_path: Path) -> None:
     peaks, how = peak.resident_peaks("torch", tmp_path / "nothing", ["base"], 1, 1)
     assert peaks == {}
-    assert re.search(r"not measured: the process of base failed: .*there is no file", how) or "Linux" in how
+    assert re.search(r"not measured: the process of base failed: .*there is no file", how)
 
 
 def test_where_a_profile_lives(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,6 +66,27 @@ def test_a_stem_halves_the_size_and_doubles_the_channels() -> None:
         (64, (4, 4), (3, 3), (2, 2)),
     ]
     assert (str(plan), plan.reduction) == ("stem 16→32→64", 8)
+
+
+@pytest.mark.parametrize(("feature", "linear"), [((6, 2, 2), False), ((2, 2, 6), True), ((4, 6), True)])
+def test_a_stem_is_convolutions_norms_and_relus(feature: tuple[int, ...], linear: bool) -> None:
+    """Computed with torch's functions; in front of tokens and channels-last maps the last one is linear."""
+    plan = plan_stepdown((3, 8, 8), feature, "stem")
+    module, (one, two) = build_stepdown(plan).train(), plan.stages
+    images = torch.randn(5, 3, 8, 8)
+    weights = {name: tensor for name, tensor in module.state_dict().items() if name.endswith(("weight", "bias"))}
+    first, scale, shift, second, *rest = weights.values()
+    x = F.conv2d(images, first, None, one.stride, one.padding)
+    x = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
+    x = (x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).clamp_min(0)
+    x = F.conv2d(x, second, rest[0] if linear else None, two.stride, two.padding)
+    if not linear:
+        x = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
+        x = x.clamp_min(0)
+    found = module(images)
+    wanted = x if not linear else x.movedim(1, -1).reshape(5, *feature)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert (found.min() < 0) == linear
 
 
 def test_flat_feature_gets_a_linear_layer() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from detachnet.checkpoint.content import read
 from detachnet.storage import LOCK, locked
 from detachnet.training import trainer
 from detachnet.training.runs import RunFolder
+from detachnet.training.step import TrainingStep
 from detachnet.training.trainer import Listener, train
 from tests.runs import SMALL, KillAfter, Killed, assert_same_run, recipe
 
@@ -110,6 +112,46 @@ def test_the_command_leaves_with_1(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["train", "quickstart", "--out", str(tmp_path / "run"), *words])
     assert result.exit_code == 1, result.output
     assert "Error: the training went wrong in epoch 1" in result.output
+
+
+SHORTAGES = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("could not create a primitive"),
+]
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=lambda error: str(error)[:20])
+def test_no_memory_left_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    step, left = TrainingStep.__call__, [3]
+
+    def short(self: TrainingStep, *batch: Any) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
+        return step(self, *batch)
+
+    monkeypatch.setattr(TrainingStep, "__call__", short)
+    said = r"no memory left in epoch 1, step 3 of 8\n  what .*last.safetensors is the last good checkpoint; torch"
+    with pytest.raises(detachnet.TrainingError, match=said) as told:
+        train(recipe("train.epochs=1", "schedule.warmup_epochs=0"), tmp_path / "run")
+    assert "smaller train.batch_size" in str(told.value)
+    assert len(str(told.value).splitlines()) == 3
+    assert read(tmp_path / "run" / "last.safetensors")[0].training.step == 2  # type: ignore[union-attr]
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_other_errors_of_a_step_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> torch.Tensor:
+        raise RuntimeError("the tensors do not fit")
+
+    monkeypatch.setattr(TrainingStep, "__call__", broken)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        train(recipe("train.epochs=1", "schedule.warmup_epochs=0"), tmp_path / "run")
 
 
 class HangUp(Listener):

@@ -21,18 +21,14 @@ from detachnet.data.datasets import Split, describe_data
 from detachnet.evaluation import evaluate
 from detachnet.surgery.layout import image_layout
 from detachnet.training import trainer
-from detachnet.training.data import MemorySource
 from detachnet.training.optimizer import make_loss, make_optimizer
-from detachnet.training.processes import open_processes
-from detachnet.training.recipe import Recipe, load_recipe
-from detachnet.training.runs import RunFolder
-from detachnet.training.start import build_family, start_from, starting_family
-from detachnet.training.state import new_state
+from detachnet.training.recipe import load_recipe
+from detachnet.training.start import build_family, start_from
 from detachnet.training.step import TrainingStep
 from detachnet.training.trainer import Listener, train
 from tests.disks import disk_of
 from tests.helpers import slow_but
-from tests.runs import QUICKSTART, SMALL, KillAfter, Killed, assert_same_run, recipe, tenth
+from tests.runs import QUICKSTART, SMALL, KillAfter, Killed, assert_same_run, loop, recipe, tenth
 
 pytestmark = pytest.mark.usefixtures("little_data")
 
@@ -407,17 +403,6 @@ def test_a_compiled_training(whole: Path, tmp_path: Path) -> None:
     rows = [json.loads((path / "metrics.jsonl").read_text().splitlines()[0]) for path in (whole, tmp_path / "run")]
     for name, loss in rows[0]["train_loss"].items():
         assert rows[1]["train_loss"][name] == pytest.approx(loss, rel=1e-3)  # rounding grows from step to step
-
-
-def loop(chosen: Recipe, folder: Path) -> trainer._Loop:
-    """What a run has before its first step."""
-    source = MemorySource(chosen.data, tenth())
-    with open_processes(chosen, RunFolder(folder)) as accelerator:
-        net = starting_family(chosen, source, accelerator.device, several=False, resuming=False)
-        batches, test = trainer._deal(chosen, source, net, accelerator)
-        state = new_state(chosen, net, accelerator.device)
-        step = trainer._make_step(chosen, state, accelerator)
-    return trainer._Loop(chosen, RunFolder(folder), accelerator, batches, test, state, step, Listener())
 
 
 @pytest.mark.slow
