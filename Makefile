@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test fast fuzz lint docs zoo zoo-sample study bench soak clean
+.PHONY: quickstart test fast coverage fuzz lint docs zoo zoo-sample study bench soak clean
 
 quickstart: .venv/package ## train a small family on embedded data, a few minutes on two cores
 	rm -rf runs/quickstart
@@ -16,6 +16,11 @@ fast: .venv/dev ## the tests that are not marked slow, five minutes on two cores
 
 fuzz: .venv/dev ## random recipes, headers, manifests, cuts, sizes and run folders; FUZZ=10000 of them
 	FUZZ=$(or $(FUZZ),10000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz --timeout 0
+
+# From Python 3.14 on this costs little (sys.monitoring): CI measures there.
+coverage: .venv/dev ## the same tests, and which lines of detachnet/ and cli/ they run
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --max-worker-restart 0 \
+		--cov=detachnet --cov=cli --cov-report=term:skip-covered
 
 lint: .venv/dev ## format, rules, types
 	$(BIN)/ruff format --check .
