@@ -215,7 +215,7 @@ class _Writer:
         """One model, which returns its main output alone."""
         module = self.net.detach(name).cpu()
         with torch.no_grad():
-            output = module(self.images)
+            output = module(self.images.clone())
         if isinstance(output, Tensor):
             return module
         if not isinstance(logits(output), Tensor):
@@ -228,10 +228,10 @@ class _Writer:
     def _write_file(self, name: str, module: nn.Module, path: Path) -> int:
         """One model's graph, compared with the model; the bytes it uses of the shared weights."""
         if self.shared is None:
-            {"pt2": graphs.write_pt2, "pte": graphs.write_pte}[self.format](module, self.images, path)
+            {"pt2": graphs.write_pt2, "pte": graphs.write_pte}[self.format](module, self.images.clone(), path)
             compare(name, module, graphs.open_graph(path), self.images)
             return 0
-        model = graphs.onnx_model(module, self.images, fold=self.int8 is not None)
+        model = graphs.onnx_model(module, self.images.clone(), fold=self.int8 is not None)
         unread = 0
         if self.int8 is not None:
             path.write_bytes(model.SerializeToString())
@@ -274,8 +274,8 @@ def compare(name: str, module: nn.Module, run: Runner, images: Tensor) -> None:
     """
     for batch in CHECKED_BATCHES:
         with torch.no_grad():
-            wanted = module(images[:batch])
-        found = run(images[:batch])
+            wanted = module(images[:batch].clone())  # some models change their images
+        found = run(images[:batch].clone())
         bound = TOLERANCE * max(1.0, float(wanted.abs().max()))
         same_shape = found.shape == wanted.shape
         difference = float((found - wanted).abs().max()) if same_shape else float("inf")

@@ -1,7 +1,7 @@
 """model -> family: what rewriting a network's graph takes, and nothing of images, files or training.
 
 modules, stepdown, norms, codegen, detached   layers, and modules that run without torch.fx
-whole, listening                              what of a model is kept whole, and how that is noticed
+state, whole, listening                       what of a model is kept whole, and how that is noticed
 tracer -> graph, settle -> trace              a model's forward pass as a graph, with all shapes known
 cuts, spans, routes -> choice                 where it can be cut, and what is left out
 widths/                                       which filters go together, a choice of them, the narrower network

@@ -18,6 +18,7 @@ from detachnet.surgery.modules import unwrap
 from detachnet.surgery.stepdown import Stem, StepDown, plan_stepdown
 from detachnet.surgery.trace import trace
 from detachnet.surgery.tracer import PROBE_BATCH, Leaves, Spec
+from detachnet.surgery.whole import is_soft
 from detachnet.text import si
 
 Place = Literal["activation", "module", "inner"]
@@ -462,4 +463,7 @@ def find_cuts(
         ['layer3', 'layer4.0', 'layer4', 'avgpool']
     """
     leaves = Leaves(tuple(leaf_modules), tuple(leaf_functions))
-    return cut_points(trace(unwrap(model), input_size, example_input, leaves))
+    traced = trace(unwrap(model), input_size, example_input, leaves)
+    while soft := [path for path, why in traced.whole.items() if is_soft(why)]:  # opened where a cut is inside
+        traced = trace(unwrap(model), input_size, example_input, leaves := leaves.opening(soft[0]))
+    return cut_points(traced)

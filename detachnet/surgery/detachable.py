@@ -254,7 +254,7 @@ class DetachableNet(nn.Module):
                 raise
             logger.warning("%s models run one after another, not in one pass: %s", self.plan.model, error)
             singles = {name: self._view((name,)) for name in models}
-            return partial(_in_turn, singles)
+            return partial(_in_turn, singles, changes_image(source))
 
     def _one_width_after_another(self, models: tuple[str, ...], features: bool) -> Run:
         """The function that runs models of several widths, those of one in one pass."""
@@ -462,12 +462,12 @@ class DetachableNet(nn.Module):
         return f"DetachableNet({self.plan.model} on {size} images, {self.extra_repr()})"
 
 
-def _in_turn(runs: Mapping[str, Run], net: DetachableNet, x: Tensor) -> dict[str, Any]:
+def _in_turn(runs: Mapping[str, Run], copies: bool, net: DetachableNet, x: Tensor) -> dict[str, Any]:
     """The outputs of models that cannot share a pass."""
     outputs = {}
     for name, run in runs.items():
         with net.in_turn(name, tuple(runs)):
-            outputs[name] = run(net, x)
+            outputs[name] = run(net, x.clone() if copies else x)
     return outputs
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from detachnet.surgery.modules import TURN
 from detachnet.surgery.whole import Watch
 
 _local = threading.local()
@@ -55,12 +56,12 @@ class _Patches:
     """What classes have in their own namespaces, replaced while a thread traces; others wait, for torch.fx."""
 
     def __init__(self) -> None:
-        self.lock, self.tracing = threading.RLock(), 0
+        self.tracing = 0
         self.originals: list[tuple[Any, str, Any]] = []
         self.asking: list[dict[str, Any]] = []
 
     def __enter__(self) -> None:
-        self.lock.acquire()
+        TURN.acquire()
         self.tracing += 1
         if self.tracing == 1:
             for owner, name, make in _REPLACED:
@@ -73,7 +74,7 @@ class _Patches:
             setattr(*self.originals.pop())
         while not self.tracing and self.asking:
             del self.asking.pop()["isinstance"]
-        self.lock.release()
+        TURN.release()
 
 
 def _current() -> Watch | None:

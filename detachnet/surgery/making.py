@@ -15,6 +15,7 @@ from detachnet.surgery.graph import TracedModel
 from detachnet.surgery.modules import copy_model, unwrap
 from detachnet.surgery.plan import Cuts, DetachPlan, Head, Norm, make_plan
 from detachnet.surgery.proof import Check, UnlikeError, prove
+from detachnet.surgery.state import generators_kept, generators_of
 from detachnet.surgery.stepdown import Stem, StepDownBuilder
 from detachnet.surgery.trace import outermost, trace
 from detachnet.surgery.tracer import Leaves
@@ -108,7 +109,9 @@ def make_detachable(
         with torch.random.fork_rng(devices=[]):
             return make_plan(traced, chosen, norm, stepdown, head, model)
 
-    return _family(model, traced, planned, Leaves(tuple(leaf_modules), tuple(leaf_functions)), check)
+    leaves = Leaves(tuple(leaf_modules), tuple(leaf_functions))
+    with generators_kept(generators_of(model)):
+        return _family(model, traced, planned, leaves, check)
 
 
 def _family(

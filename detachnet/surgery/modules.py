@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,9 @@ from torch.utils._device import _device_constructors
 # torch remembers its factories when `with torch.device(...)` is first used. That must not be while a trace has
 # them replaced: `torch.rand` would not heed the device from then on.
 _device_constructors()
+
+TURN = threading.RLock()
+"""Held while functions of torch are replaced or random states are set: one thread at a time does either."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -76,14 +80,15 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_states_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Leave the random states of Python, NumPy and torch as found, on a CUDA device too."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    """Leave the random states of Python, NumPy and torch as found, on a CUDA device too; other threads wait."""
+    with TURN:
+        python, numpy = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []):
+                yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def random_states(device: torch.device) -> tuple[object, ...]:

@@ -34,6 +34,7 @@ from detachnet.surgery.modules import (
 )
 from detachnet.surgery.plan import BASE
 from detachnet.surgery.rewrite import build_view
+from detachnet.surgery.state import generator_state, generators_kept, generators_of
 from detachnet.surgery.tracer import PREFIX
 
 if TYPE_CHECKING:
@@ -117,12 +118,14 @@ class _Pass:
         gradients: Parameter → its gradient; empty where none was asked for.
         buffers: Buffer → its value afterwards.
         draws: Whether random numbers were drawn.
+        net: The copy that ran, with the state it is in.
     """
 
     outputs: list[Tensor]
     gradients: dict[str, Tensor | None]
     buffers: dict[str, Tensor]
     draws: bool
+    net: DetachableNet
 
 
 class _Prover:
@@ -166,9 +169,10 @@ class _Prover:
     # Passes.
 
     def _fresh(self) -> DetachableNet:
-        """A copy that shares the parameters."""
+        """A copy; of a large model it shares the parameters."""
         memo = copies_of_computed_tensors(self.root)
-        return twin(self.root, memo | {id(p): p for p in self.root.parameters()})
+        large = self.net.plan[BASE].macs > EXACT_MACS
+        return twin(self.root, memo | {id(p): p for p in self.root.parameters() if large})
 
     def _model_pass(self, training: bool) -> _Pass:
         """The model as it is, with its hooks."""
@@ -184,7 +188,13 @@ class _Prover:
         except Exception as error:  # whatever an operation raises
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             if len(models) == 1:
-                raise self._refusal(f"it fails in {_mode(training)} mode", what) from error
+                owner = getattr(error, "node", None) or ""
+                raise self._refusal(
+                    f"it fails in {_mode(training)} mode",
+                    what,
+                    owner.rpartition(".")[0],
+                    "it changes weights in place",
+                ) from error
             raise self._joint_refusal(f"it fails in {_mode(training)} mode", what) from error
 
     def _pass(
@@ -192,15 +202,21 @@ class _Prover:
     ) -> _Pass:
         net.train(training)
         seed_all()
-        before = random_states(self.images.device)
-        with torch.set_grad_enabled(gradients):
+        generators = generators_of(net)
+        before = random_states(self.images.device), list(map(generator_state, generators))
+        with generators_kept(generators), torch.set_grad_enabled(gradients):
             images = self.images if training or self.net.plan[BASE].macs <= JOINT_MACS else self.images[:1]
             outputs = tensors(run(net, images.clone()))
-        draws = before != random_states(self.images.device)
+            draws = before != (random_states(self.images.device), list(map(generator_state, generators)))
         found = _gradients(net, outputs) if gradients else {}
         every = net.named_buffers(remove_duplicate=False)  # some belong to several models
         kept = {name: buffer for name, buffer in every if name not in net._buffers}
-        return _Pass([out.detach() for out in outputs], found, kept, draws)
+        kept |= {name: p.detach() for name, p in net.named_parameters() if self._has_changed(name, p)}
+        return _Pass([out.detach() for out in outputs], found, kept, draws, net)
+
+    def _has_changed(self, name: str, parameter: Tensor) -> bool:
+        """Whether a pass has given a parameter of a copy another value."""
+        return not torch.equal(parameter, self.root.get_parameter(name))
 
     # Comparisons.
 
@@ -213,6 +229,8 @@ class _Prover:
                 return
             again = self._model_pass(training)
             if not self._same_outputs(expected, again, bound):
+                if self._same_outputs(found, self._view_pass(training, (BASE,), False), bound):
+                    raise self._other_outputs(training)
                 self.notes.append(f"in {_mode(training)} mode the model gives other outputs each time")
                 return
             raise self._other_outputs(training)
@@ -232,7 +250,7 @@ class _Prover:
         """Whether the trace gives what the model does in the order of the trace; views draw when they need to."""
         images = self.images[: len(expected.outputs[0])] if expected.outputs else self.images
         outputs = graph_outputs(self._fresh(), self.net.traced(training), training, images)
-        return self._same_outputs(expected, _Pass(outputs, {}, {}, True), bound)
+        return self._same_outputs(expected, _Pass(outputs, {}, {}, True, self.root), bound)
 
     def _compare_joint_exactly(self, training: bool, base: _Pass) -> None:
         """Compare joint passes in float64 where the model is small and works in it, else as they are."""
@@ -252,12 +270,16 @@ class _Prover:
         if training and self.net.plan[BASE].macs > JOINT_MACS:
             self.notes.append("joint passes were compared in evaluation mode only, for the size of the model")
             return
-        if any(verdict.how == "never" for verdict in source.coupling.found.values()) or len(names) < 2:
-            return  # the models run one after another
+        if len(names) < 2:
+            return
         if base.draws:
             _switch_off(self.root)
             base = self._view_pass(training, (BASE,), self.gradients and training)
         if base.draws:
+            changed = [name for name, _ in self.root.named_parameters() if name in base.buffers]
+            if training and changed:
+                said = f"the forward pass changes the weight {changed[0].removeprefix(PREFIX)!r}"
+                raise self._joint_refusal(said, "each of them would change it once more")
             self.notes.append(
                 f"in {_mode(training)} mode joint passes were not compared: they draw random numbers"
             )
@@ -286,9 +308,6 @@ class _Prover:
 
     def _apart(self, training: bool, base: _Pass, gradients: bool) -> _Pass:
         """All models one after another."""
-        net = self._fresh()
-        for name, value in base.buffers.items():
-            _set_buffer(net, name, value)
 
         def run(net: DetachableNet, x: Tensor) -> list[Any]:
             outputs = []
@@ -297,9 +316,9 @@ class _Prover:
                     outputs.append(net(x.clone(), which=name))
             return outputs
 
-        subs = self._pass(run, net, training, gradients)
+        subs = self._pass(run, base.net, training, gradients)  # what the base-model has left is there
         both = {name: _sum(base.gradients[name], gradient) for name, gradient in subs.gradients.items()}
-        return _Pass([*base.outputs, *subs.outputs], both, subs.buffers, False)
+        return _Pass([*base.outputs, *subs.outputs], both, subs.buffers, False, base.net)
 
     def _same_outputs(self, one: _Pass, two: _Pass, bound: float) -> bool:
         pairs = zip(one.outputs, two.outputs, strict=False)
@@ -321,7 +340,7 @@ class _Prover:
         """A hint where sub-models with norms of their own share a buffer that training changes."""
         before = dict(self.root.named_buffers(remove_duplicate=False))
         # A buffer that takes another shape is a table made when it is first needed.
-        alike = [n for n, v in found.buffers.items() if v.is_floating_point() and v.shape == before[n].shape]
+        alike = [n for n, v in found.buffers.items() if n in before and _is_like(v, before[n])]
         changed = [n for n in alike if not torch.equal(before[n], found.buffers[n])]
         rest = [n for n in changed if not isinstance(self.root.get_submodule(n.rpartition(".")[0]), _BatchNorm)]
         if self.net.plan.norm != "private" or not rest:
@@ -410,17 +429,6 @@ def _vary(net: nn.Module) -> None:
                 parameter.add_(0.1 * torch.rand_like(parameter) + 0.05)
 
 
-def _set_buffer(net: nn.Module, name: str, value: Tensor) -> None:
-    """Give a buffer another value, in place where its shape is the same: it may belong to several models."""
-    folder, _, last = name.rpartition(".")
-    buffers = net.get_submodule(folder)._buffers
-    was = buffers[last]
-    if was is not None and was.shape == value.shape and was.dtype == value.dtype:
-        was.copy_(value)
-    else:
-        buffers[last] = value.clone()
-
-
 def _switch_off(net: nn.Module) -> None:
     """Switch known random layers off."""
     for module in net.modules():
@@ -490,6 +498,10 @@ def _other_gradient(expected: dict[str, Tensor | None], found: dict[str, Tensor 
             if error > bound:
                 return name
     return ""
+
+
+def _is_like(one: Tensor, two: Tensor) -> bool:
+    return one.is_floating_point() and one.shape == two.shape
 
 
 def _is_zero(gradient: Tensor | None) -> bool:

@@ -230,7 +230,8 @@ class _ViewBuilder:
         inputs = self._inputs(node)
         if not inputs:
             raise JointError(
-                f"{self.traced.describe(node)} changes a value in place that does not follow the image"
+                f"{self.traced.describe(node)} changes a value in place that does not follow the image",
+                node=self.traced.name_of.get(node),
             )
         known = {self.made[n][1] if n in self.made else () for n in inputs}
         if len(known) > 1:

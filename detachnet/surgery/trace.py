@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import threading
 import traceback
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -24,12 +23,12 @@ from detachnet.errors import TraceError, nearest
 from detachnet.surgery.graph import Root, TracedGraph, TracedModel
 from detachnet.surgery.modules import meta_twin, random_states_kept
 from detachnet.surgery.settle import cut_gradients, settle_augmented
+from detachnet.surgery.state import generators_kept, generators_of
 from detachnet.surgery.tracer import NO_LEAVES, PREFIX, PROBE_BATCH, Leaves, Spec, Tracer
 from detachnet.surgery.whole import LostError, asking_for_mode, hooked, plain_attributes
 from detachnet.zoo import default_input_size
 
-_TURN = threading.RLock()
-"""Held during a trace, which replaces functions of torch: two at once would put back what the other replaced."""
+_ONCE = "a trace would hold the answer of one device and one pass"
 
 
 def trace(
@@ -54,7 +53,7 @@ def trace(
     image = _image_spec(model, input_size, example_input)
     _check_model(model, image, leaves)
     whole: dict[str, str] = {}
-    with _TURN, random_states_kept():
+    with random_states_kept(), generators_kept(generators_of(model)):
         while True:
             try:
                 return _traced(model, image, leaves, whole, others)
@@ -105,7 +104,7 @@ def _traced(
         if reason.decides:
             raise TraceError(
                 f"cannot trace {type(model).__name__}: its own forward pass has {reason.what}",
-                what="a trace would hold the answer of one device and one pass",
+                what=_ONCE,
                 where=reason.where,
                 hint="move that line into the forward of a module of its own: that is kept whole",
             )
@@ -174,12 +173,16 @@ def _trace_root(tracer: Tracer, root: Root) -> fx.Graph | None:
         settle_augmented(tracer, graph)
         return graph
     except Exception as error:
-        if tracer.watch.found:
+        tracer.watch.look()
+        if tracer.watch.found or (tracer.watch.moved and not tracer.watch.closely):
             return None
-        for reason in tracer.watch.lost if isinstance(error, LostError) else ():
+        for reason in tracer.watch.lost:
+            if not (reason.decides or isinstance(error, LostError)):
+                continue
+            state = "a trace holds no state that a pass leaves for the next"
             raise TraceError(
                 f"cannot trace {type(root.base).__name__}: in its own forward pass {reason.what}",
-                what="a trace holds no state that a pass leaves for the next",
+                what=_ONCE if reason.decides else state,
                 where=reason.where,
                 hint="move that into the forward of a module of its own: that is kept whole",
             ) from error

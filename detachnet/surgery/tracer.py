@@ -179,7 +179,9 @@ class Tracer(fx.Tracer):
         if kind in ("call_function", "call_method"):
             op = target if isinstance(target, str) else getattr(target, "__name__", str(target))
             self._name(".".join([*self.stack[-1:], op]), node)
-            if kind == "call_method" and op.endswith("_") and not op.endswith("__"):
+            if kind == "call_method" and op in _NUMBERS:
+                self.watch.note(f".{op}() of a tensor", decides=True)
+            elif kind == "call_method" and op.endswith("_") and not op.endswith("__"):
                 self.watch.writes(node.args[0])
             elif target in _BATCH_NORMS and len(node.args) > 1 and self.root.training:
                 self.watch.writes(node.args[1])
@@ -350,6 +352,8 @@ class _ShapeProxy(fx.Proxy):
         return value
 
 
+_NUMBERS = ("item", "tolist", "numpy")
+"""What makes numbers of a tensor's values, which are not there while tracing."""
 _OF_A_PROXY = {"tracer", "node", "root", "attr", "_node"}
 """The attributes that torch.fx gives a traced value."""
 _AUGMENTED = (

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from detachnet.surgery.state import drawn_from, state_of
+
 if TYPE_CHECKING:
     from detachnet.surgery.tracer import Tracer
 
@@ -67,7 +69,10 @@ class Reason:
 
 def is_soft(why: str) -> bool:
     """Whether that for which a module is kept whole need not change any values."""
-    return "checkpointing" in why or why.startswith(("a forward hook", "a backward hook"))
+    return "checkpointing" in why or why.startswith(_SOFT)
+
+
+_SOFT = ("a forward hook", "a backward hook", "what is left in")
 
 
 class LostError(Exception):
@@ -83,12 +88,14 @@ class _Frame:
         path: Where it is in the model; empty for the model itself.
         contexts: What was switched on or off when it began.
         random: The random states when they were last looked at.
+        state: What the module held besides tensors, likewise.
     """
 
     module: nn.Module
     path: str
     contexts: tuple[object, ...]
     random: tuple[object, ...]
+    state: dict[str, Any]
 
 
 @dataclass
@@ -125,7 +132,7 @@ class Watch:
         """While a module's own forward is traced."""
         self.look()
         self.opened[path] = module
-        self.frames.append(_Frame(module, path, _contexts(), _random()))
+        self.frames.append(_Frame(module, path, _contexts(), _random(), state_of(module)))
         if path and path in self.hooks and path not in self.stay_open:
             self.found.setdefault(path, self.hooks[path])
         yield  # after a failure the frames say where it was
@@ -133,6 +140,7 @@ class Watch:
         self.frames.pop()
         if self.frames:
             self.frames[-1].random = _random()
+            self.frames[-1].state = state_of(self.frames[-1].module)
 
     def note(self, what: str, where: str | None = None, **kinds: bool) -> None:
         """The module whose forward is running does something that would be lost."""
@@ -156,12 +164,27 @@ class Watch:
         if not self.frames or self.tracer.probing:
             return
         self.step()
+        self._look_at_state()
         frame, now = self.frames[-1], _random()
         moved, frame.random = [a != b for a, b in zip(now, frame.random, strict=True)], now
         if any(moved) and not self.closely:
             self.moved = True
         elif moved[1] and any(map(_RANDOM_WORDS.search, _names_read(frame.module))):
             self.note(_RANDOM[1], _line_of(frame.module, _RANDOM_WORDS), decides=True)
+
+    def _look_at_state(self) -> None:
+        """Whether the module whose forward is running has changed what it holds besides tensors."""
+        frame = self.frames[-1]
+        before, frame.state = frame.state, state_of(frame.module)
+        held = {name: value for name, value in before.items() if value is not None}  # None is to be filled
+        for name in [name for name, value in held.items() if value != frame.state.get(name, value)]:
+            line = _line_of(frame.module, re.compile(rf"\b{re.escape(name)}\b"))
+            if drawn_from(frame.module, name):
+                self.note("random numbers of its own", line, decides=True)
+            elif isinstance(vars(frame.module).get(name), int | float | str):
+                self.note(f"{name!r} changed", line, counts=True)
+            else:
+                self.note(f"what is left in {name!r}", line, counts=True)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -218,6 +218,19 @@ def test_finding_leaves_the_random_state_and_the_family_alone() -> None:
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 
 
+def test_models_that_run_one_after_another_get_the_image_as_it_was() -> None:
+    class InPlace(Mixed):
+        def forward(self, x: Tensor) -> Tensor:
+            x.sub_(0.5)
+            return super().forward(x)
+
+    net = detachnet.make_detachable(InPlace(lambda v: v - v.mean()).double(), ["conv1"], (3, 8, 8)).eval()
+    images = torch.randn(4, 3, 8, 8, dtype=torch.double)
+    joint = net(images.clone(), which="all")
+    for name in net.names:
+        torch.testing.assert_close(joint[name], net(images.clone(), which=name))
+
+
 def test_without_weights_nothing_is_found() -> None:
     net = detachnet.make_detachable(Mixed(shuffled).to("meta"), ["conv1"], (3, 8, 8))
     net._sources[True].find_coupling(net)

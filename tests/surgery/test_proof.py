@@ -249,12 +249,33 @@ class OneAtATime(nn.Module):
 
 
 def test_joint_passes_that_are_not_separate_ones_are_refused() -> None:
+    cuts = {"sub0": detachnet.SubModel(drop=["middle:c"])}  # both run the middle, as one network
     with pytest.raises(
         detachnet.TraceError,
         match=r"the models of Net cannot share one pass: in evaluation mode they give other results than alone"
         r"[\s\S]*outputs differ by[\s\S]*run the models one at a time",
     ):
-        detachnet.make_detachable(Net(OneAtATime()), ["a"], (3, 16, 16))
+        detachnet.make_detachable(Net(OneAtATime()), cuts, (3, 16, 16))
+
+
+def test_weights_that_a_pass_changes_at_random_are_refused() -> None:
+    def changed(module: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            module.conv.weight.mul_(0.9)
+        out: Tensor = module.conv(x) + torch.rand_like(x)
+        return out
+
+    with pytest.raises(detachnet.TraceError, match=r"changes the weight 'middle\.conv\.weight'"):
+        detachnet.make_detachable(Net(Lossy(changed)), ["a"], (3, 16, 16))
+
+
+def test_what_counts_its_calls_counts_on_from_model_to_model() -> None:
+    net = detachnet.make_detachable(Net(OneAtATime()), ["a"], (3, 16, 16)).eval()
+    images = torch.randn(2, 3, 16, 16)
+    joint = net(images, which="all")
+    net.base.middle.calls = 0  # type: ignore[union-attr]
+    for name in net.names:
+        torch.testing.assert_close(net(images, which=name), joint[name])
 
 
 def test_joint_passes_that_fail_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Tracing replaces functions of torch; what other threads see of that."""
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -56,6 +57,42 @@ def test_other_threads_get_tensors_while_a_model_is_traced() -> None:
     assert "first" in [cut.name for cut in cuts]
     assert {type(result) for result in results} == {Tensor}
     assert torch.randn is original
+
+
+class Counting(nn.Module):
+    """Says while it runs, in the comparison of a family with its model too, that it does."""
+
+    def __init__(self, running: list[str], overlaps: list[int], name: str) -> None:
+        super().__init__()
+        self.conv, self.said = nn.Conv2d(3, 5, 1), (running, overlaps, name)
+
+    def __deepcopy__(self, memo: object) -> "Counting":
+        made = Counting(*self.said)
+        made.load_state_dict(self.state_dict())
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        running, overlaps, name = self.said
+        running.append(name)
+        time.sleep(0.005)
+        overlaps.append(len(set(running)))
+        running.remove(name)
+        out: Tensor = self.conv(x)
+        return out
+
+
+def test_comparisons_take_turns() -> None:
+    """They set the random state, which all threads share."""
+    running, overlaps = list[str](), list[int]()
+
+    def make(name: str) -> str:
+        layer = Counting(running, overlaps, name)
+        model = nn.Sequential(nn.Conv2d(3, 3, 1), layer, nn.Flatten(), nn.Linear(5 * 16, 2))
+        return detachnet.make_detachable(model, ["0"], (3, 4, 4), leaf_modules=["1"]).plan.checked
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(make, "abc")) == [""] * 3
+    assert set(overlaps) == {1}
 
 
 def test_traces_take_turns() -> None:

@@ -33,6 +33,17 @@ class Stem(nn.Sequential):
         super().__init__(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
 
 
+class Meter:
+    """A plain object that counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+def own_draws() -> dict[str, Any]:
+    return {"python": [random.Random(3)], "numpy": np.random.default_rng(3)}
+
+
 class Block(nn.Module):
     """A module with children, so that it is opened."""
 
@@ -41,6 +52,7 @@ class Block(nn.Module):
         self.conv, self.norm, self.run = nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), run
         self.register_buffer("mean", torch.zeros(8, 1, 1))
         self.steps, self.average = 0, torch.zeros(8, 1, 1)
+        self.seen, self.meter, self.draws = list[int](), Meter(), own_draws()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(self, x)
@@ -66,6 +78,7 @@ class Root(Net):
         self.conv, self.norm, self.run = nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), run
         self.register_buffer("mean", torch.zeros(8, 1, 1))
         self.steps, self.average = 0, torch.zeros(8, 1, 1)
+        self.seen, self.meter, self.draws = list[int](), Meter(), own_draws()
 
     def forward(self, x: Tensor) -> Any:
         return self.fc(self.c(self.run(self, self.b(self.a(x)))).mean((2, 3)))
@@ -171,6 +184,40 @@ def numpy_noise(module: Any, x: Tensor) -> Tensor:
     return h
 
 
+def own_python(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * module.draws["python"][0].random()
+    return h
+
+
+def own_numpy(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x if module.draws["numpy"].random() < 0.5 else x * 2)
+    return h
+
+
+def left_in_a_list(module: Any, x: Tensor) -> Tensor:
+    module.seen.append(1)
+    h: Tensor = module.conv(x) * len(module.seen)
+    return h
+
+
+def left_in_an_object(module: Any, x: Tensor) -> Tensor:
+    module.meter.count += 1
+    h: Tensor = module.conv(x) * module.meter.count
+    return h
+
+
+def left_in_itself(module: Any, x: Tensor) -> Tensor:
+    vars(module)["steps"] += 1
+    h: Tensor = module.conv(x) * module.steps
+    return h
+
+
+def number_taken_out(module: Any, x: Tensor) -> Tensor:
+    i = int(torch.randint(0, 8, (1,)).item())
+    h: Tensor = module.conv(x) + x[:, i : i + 1]
+    return h
+
+
 def drawn_outside(module: Any, x: Tensor) -> Tensor:
     h: Tensor = module.conv(x) * torch.empty(1).uniform_().to(x)
     return h
@@ -249,6 +296,12 @@ KEPT: dict[Run, str] = {
     layer_drop: "Python's random numbers",
     numpy_noise: "NumPy's random numbers",
     drawn_outside: "random numbers outside the graph",
+    own_python: "random numbers of its own",
+    own_numpy: "random numbers of its own",
+    number_taken_out: ".item() of a tensor",
+    left_in_a_list: "what is left in 'seen'",
+    left_in_an_object: "what is left in 'meter'",
+    left_in_itself: "'steps' changed",
     by_device: "a decision by .device",
     by_place: "a question about .is_cuda",
     by_gradient: "a question about .requires_grad",
@@ -265,10 +318,11 @@ KEPT: dict[Run, str] = {
 
 REFUSED = {
     *(in_half_precision, layer_drop, numpy_noise, drawn_outside, by_device, by_place, by_gradient, by_history),
-    *(assigned, in_place, replaced, averaged),
+    *(assigned, in_place, replaced, averaged, own_python, own_numpy, number_taken_out),
 }
 """What is refused in the model's own forward, which cannot be kept whole."""
-TOLD = {saved_on_cpu, checkpointed, checkpointed_anew, counted}
+COUNTS = {counted, left_in_a_list, left_in_an_object, left_in_itself}
+TOLD = {saved_on_cpu, checkpointed, checkpointed_anew, *COUNTS}
 """What is left out there, and told in a hint."""
 
 
@@ -308,9 +362,53 @@ def test_in_the_models_own_forward_it_is_right_or_refused_with_its_line(run: Run
         assert len(said) == (run in TOLD)
         if run in TOLD:
             assert f"{KEPT[run]} at test_whole.py:" in said[0]
-        if run is not counted:
+        if run not in COUNTS:
             assert_is_the_model(model, net)
     assert_nothing_stays()
+
+
+OUTSIDE, CALLS = np.random.default_rng(3), {"forward": 0}
+
+
+class Outside(Net):
+    """Draws from a global object, and counts in another, in a part with children."""
+
+    class Part(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            CALLS["forward"] += 1
+            return super().forward(x) * OUTSIDE.uniform(0.5, 1)
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(Outside.Part(nn.Conv2d(8, 8, 1))))
+
+
+def test_variables_outside_of_a_model_count_and_are_left_as_they_are() -> None:
+    state = OUTSIDE.bit_generator.state
+    net = detachnet.make_detachable(Outside(), ["a"], SIZE)
+    assert net.plan.whole.keys() == {"middle.0"}
+    assert OUTSIDE.bit_generator.state == state
+    images = torch.randn(2, *SIZE)
+    assert not torch.equal(net.eval()(images), net(images))
+
+
+def test_weights_changed_in_place_are_kept_in_their_module() -> None:
+    def masked(module: Any, x: Tensor) -> Tensor:
+        weight = module.conv.weight * 1
+        weight[:, :4] = 0
+        return F.conv2d(x, weight, padding=1)
+
+    model = Net(nn.Sequential(Block(masked)))
+    net = detachnet.make_detachable(model, ["a"], SIZE)
+    assert net.plan.whole == {"middle.0": "it changes weights in place"}
+    assert_is_the_model(model, net)
+
+
+def test_cuts_inside_of_a_module_with_hooks_are_listed() -> None:
+    model = Net(Block(lambda m, x: m.conv(x)))
+    model.middle.register_forward_hook(lambda *_: None)
+    names = [point.name for point in detachnet.find_cuts(model, SIZE)]
+    assert "middle.conv" in names or "middle" in names
+    assert detachnet.make_detachable(model, [names[-3]], SIZE).names == ("base", "sub0")
 
 
 # Functions with a backward of their own, and script functions, are operations of the graph.
