@@ -28,7 +28,8 @@ MAY = {
     "middle": {"ground", "data", "surgery", "middle"},
     "training": {"ground", "data", "surgery", "middle", "training"},
     "deploy": {"ground", "data", "surgery", "middle", "deploy"},
-    "report": {"ground", "data", "surgery", "middle", "training", "deploy", "report"},
+    "selection": {"ground", "data", "surgery", "middle", "training", "deploy", "selection"},
+    "report": {"ground", "data", "surgery", "middle", "training", "deploy", "selection", "report"},
 }
 
 
