@@ -49,7 +49,7 @@ def images(count: int, seed: int) -> Split:
     pixels = 96 + 64 * torch.rand(count, *SIZE, generator=draw)
     for i, label in enumerate(labels.tolist()):
         if label < 3:
-            pixels[i, label] += 20
+            pixels[i, label] += 10
     return Split(pixels.to(torch.uint8), labels, CLASSES)
 
 
@@ -82,14 +82,20 @@ def trained(norm: str = "private") -> detachnet.DetachableNet:
     return net
 
 
+@cache
+def space_of_tiny() -> Space:
+    """What can be left out of it; tests share what is known of its candidates."""
+    return Space(trained())
+
+
 def everything(space: Space, cost: Cost) -> list[Candidate]:
-    """All candidates of a small network, but for those that cost what another does."""
-    found: dict[tuple[object, ...], Candidate] = {}
-    drops = {(), *((span,) for span in space.spans)}
-    drops |= {space.with_span(a, b) for a in drops for b in space.spans}
-    for drop in sorted(drops):
-        for eighths in product((8, 4), repeat=len(space.groups)):
-            candidate = Candidate(drop).with_widths(dict(zip(space.groups, eighths, strict=True)))
-            if cost(candidate) is not None:
-                found.setdefault((drop, candidate.eighths), candidate)
-    return list(found.values())
+    """All candidates of the tiny network; filters of a block that is left out stay."""
+    found = []
+    inside = {"stem:one": ["one.inner"], "one:two": ["two.inner"], "stem:two": ["one.inner", "two.inner"]}
+    for drop in ((), *((span,) for span in inside)):
+        groups = [name for name in space.groups if not any(name in inside[span] for span in drop)]
+        for eighths in product((8, 4), repeat=len(groups)):
+            candidate = Candidate(drop).with_widths(dict(zip(groups, eighths, strict=True)))
+            assert cost(candidate) is not None
+            found.append(candidate)
+    return found

@@ -9,11 +9,10 @@ from detachnet.report.chart import Axis, Chart, Point, Series, percent, write
 from detachnet.selection.front import Front
 from detachnet.surgery.plan import BASE
 
-_SCALE = {"macs": 1e6, "bytes": 1e6, "latency_ms": 1.0}
+_MILLION = 1e6
 _LABEL = {
     "macs": "million MACs for one image",
     "bytes": "million bytes of parameters",
-    "latency_ms": "ms, added up",
 }
 
 
@@ -23,10 +22,9 @@ def figure(front: Front, path: str | Path) -> None:
     Raises:
         CheckpointError: The file cannot be written.
     """
-    scale = _SCALE[front.by]
-    line = [Point(point.cost / scale, point.accuracy) for point in front.points]
+    line = [Point(point.cost / _MILLION, point.accuracy) for point in front.points]
     chosen = [
-        Point(point.cost / scale, point.accuracy, name, f"{name} {100 * point.accuracy:.2f} %")
+        Point(point.cost / _MILLION, point.accuracy, name, f"{name} {100 * point.accuracy:.2f} %")
         for name, point in [*((found.name, found) for found in front.found), (BASE, front.base)]
     ]
     words = f"{front.title}: {', '.join(point.title for point in chosen)}."

@@ -32,12 +32,12 @@ def checked(budgets: Sequence[float], by: By, base: float) -> list[float]:
         BudgetError: There is none, or one makes no sense or is kept by the base-model.
     """
     if not budgets:
-        raise BudgetError("search needs a budget", hint="--macs 0.4, --latency-ms 5 or --bytes 0.4")
+        raise BudgetError("search needs a budget", hint="[0.4, 0.2] are shares of the base-model's")
     found = []
     for budget in budgets:
         if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < math.inf:
             raise BudgetError(f"{by}={budget!r}: a budget is a positive number")
-        value = budget * base if by != "latency_ms" and budget < 1 else float(budget)
+        value = budget * base if budget < 1 else float(budget)
         if value >= base:
             raise BudgetError(
                 f"{by}={budget:g}: the base-model keeps it already, with {base:.4g}", nearest=(BASE,)

@@ -11,8 +11,8 @@ from detachnet.surgery.plan import BASE
 from detachnet.surgery.routes import SubModel
 from detachnet.text import Table, si
 
-By = Literal["macs", "latency_ms", "bytes"]
-UNITS: dict[str, str] = {"macs": "MACs", "latency_ms": "ms", "bytes": "bytes"}
+By = Literal["macs", "bytes"]
+UNITS: dict[By, str] = {"macs": "MACs", "bytes": "bytes"}
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,11 @@ class Found(Point):
 
     Attributes:
         name: What it is called in the family.
-        budgets: Those it is the best for.
-        measured: What it costs when it is measured as a whole, in the unit of the budgets; None where the cost is
-            counted.
+        budgets: Those it is the best for, in the unit of the cost.
     """
 
     name: str = ""
     budgets: tuple[float, ...] = ()
-    measured: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,6 @@ class Front:
         tries: How many candidates were tried.
         images: Held-out images that decided.
         seconds: What trying them took, added up.
-        how: How costs were found, where they are measured.
     """
 
     net: DetachableNet
@@ -83,7 +79,6 @@ class Front:
     tries: int
     images: int
     seconds: float
-    how: str = ""
 
     @property
     def models(self) -> dict[str, SubModel]:
@@ -101,32 +96,16 @@ class Front:
     @property
     def table(self) -> Table:
         """The base-model and what was chosen."""
-        costs = [name for name in (self._cost_header, "measured") if name and self.by == "latency_ms"]
-        header = ("model", "left out", "budget", *costs, "MACs", "of base", "parameters", "held-out accuracy")
-        rows = [(BASE, "", "", *self._costs(self.base, None), *self._row(self.base))]
+        header = ("model", "left out", "budget", "MACs", "of base", "parameters", "held-out accuracy")
+        rows = [(BASE, "", "", *self._row(self.base))]
         for found in self.found:
-            budgets = " and ".join(self.text(budget) for budget in found.budgets)
-            rows.append(
-                (found.name, found.left_out, budgets, *self._costs(found, found.measured), *self._row(found))
-            )
-        return Table(header, tuple(rows), self.title, (f"costs: {self.how}",) if self.how else (), left=2)
-
-    @property
-    def _cost_header(self) -> str:
-        return "added up" if self.by == "latency_ms" else ""
-
-    def _costs(self, point: Point, measured: float | None) -> tuple[str, ...]:
-        if self.by != "latency_ms":
-            return ()
-        return f"{point.cost:.3f} ms", "" if measured is None else f"{measured:.3f} ms"
+            budgets = " and ".join(f"{si(round(budget))} {UNITS[self.by]}" for budget in found.budgets)
+            rows.append((found.name, found.left_out, budgets, *self._row(found)))
+        return Table(header, tuple(rows), self.title, left=2)
 
     def _row(self, point: Point) -> tuple[str, ...]:
         share = f"{100 * point.macs / max(1, self.base.macs):.0f} %"
         return si(point.macs), share, si(point.num_params), f"{100 * point.accuracy:.2f} %"
-
-    def text(self, cost: float) -> str:
-        """A budget with its unit."""
-        return f"{cost:g} ms" if self.by == "latency_ms" else f"{si(round(cost))} {UNITS[self.by]}"
 
     def to_json(self) -> dict[str, Any]:
         """All of it but the family, for a file."""
@@ -136,11 +115,8 @@ class Front:
             "tries": self.tries,
             "images": self.images,
             "seconds": round(self.seconds, 1),
-            "how": self.how,
             "base": _told(self.base),
-            "found": [
-                {"name": f.name, "budgets": list(f.budgets), "measured": f.measured} | _told(f) for f in self.found
-            ],
+            "found": [{"name": f.name, "budgets": list(f.budgets)} | _told(f) for f in self.found],
             "front": [_told(point) for point in self.points],
         }
 
@@ -169,7 +145,5 @@ def unbeaten(points: Iterable[Point]) -> tuple[Point, ...]:
 
 
 def name_of(by: By, budget: float, base: float) -> str:
-    """What a sub-model for a budget is called: `macs40` for 40 % of the MACs, `ms2_5`, `bytes40`."""
-    text = f"{budget:g}" if by == "latency_ms" else f"{100 * budget / base:.4g}"
-    unit = "ms" if by == "latency_ms" else by
-    return unit + text.replace(".", "_").replace("-", "_").replace("+", "")
+    """What a sub-model for a budget is called: `macs40` for 40 % of the MACs, `bytes12_5`."""
+    return by + f"{100 * budget / base:.4g}".replace(".", "_").replace("-", "_")

@@ -27,6 +27,7 @@ from detachnet.selection.worth import Judge, Worth, at_chance, judged
 from detachnet.storage import locked
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.enlarging import enlarged
+from detachnet.surgery.routes import SubModel
 
 JOURNAL = "search.jsonl"
 """Every candidate that was tried, in a run's folder."""
@@ -216,18 +217,21 @@ def _front(
             nearest = min(costs for c, _ in tried if (costs := cost(c)) is not None)
             raise BudgetError(f"no candidate within {budget:,.4g} {by} was found: the least has {nearest:,.4g}")
         chosen.setdefault(best, []).append(budget)
-    names: dict[Candidate, str] = {}
+    subs = {candidate: space.sub_model(candidate) for candidate in chosen}
+    names = {candidate: _already(space.net, sub) for candidate, sub in subs.items()}
+    new: dict[str, SubModel] = {}
     for candidate, kept in chosen.items():
-        names[candidate] = _free(name_of(by, kept[-1], base), {*space.net.names, *names.values()})
-    subs = {name: space.sub_model(candidate) for candidate, name in names.items()}
-    net = enlarged(space.net, subs, narrowing=space.narrowing).eval()
+        if not names[candidate]:
+            names[candidate] = _free(name_of(by, kept[-1], base), {*space.net.names, *new})
+            new[names[candidate]] = subs[candidate]
+    net = enlarged(space.net, new, narrowing=space.narrowing).eval()
     found = []
     for candidate, name in names.items():
-        worth = judged(net, name, data, calibration)
+        worth = judged(net, name, data, calibration if name in new else None)
         point = _point(space, cost, candidate, worth)
         found.append(Found(**vars(point), name=name, budgets=tuple(chosen[candidate])))
     if net.facts.trained:
-        net.facts = net.facts.updated(trained=(*net.facts.trained, *subs))
+        net.facts = net.facts.updated(trained=(*net.facts.trained, *new))
     points = {candidate: _point(space, cost, candidate, worth) for candidate, worth in tried}
     return Front(
         net=net,
@@ -248,6 +252,12 @@ def _point(space: Space, cost: Cost, candidate: Candidate, worth: Worth) -> Poin
     assert costs is not None
     sub = None if candidate.is_base else candidate.asked
     return Point(sub, costs, plan.macs, plan.num_params, worth.accuracy)
+
+
+def _already(net: DetachableNet, sub: SubModel) -> str:
+    """The sub-model of a family that leaves out the same; empty if there is none."""
+    same = (m.name for m in net.plan.models[1:] if (m.asked.drop, m.kept) == (sub.drop, sub.kept))
+    return next(same, "")
 
 
 def _free(name: str, taken: set[str]) -> str:

@@ -67,14 +67,14 @@ class Judge:
                 self._space = Space(self.net)
             net = self._space.family(candidate).eval()
         name = BASE if candidate.is_base else CANDIDATE
-        worth = judged(net, name, self.held_out, self.calibration)
+        worth = judged(net, name, self.held_out, None if candidate.is_base else self.calibration)
         return worth._replace(seconds=round(time.perf_counter() - began, 3))
 
 
-def judged(net: DetachableNet, name: str, held_out: Split, calibration: Split) -> Worth:
-    """The worth of one model of a family, whose own norms are measured; it stays in evaluation mode."""
+def judged(net: DetachableNet, name: str, held_out: Split, calibration: Split | None) -> Worth:
+    """The worth of one model of a family; its own norms are measured before that, where images are given."""
     device, info = next(net.parameters()).device, net.facts.known_data
-    if name != BASE:
+    if calibration is not None:
         images = (batch for batch, _ in Batches(calibration, info, BATCH, device).epoch())
         measure_statistics(net, images, (name,))
     model, right, loss = net.detach(name, share=True), 0, 0.0
