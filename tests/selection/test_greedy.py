@@ -31,6 +31,7 @@ def jealous(candidate: Candidate) -> Worth:
     return worth._replace(accuracy=worth.accuracy - 0.4 * both)
 
 
+@pytest.mark.slow
 def test_greedy_finds_what_listing_everything_finds_where_losses_add_up() -> None:
     space = space_of_tiny()
     cost = counted(space, "macs")
@@ -51,6 +52,7 @@ def test_greedy_finds_what_listing_everything_finds_where_losses_add_up() -> Non
     assert len(trials.seen) < len(listed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("worth", [additive, jealous])
 def test_evolution_finds_what_listing_everything_finds(worth: object) -> None:
     space = space_of_tiny()
@@ -62,7 +64,7 @@ def test_evolution_finds_what_listing_everything_finds(worth: object) -> None:
         pass
     before = dict(trials.seen)
     limits = [share * base for share in SHARES]
-    for generation in evolve(space, cost, trials, limits, 200, seed=0):
+    for generation in evolve(space, cost, trials, limits, 60, seed=0):
         assert all((cost(child) or 0.0) <= limits[0] for child in generation)
     assert len(trials.seen) > len(before)
     for limit in limits:

@@ -35,6 +35,7 @@ def answer(front: Front) -> dict[str, Any]:
     return front.to_json() | {"seconds": 0}
 
 
+@pytest.mark.slow
 def test_sub_models_within_budgets(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     with listening(lambda *what: told.append(what)):
