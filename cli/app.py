@@ -24,6 +24,7 @@ from .profile import profile
 from .recalibrate import recalibrate
 from .recipes import recipes
 from .report import report
+from .search import search
 from .train import train
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ app = typer.Typer(
     help="One CNN, many devices: train a network and its detachable sub-models in one file.",
 )
 COMMANDS = (
-    *(train, inspect, evaluate, compare, recalibrate, detach),
+    *(train, inspect, evaluate, compare, search, recalibrate, detach),
     *(export, profile, cascade, predict, report, recipes),
 )
 PACKAGES = (

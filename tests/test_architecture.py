@@ -31,7 +31,8 @@ MAY = {
     "middle": {"ground", "data", "surgery", "middle"},
     "training": {"ground", "data", "surgery", "checkpoint", "middle", "training"},
     "deploy": {"ground", "data", "surgery", "checkpoint", "middle", "deploy"},
-    "report": {"ground", "data", "surgery", "checkpoint", "middle", "training", "deploy", "report"},
+    "selection": {"ground", "data", "surgery", "checkpoint", "middle", "training", "deploy", "selection"},
+    "report": {"ground", "data", "surgery", "checkpoint", "middle", "training", "deploy", "selection", "report"},
 }
 
 

@@ -57,6 +57,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def part(self, start: int, stop: int | None = None) -> Split:
+        """The images from one on, up to but without another; all that follow if none is given."""
+        return Split(self.images[start:stop], self.labels[start:stop], self.classes)
+
 
 def load_data(name: str, root: str | Path | None = None, download: bool = False) -> tuple[Split, Split]:
     """Load the training and the test split of a data set.
@@ -95,11 +99,7 @@ def select(splits: tuple[Split, Split], num_train: int = 0, holdout: int = 0) ->
     count = num_train or rest
     if not 0 < count <= rest:
         raise DataError(f"{len(train)} training images are not enough for {count} and {holdout} held out")
-    return _part(train, slice(count)), _part(train, slice(rest, None)) if holdout else test
-
-
-def _part(split: Split, which: slice) -> Split:
-    return Split(split.images[which], split.labels[which], split.classes)
+    return train.part(0, count), train.part(rest) if holdout else test
 
 
 def data_names() -> list[str]:

@@ -1,6 +1,6 @@
 """runs -> tables and pages.
 
 record                          all that a run's folder says
-comparison                      several runs in one table
+comparison, fronts              several runs in one table, what a search found as a figure
 chart, figures -> page           drawings, and one HTML page
 """

@@ -8,7 +8,7 @@ widths/                                       which filters go together, a choic
 plan                                          what a family will be
 coupling, finding, statistics                 what joins the images of a batch, and which layers keep statistics
 ownership, legs -> rewrite                    whose layer a node runs with, where models part, and all graphs
-detachable -> making                          the family, and what makes it of a model
+detachable -> making, enlarging               the family, what makes it of a model, and a larger one of it
 difference -> proof                           the family compared with the model
 recalibration, importance, layout             statistics and worth of spans, measured; how images lie in memory
 """

@@ -402,7 +402,7 @@ class DetachableNet(nn.Module):
         places = [path for both in self._of_width.values() for path in both[True].bridges]
         bridges = {path: copy.deepcopy(self.get_submodule(path), memo) for path in places}
         plan = self.plan.model_copy(update={"norm": "private"})
-        net = DetachableNet(copy_model(self.base), plan, bridges, self._trace())
+        net = DetachableNet(copy_model(self.base), plan, bridges, self.retraced())
         net.heads.load_state_dict(self.heads.state_dict())
         net.facts, net.active = self.facts, self.active
         return net
@@ -426,7 +426,7 @@ class DetachableNet(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._attach(self._trace())
+        self._attach(self.retraced())
 
     def _follow(self) -> None:
         """Trace again where a plain attribute that the base-model's forward reads has changed."""
@@ -443,9 +443,9 @@ class DetachableNet(nn.Module):
         like = next(self.base.parameters(), self._example)
         by_dtype = self._asks_for_dtype and like.dtype != self._example.dtype and like.is_floating_point()
         if changed or by_dtype or moved:
-            self._attach(self._trace())
+            self._attach(self.retraced())
 
-    def _trace(self) -> TracedModel:
+    def retraced(self) -> TracedModel:
         """The base-model's trace, made anew."""
         example = self._example
         # The family may have another dtype by now; what is no floating-point input has not.

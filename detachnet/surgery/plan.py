@@ -202,6 +202,12 @@ class DetachPlan(BaseModel):
         return any(model.kept for model in self.models)
 
     @property
+    def entry(self) -> str | Stem:
+        """What `stepdown=` was when the family was made; flat features get a linear layer whatever that was."""
+        entries = [model.stepdown for model in self.models if model.stepdown and model.stepdown.kind != "linear"]
+        return next((entry.stem or entry.kind for entry in entries), "conv")
+
+    @property
     def title(self) -> str:
         """The heading of the table."""
         size = "×".join(map(str, self.input_size))
@@ -268,6 +274,7 @@ def make_plan(
     stepdown: str | Stem | StepDownBuilder = "conv",
     head: Head = "shared",
     model: nn.Module | None = None,
+    narrowing: Narrowing | None = None,
 ) -> tuple[DetachPlan, dict[str, nn.Module]]:
     """Check the cuts and work out what each sub-model will be.
 
@@ -278,6 +285,7 @@ def make_plan(
         stepdown: `conv`, `stem`, a `Stem`, `identity` or a user's own.
         head: `private` or `shared`.
         model: The model with its weights, by which filters are important.
+        narrowing: What is known of its filters, where several plans are made.
 
     Returns:
         The plan, and step-downs and other bridges, newly initialized, by their place in the family.
@@ -292,7 +300,7 @@ def make_plan(
     if len(cut_at) == len(chosen):
         _check_order(analysis, cut_at, {name: analysis.find(cut) for name, cut in cut_at.items()})
     asked = {name: SubModel(drop=[f":{sub}"]) if isinstance(sub, str) else sub for name, sub in chosen.items()}
-    kin, of, kept = _by_width(analysis, asked, Narrowing(traced, model))
+    kin, of, kept = _by_width(analysis, asked, narrowing or Narrowing(traced, model))
     ends, words = dict[str, list[tuple[str, str]]](), {name: sub.parts for name, sub in asked.items()}
     for name, sub in asked.items():
         ends[name], of[name].routes[name] = find_route(of[name].analysis, sub)

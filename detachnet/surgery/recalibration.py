@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.errors import DataError
 from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.routes import folder
 
 
 def recalibrate(net: DetachableNet, batches: Iterable[Tensor]) -> DetachableNet:
@@ -33,8 +34,30 @@ def recalibrate(net: DetachableNet, batches: Iterable[Tensor]) -> DetachableNet:
     Source: precise batch norm, arXiv 2105.07576, section 3; for sub-networks arXiv 1903.05134, section 3.
     """
     fresh = net.with_private_norms().eval()
-    parts = {name: fresh.detach(name, share=True) for name in fresh.names}
-    norms = {m for part in parts.values() for m in part.modules() if isinstance(m, _BatchNorm)}
+    measure_statistics(fresh, batches, fresh.names, own=False)
+    fresh.facts = fresh.facts.updated(accuracy={})
+    return fresh
+
+
+def measure_statistics(
+    net: DetachableNet, batches: Iterable[Tensor], models: Sequence[str], own: bool = True
+) -> None:
+    """Measure the statistics of some models' batch norms anew, in place.
+
+    Args:
+        net: A family with private norms, in evaluation mode; it stays in it.
+        batches: As `recalibrate` takes them.
+        models: Which models.
+        own: Only norms that no other model has: those that are shared with the base-model or an earlier
+            sub-model stay as they are.
+
+    Raises:
+        DataError: There are no batches.
+    """
+    parts = [net.detach(name, share=True) for name in models]
+    norms = {m for part in parts for m in part.modules() if isinstance(m, _BatchNorm)}
+    if own:
+        norms &= {m for name in models if hasattr(net.norms, folder(name)) for m in _own_norms(net, name)}
     measured = [norm for norm in norms if norm.track_running_stats]
     momenta = {norm: norm.momentum for norm in measured}
     for norm in measured:
@@ -45,11 +68,15 @@ def recalibrate(net: DetachableNet, batches: Iterable[Tensor]) -> DetachableNet:
     with torch.no_grad():
         for images in batches:
             num_batches += 1
-            for part in parts.values():
+            for part in parts:
                 part(images)
     if not num_batches:
         raise DataError("there are no images to measure statistics on")
     for norm, momentum in momenta.items():
         norm.momentum = momentum
-    fresh.facts = fresh.facts.updated(accuracy={})
-    return fresh.eval()
+        norm.eval()
+
+
+def _own_norms(net: DetachableNet, name: str) -> Iterable[nn.Module]:
+    """The layers below a model's place among the norms."""
+    return net.norms.get_submodule(folder(name)).modules()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import detachnet
-from detachnet.checkpoint import read
+from detachnet.checkpoint.content import read
 from detachnet.training import trainer
 from detachnet.training.recipe import Recipe, load_recipe
 from detachnet.training.trainer import Listener, train

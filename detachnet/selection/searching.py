@@ -1,0 +1,269 @@
+"""A trained family, held-out images and budgets -> the front: what `detachnet.search` does."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from detachnet.data.datasets import Split
+from detachnet.errors import BudgetError, CheckpointError, DataError, MeasurementError
+from detachnet.progress import tell
+from detachnet.selection.candidate import Candidate
+from detachnet.selection.costs import checked, counted
+from detachnet.selection.evolution import evolve as evolved
+from detachnet.selection.front import By, Found, Front, Point, name_of, unbeaten
+from detachnet.selection.greedy import best_within, greedy
+from detachnet.selection.journal import Journal, Trials
+from detachnet.selection.space import Cost, Space
+from detachnet.selection.worth import Judge, Worth, at_chance, judged
+from detachnet.storage import locked
+from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.enlarging import enlarged
+from detachnet.surgery.routes import SubModel
+
+JOURNAL = "search.jsonl"
+"""Every candidate that was tried, in a run's folder."""
+
+
+def search(
+    net: DetachableNet,
+    data: Split,
+    budgets: Sequence[float],
+    *,
+    by: By = "macs",
+    calibration: Split | None = None,
+    evolve: int = 0,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    executor: Executor | None = None,
+) -> Front:
+    """Find the sub-models of a trained network that are the most accurate within budgets.
+
+    A candidate leaves out spans and eighths of groups of filters, of those the least important. It costs what is
+    counted of it; it is worth its accuracy on held-out images inside the family, its norms measured anew. The
+    search is greedy: it begins with the base-model and leaves out, step by step, what loses least accuracy for
+    what it saves, until the smallest budget is met. The best of all that was tried within each budget is chosen.
+
+    Args:
+        net: The family, trained, with `facts.data`; it is not changed.
+        data: Images that it was not trained on, and that are no test images: they decide.
+        budgets: What sub-models may cost: MACs for one image, or bytes of parameters; shares of the base-model's
+            below 1.
+        by: What budgets are of: `macs` or `bytes`.
+        calibration: Training images that norms are measured on; by default those of `data`, without their classes.
+        evolve: So many more candidates are tried that evolve from the best.
+        seed: Of the evolution.
+        folder: What was tried is kept in a file there, which the same search goes on from.
+        executor: Tries several candidates at a time: any of `concurrent.futures`. Results do not depend on it.
+
+    Returns:
+        The sub-models that were chosen, and the family with them.
+
+    Raises:
+        BudgetError: A budget makes no sense, or nothing that can be left out meets it; with what comes nearest.
+        DataError: There are no images.
+        MeasurementError: The base-model, or all that is left when anything is left out, answers at chance.
+        CutError: Nothing can be left out.
+        CheckpointError: The family does not know its data, or the folder has the file of another search.
+
+    Examples:
+        >>> front = detachnet.search(net, held_out, [0.6, 0.3])
+        >>> front.net.names
+        ('base', 'macs60', 'macs30')
+    """
+    if by not in get_args(By):
+        raise BudgetError(f"by={by!r}: budgets are of {', '.join(get_args(By))}")
+    if not len(data):
+        raise DataError("there are no held-out images to search with", hint="keep some from the training images")
+    calibration = data if calibration is None else calibration
+    net.facts.known_data  # noqa: B018 - it refuses a family that does not know
+    space = Space(net)
+    cost = counted(space, by)
+    limits = _reachable(space, cost, checked(budgets, by, cost(Candidate()) or 0.0), by)
+    with _kept(folder) as path:
+        about = _about(net, data, calibration)
+        judge = Judge(net, data, calibration, space)
+        trials = Trials(judge, Journal(path, about), executor)
+        _try_all(space, cost, trials, limits, len(data), evolve, seed)
+        return _front(space, cost, trials, limits, by, data, calibration)
+
+
+@contextmanager
+def _kept(folder: str | Path | None) -> Iterator[Path | None]:
+    """The file that candidates are kept in, for this process alone."""
+    if folder is None:
+        yield None
+        return
+    place = Path(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the folder {place}", what=str(error)) from error
+    with locked(place):
+        yield place / JOURNAL
+
+
+def _reachable(space: Space, cost: Cost, limits: list[float], by: By) -> list[float]:
+    """Budgets that something can meet.
+
+    Raises:
+        BudgetError: One of them nothing can.
+    """
+    smallest = space.smallest(cost)
+    least, base = cost(smallest) or math.inf, cost(Candidate()) or math.inf
+    if least <= limits[-1]:
+        return limits
+    raise BudgetError(
+        f"no sub-model of {space.net.plan.model} costs {limits[-1]:,.4g} {by} or less: "
+        f"the least is {least:,.4g}, {100 * least / base:.3g} % of the base-model's",
+        what="with an eighth of all filters, and without every span that nothing needs to stand for",
+        hint=f"a budget from {math.ceil(1000 * least / base) / 1000:g} of the base-model's on",
+        nearest=(f"{least:.4g}",),
+    )
+
+
+def _about(net: DetachableNet, data: Split, calibration: Split) -> dict[str, Any]:
+    """What the worth of a candidate depends on."""
+    return {
+        "format_version": 1,
+        "model": net.plan.model,
+        "weights": _digest(net.state_dict().values()),
+        "head": net.plan.head,
+        "images": len(data),
+        "held_out": _digest([data.images, data.labels]),
+        "calibration": _digest([calibration.images]),
+    }
+
+
+def _digest(values: Any) -> str:
+    """Of the bytes of tensors."""
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _try_all(
+    space: Space, cost: Cost, trials: Trials, limits: Sequence[float], images: int, tries: int, seed: int
+) -> None:
+    """Try candidates until the budgets are met, and so many more.
+
+    Raises:
+        MeasurementError: The base-model or all others answer at chance.
+    """
+    (base,) = trials([Candidate()])
+    classes = len(space.net.facts.known_data.classes)
+    if at_chance(base, classes, images):
+        raise MeasurementError(
+            f"the base-model answers at chance on the held-out images: {100 * base.accuracy:.1f} %",
+            hint="train it first: a search compares what a trained network loses",
+        )
+    whole, least = cost(Candidate()) or 0.0, limits[-1]
+    for step, here in enumerate(greedy(space, cost, trials, least)):
+        gone = (whole - (cost(here) or 0.0)) / max(whole - least, 1e-12)
+        tell("% of the way to the smallest budget", min(100, round(100 * gone)), 100)
+        if step == 1:
+            _check_not_all_at_chance(trials, classes, images)
+    if tries:
+        for _ in evolved(space, cost, trials, limits, tries, seed):
+            pass
+
+
+def _check_not_all_at_chance(trials: Trials, classes: int, images: int) -> None:
+    """Refuse to choose where whatever is left out leaves nothing.
+
+    Raises:
+        MeasurementError: All candidates answer at chance.
+    """
+    others = [worth for candidate, worth in trials.seen.items() if not candidate.is_base]
+    if all(at_chance(worth, classes, images) for worth in others):
+        best = max(worth.accuracy for worth in others)
+        raise MeasurementError(
+            f"all {len(others)} candidates answer at chance, the best with {100 * best:.1f} %: "
+            "there is nothing to choose by",
+            hint="train it longer, or with narrower and shorter sub-models in it: recipe vgg16_quarter_supernet",
+        )
+
+
+def _front(
+    space: Space,
+    cost: Cost,
+    trials: Trials,
+    limits: Sequence[float],
+    by: By,
+    data: Split,
+    calibration: Split,
+) -> Front:
+    """What is chosen of all that was tried.
+
+    Raises:
+        BudgetError: Nothing within a budget was found.
+    """
+    tried = list(trials.seen.items())
+    base = cost(Candidate()) or 0.0
+    chosen: dict[Candidate, list[float]] = {}
+    for budget in limits:
+        best = best_within(tried, cost, budget)
+        if best is None:
+            nearest = min(costs for c, _ in tried if (costs := cost(c)) is not None)
+            raise BudgetError(f"no candidate within {budget:,.4g} {by} was found: the least has {nearest:,.4g}")
+        chosen.setdefault(best, []).append(budget)
+    subs = {candidate: space.sub_model(candidate) for candidate in chosen}
+    names = {candidate: _already(space.net, sub) for candidate, sub in subs.items()}
+    new: dict[str, SubModel] = {}
+    for candidate, kept in chosen.items():
+        if not names[candidate]:
+            names[candidate] = _free(name_of(by, kept[-1], base), {*space.net.names, *new})
+            new[names[candidate]] = subs[candidate]
+    net = enlarged(space.net, new, narrowing=space.narrowing).eval()
+    found = []
+    for candidate, name in names.items():
+        worth = judged(net, name, data, calibration if name in new else None)
+        point = _point(space, cost, candidate, worth)
+        found.append(Found(**vars(point), name=name, budgets=tuple(chosen[candidate])))
+    if net.facts.trained:
+        net.facts = net.facts.updated(trained=(*net.facts.trained, *new))
+    points = {candidate: _point(space, cost, candidate, worth) for candidate, worth in tried}
+    return Front(
+        net=net,
+        by=by,
+        base=points[Candidate()],
+        found=tuple(found),
+        points=unbeaten(points.values()),
+        tries=len(tried),
+        images=len(data),
+        seconds=sum(worth.seconds for _, worth in tried),
+    )
+
+
+def _point(space: Space, cost: Cost, candidate: Candidate, worth: Worth) -> Point:
+    """A candidate as it is reported."""
+    plan, costs = space.plan(candidate), cost(candidate)
+    assert plan is not None
+    assert costs is not None
+    sub = None if candidate.is_base else candidate.asked
+    return Point(sub, costs, plan.macs, plan.num_params, worth.accuracy)
+
+
+def _already(net: DetachableNet, sub: SubModel) -> str:
+    """The sub-model of a family that leaves out the same; empty if there is none."""
+    same = (m.name for m in net.plan.models[1:] if (m.asked.drop, m.kept) == (sub.drop, sub.kept))
+    return next(same, "")
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """A name that no model of the family has."""
+    free, number = name, 1
+    while free in taken:
+        number += 1
+        free = f"{name}_{number}"
+    return free

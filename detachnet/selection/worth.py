@@ -1,0 +1,92 @@
+"""candidate -> its worth: accuracy on held-out images, its norms measured anew on training images."""
+
+from __future__ import annotations
+
+import math
+import time
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from detachnet.data.batches import Batches
+from detachnet.data.datasets import Split
+from detachnet.losses import logits
+from detachnet.selection.candidate import Candidate
+from detachnet.selection.space import CANDIDATE, Space
+from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.plan import BASE
+from detachnet.surgery.recalibration import measure_statistics
+
+BATCH = 250
+"""Images per run."""
+
+
+class Worth(NamedTuple):
+    """What a candidate is worth.
+
+    Attributes:
+        accuracy: On the held-out images, in [0, 1].
+        loss: Mean cross entropy there, in nats.
+        seconds: What it took to try it.
+    """
+
+    accuracy: float
+    loss: float
+    seconds: float = 0.0
+
+
+class Judge:
+    """Says what candidates are worth; it can be sent to another process.
+
+    Args:
+        net: The family, trained, with `facts.data`.
+        held_out: Images it was not trained on, which decide.
+        calibration: Training images that the norms of candidates are measured on; their classes are not read.
+        space: Of the family, where it is at hand.
+    """
+
+    def __init__(
+        self, net: DetachableNet, held_out: Split, calibration: Split, space: Space | None = None
+    ) -> None:
+        self.net, self.held_out, self.calibration, self._space = net, held_out, calibration, space
+        self._building = Lock()
+
+    def __getstate__(self) -> tuple[DetachableNet, Split, Split]:
+        return self.net, self.held_out, self.calibration
+
+    def __setstate__(self, state: tuple[DetachableNet, Split, Split]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+    def __call__(self, candidate: Candidate) -> Worth:
+        """The worth of a candidate; the same each time."""
+        began = time.perf_counter()
+        with self._building:  # threads share what is known of the network
+            if self._space is None:
+                self._space = Space(self.net)
+            net = self._space.family(candidate).eval()
+        name = BASE if candidate.is_base else CANDIDATE
+        worth = judged(net, name, self.held_out, None if candidate.is_base else self.calibration)
+        return worth._replace(seconds=round(time.perf_counter() - began, 3))
+
+
+def judged(net: DetachableNet, name: str, held_out: Split, calibration: Split | None) -> Worth:
+    """The worth of one model of a family; its own norms are measured before that, where images are given."""
+    device, info = next(net.parameters()).device, net.facts.known_data
+    if calibration is not None:
+        images = (batch for batch, _ in Batches(calibration, info, BATCH, device).epoch())
+        measure_statistics(net, images, (name,))
+    model, right, loss = net.detach(name, share=True), 0, 0.0
+    with torch.no_grad():
+        for batch, labels in Batches(held_out, info, BATCH, device).epoch():
+            out = logits(model(batch)).float()
+            right += int((out.argmax(1) == labels).sum())
+            loss += float(nn.functional.cross_entropy(out, labels, reduction="sum"))
+    return Worth(right / len(held_out), loss / len(held_out))
+
+
+def at_chance(worth: Worth, classes: int, images: int) -> bool:
+    """Whether an accuracy is no better than guessing: within three standard deviations of it."""
+    guess = 1 / classes
+    return worth.accuracy <= guess + 3 * math.sqrt(guess * (1 - guess) / images)

@@ -1,0 +1,213 @@
+"""A search from beginning to end: the same each time, from wherever it goes on, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detachnet_cli.app import app
+from typer.testing import CliRunner
+
+import detachnet
+from detachnet.errors import BudgetError, CheckpointError, DataError, MeasurementError
+from detachnet.progress import listening
+from detachnet.report.fronts import figure
+from detachnet.selection.front import Front
+from detachnet.selection.images import run_images
+from detachnet.selection.searching import JOURNAL
+from detachnet.selection.worth import Judge
+from detachnet.training.recipe import load_recipe
+from tests.runs import QUICKSTART
+from tests.searched import SIZE, Tiny, images, trained
+
+HELD_OUT, CALIBRATION = images(100, 2), images(100, 1)
+
+
+def search(budgets: tuple[float, ...] = (0.6, 0.3), **options: Any) -> Front:
+    return detachnet.search(trained(), HELD_OUT, list(budgets), calibration=CALIBRATION, **options)
+
+
+def answer(front: Front) -> dict[str, Any]:
+    """All of it that does not depend on the clock."""
+    return front.to_json() | {"seconds": 0}
+
+
+@pytest.mark.slow
+def test_sub_models_within_budgets(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    with listening(lambda *what: told.append(what)):
+        front = search(folder=tmp_path)
+    assert front.net.names == ("base", "short", *(name for name in front.models if name != "short"))
+    base = front.net.plan["base"].macs
+    for share in (0.6, 0.3):
+        (found,) = (found for found in front.found if share * base in found.budgets)
+        assert found.macs == front.net.plan[found.name].macs <= share * base
+        assert found.accuracy == max(p.accuracy for p in front.points if p.macs <= share * base)
+    assert "held-out accuracy" in str(front)
+    assert "% of the way to the smallest budget" in {what for what, _, _ in told}
+    figure(front, tmp_path / "search.svg")
+    assert front.found[-1].name in (tmp_path / "search.svg").read_text(encoding="utf-8")
+    lines = (tmp_path / JOURNAL).read_text().splitlines()
+    assert len(lines) == 1 + front.tries
+
+    # What was there before stays; what is new is part of it like anything else.
+    before = trained()
+    state = front.net.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in before.state_dict().items())
+    detachnet.save(front.net, tmp_path / "adopted.safetensors")
+    loaded = detachnet.load(tmp_path / "adopted.safetensors", Tiny())
+    some = torch.randn(3, *SIZE)
+    for name in front.net.names:
+        assert torch.equal(loaded(some, which=name), front.net(some, which=name))
+        torch.testing.assert_close(loaded.detach(name)(some), loaded(some, which=name))
+
+
+def test_what_is_a_sub_model_already_is_chosen_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge: Callable[..., Any] = Judge.__call__
+
+    def preferring(self: Judge, candidate: Any) -> Any:
+        return judge(self, candidate)._replace(
+            accuracy=0.5 + 0.4 * (candidate.is_base or candidate.drop == ("one:two",))
+        )
+
+    monkeypatch.setattr(Judge, "__call__", preferring)
+    front = search((0.55,))
+    net = trained()
+    assert front.net.names == net.names
+    assert front.models.keys() == {"short"}
+    assert all(torch.equal(value, front.net.state_dict()[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.slow
+def test_the_same_again_and_from_wherever_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = answer(search(folder=tmp_path / "one", evolve=4, seed=3))
+    assert answer(search(folder=tmp_path / "two", evolve=4, seed=3)) == whole
+    lines = (tmp_path / "one" / JOURNAL).read_text().splitlines(keepends=True)
+
+    place = tmp_path / "three"
+    place.mkdir()
+    # Killed while it wrote the sixth line.
+    (place / JOURNAL).write_text("".join(lines[:5]) + lines[5][:20])
+    asked: list[str] = []
+    judge = Judge.__call__
+
+    def counted(self: Judge, candidate: Any) -> Any:
+        asked.append(candidate.key)
+        return judge(self, candidate)
+
+    monkeypatch.setattr(Judge, "__call__", counted)
+    assert answer(search(folder=place, evolve=4, seed=3)) == whole
+    assert len(asked) == len(lines) - 5
+    again = [json.loads(line)["tried"] for line in (place / JOURNAL).read_text().splitlines()[1:]]
+    assert again == [json.loads(line)["tried"] for line in lines[1:]]
+
+    # Other budgets use what was tried.
+    asked.clear()
+    search((0.6,), folder=place)
+    assert not asked
+
+
+@pytest.mark.slow
+def test_an_executor_changes_nothing(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as executor:
+        assert answer(search(executor=executor)) == answer(search())
+
+
+def test_another_network_does_not_go_on(tmp_path: Path) -> None:
+    about = {"about": {"format_version": 1, "model": "Other"}}
+    (tmp_path / JOURNAL).write_text(json.dumps(about) + "\n")
+    with pytest.raises(CheckpointError, match=r"search.jsonl is of another search: it differs in model, weights"):
+        search(folder=tmp_path)
+    (tmp_path / JOURNAL).write_text("[]\n")
+    with pytest.raises(CheckpointError, match=r"search.jsonl is no file of a search"):
+        search(folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "said"),
+    [
+        ((), "search needs a budget"),
+        ((-1.0,), "a budget is a positive number"),
+        ((float("nan"),), "a budget is a positive number"),
+        ((1e9,), "the base-model keeps it already"),
+        ((0.6, 0.01), r"no sub-model of Tiny costs .* or less: the least is .*, 2.24 % of the base-model's"),
+    ],
+)
+def test_a_budget_that_cannot_be(budgets: tuple[float, ...], said: str) -> None:
+    with pytest.raises(BudgetError, match=said):
+        search(budgets)
+
+
+def test_an_unknown_kind_of_budget() -> None:
+    with pytest.raises(BudgetError, match="by='watts': budgets are of macs, bytes"):
+        search(by="watts")
+
+
+def test_no_images() -> None:
+    with pytest.raises(DataError, match="there are no held-out images to search with"):
+        detachnet.search(trained(), HELD_OUT.part(0, 0), [0.5])
+
+
+def test_a_family_of_unknown_data() -> None:
+    net = trained()
+    net.facts = detachnet.Facts()
+    with pytest.raises(CheckpointError, match="does not say what it was trained on"):
+        detachnet.search(net, HELD_OUT, [0.5])
+
+
+def test_an_untrained_network_is_at_chance() -> None:
+    net = detachnet.make_detachable(Tiny().eval(), {}, SIZE, check="none")
+    net.facts = trained().facts
+    with pytest.raises(MeasurementError, match="the base-model answers at chance on the held-out images"):
+        detachnet.search(net, HELD_OUT, [0.5])
+
+
+def test_candidates_that_are_all_at_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge: Callable[..., Any] = Judge.__call__
+
+    def lost(self: Judge, candidate: Any) -> Any:
+        worth = judge(self, candidate) if candidate.is_base else None
+        return worth or judge(self, type(candidate)())._replace(accuracy=0.25)
+
+    monkeypatch.setattr(Judge, "__call__", lost)
+    with pytest.raises(MeasurementError, match=r"all 5 candidates answer at chance, the best with 25\.0 %"):
+        search()
+
+
+def test_images_that_a_run_was_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = images(40, 0)
+    monkeypatch.setattr("detachnet.selection.images.load_data", lambda *_: (every, images(8, 9)))
+    for change, first, count in (("num_train=30", 30, 10), ("holdout=4", 36, 4)):
+        recipe = load_recipe(QUICKSTART, [f"data.{change}"])
+        (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+        held_out, calibration = run_images(tmp_path, 12)
+        assert torch.equal(held_out.images, every.images[first : first + count])
+        assert torch.equal(calibration.images, every.images[:12])
+    (tmp_path / "recipe.toml").write_text(load_recipe(QUICKSTART).to_toml())
+    with pytest.raises(DataError, match="was trained on all 40 training images: none is held out"):
+        run_images(tmp_path, 12)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipe.toml").write_text("")
+    detachnet.save(trained(), tmp_path / "last.safetensors", own=True)
+    monkeypatch.setattr("detachnet.selection.images.run_images", lambda *_: (HELD_OUT, CALIBRATION))
+    monkeypatch.setattr("detachnet_cli.search.open_family", lambda *_: (tmp_path / "last.safetensors", trained()))
+    monkeypatch.chdir(tmp_path)
+    args = ["search", str(tmp_path), "--macs", "0.5"]
+    done = CliRunner().invoke(app, [*args, "--adopt", "found.safetensors"])
+    assert done.exit_code == 0, done.output
+    assert "candidates tried on 100 held-out images" in done.output
+    assert detachnet.load("found.safetensors", Tiny()).names[:2] == ("base", "short")
+    assert json.loads((tmp_path / "search.json").read_text())["by"] == "macs"
+    assert (tmp_path / "search.svg").exists()
+    for wrong, said in (
+        (["--adopt", "found.safetensors"], "found.safetensors exists already"),
+        (["--bytes", "0.5"], "search takes budgets of one kind"),
+    ):
+        refused = CliRunner().invoke(app, [*args, *wrong])
+        assert refused.exit_code == 2
+        assert said in refused.output
