@@ -9,7 +9,7 @@ from hypothesis import settings
 
 from tests.runs import tenth
 
-# A busy machine is no failure, and a test that passed passes again: examples follow from the test, not from chance.
+# A busy machine is no failure, and a test that passed passes again: examples follow from it, not from chance.
 settings.register_profile("detachnet", deadline=None, derandomize=True, database=None)
 settings.load_profile("detachnet")
 
