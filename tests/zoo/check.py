@@ -253,7 +253,7 @@ def check_narrow(model: nn.Module, size: tuple[int, ...]) -> dict[str, str]:
     half = narrowed(model, size)
     columns = {
         "half": f"{half.kept.macs_of_base:.2f}",
-        "whole": "; ".join(sorted(set(half.whole.values()))),
+        "whole": "; ".join(sorted({reason.rpartition("': ")[2] for reason in half.whole.values()})),
     }
     return columns if half.kept.macs_of_base == 1 else columns | {"narrow": verdict(half.error, model)}
 
