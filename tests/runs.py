@@ -37,7 +37,13 @@ def torchrun(processes: int, *args: str, check: bool = True) -> str:
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 
-SMALL = ["model.kwargs.width=0.05", "train.epochs=3", "train.batch_size=50", "schedule.warmup_epochs=1"]
+SMALL = [
+    "model.kwargs.width=0.05",
+    "train.epochs=3",
+    "train.batch_size=50",
+    "schedule.warmup_epochs=1",
+    "family.models={}",
+]
 
 
 def recipe(*overrides: str) -> Recipe:

@@ -19,7 +19,7 @@ def make_run(path: Path, accuracies: dict[str, float], *overrides: str) -> Path:
     """The folder of a finished run with given results."""
     folder = RunFolder(path)
     models = json.dumps(list(accuracies) if len(accuracies) < 3 else [])
-    with folder.started(load_recipe(QUICKSTART, [f"train.models={models}", *overrides])):
+    with folder.started(load_recipe(QUICKSTART, ["family.models={}", f"train.models={models}", *overrides])):
         pass
     rows = [
         {

@@ -21,7 +21,7 @@ import detachnet
 from detachnet.training.recipe import load_recipe
 recipe = load_recipe(sys.argv[1], [
     "model.name=detachnet:resnet_cifar", "model.kwargs.width=0.25", "model.kwargs.depth=8",
-    'family.cuts=["layer1"]', "data.num_train=1024", "train.batch_size=64", "train.epochs=2",
+    "family.models={}", 'family.cuts=["layer1"]', "data.num_train=1024", "train.batch_size=64", "train.epochs=2",
 ])
 print(detachnet.train(recipe, sys.argv[2]).status)
 """
