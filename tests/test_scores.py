@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import detachnet
-from detachnet import checkpoint, evaluation
+from detachnet import evaluation
+from detachnet.checkpoint import content as checkpoint
 from detachnet.data.datasets import Split
 from detachnet.evaluation import evaluate, predict
 from tests import models

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._device import _device_constructors
 
+from detachnet.errors import TraceError
+
 # torch remembers its factories when `with torch.device(...)` is first used. That must not be while a trace has
 # them replaced: `torch.rand` would not heed the device from then on.
 _device_constructors()
@@ -23,7 +25,13 @@ TURN = threading.RLock()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile(model)`, `DataParallel` or `DistributedDataParallel`."""
+    """The model inside `torch.compile(model)`, `DataParallel` or `DistributedDataParallel`.
+
+    Raises:
+        TraceError: It is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"a model is a torch.nn.Module, not {type(model).__name__}")
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner

@@ -241,8 +241,6 @@ def _image_spec(model: nn.Module, input_size: tuple[int, ...] | None, example_in
     """The input's shape at PROBE_BATCH and its dtype (that of the model's first floating-point parameter)."""
     if example_input is not None:
         return Spec((PROBE_BATCH, *example_input.shape[1:]), example_input.dtype)
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"a model is a torch.nn.Module, not {type(model).__name__}")
     if isinstance(input_size, torch.Tensor):
         raise TraceError(
             "input_size is the shape of one image, (C, H, W), not a tensor",
