@@ -45,7 +45,7 @@ def enlarged(
     plan, bridges = plan_enlarged(net, models, kept, narrowing)
     memo = copies_of_computed_tensors(net)
     bridges = {path: copy.deepcopy(net.get_submodule(path), memo) for path in bridges}
-    made = DetachableNet(copy_model(net.base), plan, bridges, narrowing.traced)
+    made = DetachableNet(copy_model(net.base), plan, bridges, narrowing.traced, narrowing)
     old, state = net.state_dict(), made.state_dict()
     made.load_state_dict({name: old.get(name, value) for name, value in state.items()})
     made.facts, made.active = net.facts, net.active if net.active in made.names else BASE
@@ -66,9 +66,7 @@ def plan_enlarged(
     if entry == "custom":
         raise CutError("a family with a step-down of your own cannot be enlarged")
     with torch.random.fork_rng(devices=[]):
-        plan, bridges = make_plan(
-            narrowing.traced, asked, net.plan.norm, entry, net.plan.head, narrowing=narrowing
-        )
+        plan, bridges = make_plan(narrowing.traced, asked, net.plan.norm, entry, net.plan.head, narrowing)
     for name in models:
         for span in plan[name].spans:
             if span.bridge is not None:
