@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import BrokenExecutor, Executor
 from pathlib import Path
 from typing import Any
 
-from detachnet.errors import CheckpointError, one_line
+from detachnet.errors import CheckpointError, MeasurementError, one_line
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.worth import Worth
 from detachnet.storage import read_file, replace_file
@@ -108,11 +108,22 @@ class Trials:
         self.seen: dict[Candidate, Worth] = {}
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[Worth]:
-        """What some candidates are worth."""
+        """What some candidates are worth.
+
+        Raises:
+            MeasurementError: A process of the executor has ended.
+        """
         new = [c for c in dict.fromkeys(candidates) if c.key not in self.journal.known]
         found = map(self.judge, new) if self.executor is None else self.executor.map(self.judge, new)
-        for candidate, worth in zip(new, found, strict=True):
-            self.journal.add(candidate, worth)
+        try:
+            for candidate, worth in zip(new, found, strict=True):
+                self.journal.add(candidate, worth)
+        except BrokenExecutor as error:
+            raise MeasurementError(
+                "a process that tried candidates has ended",
+                what=one_line(error),
+                hint="fewer at a time take less memory; what was tried is kept",
+            ) from error
         worths = [self.journal.known[candidate.key] for candidate in candidates]
         self.seen |= zip(candidates, worths, strict=True)
         return worths
