@@ -3,9 +3,9 @@
     python benchmarks/search_workers.py [CHECKPOINT] [--workers 2] [--ray] [--quick] [--json FILE]
 
 The same search three times, each time from the beginning: in this process, by a pool of processes, and with --ray
-(`pip install 'detachnet[ray]'`) by a local Ray. Every process has one thread. Workers are started before, and their
-first candidate, for which they are sent the network, is tried before. Without a CHECKPOINT a half-width VGG-16 is
-trained on the embedded data for four epochs first; candidates are tried on its 1000 test images.
+(`pip install 'detachnet[ray]'`) by a local Ray. Every process has one thread. Workers are started, and sent the
+network, before. Without a CHECKPOINT a half-width VGG-16 is trained on the embedded data for four epochs first;
+candidates are tried on its 1000 test images.
 """
 
 from __future__ import annotations
