@@ -56,7 +56,7 @@ class Latency:
         if key not in self.journal.noted:
             module = self.space.family(candidate).eval().detach(_name(candidate))
             self.journal.note(key, 1e3 * self.stopwatch(module, self._image))
-        self.measured[candidate] = float(self.journal.noted[key])
+        self.measured[candidate] = self.journal.noted[key]
         return self.measured[candidate]
 
     @cached_property
@@ -80,7 +80,7 @@ class Latency:
         run = self.space.segments_of(candidate)
         if any(keys[segment] not in self.journal.noted for segment in run):
             self._measure(narrow, keys)
-        return sum(float(self.journal.noted[keys[segment]]) for segment in run)
+        return sum(self.journal.noted[keys[segment]] for segment in run)
 
     def _key(self, segment: Segment, kept: Mapping[str, int | str]) -> str:
         """What the journal calls a segment with so many of its filters."""

@@ -12,7 +12,7 @@ from detachnet.errors import CutError
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.modules import copies_of_computed_tensors, copy_model
 from detachnet.surgery.plan import BASE, DetachPlan, make_plan
-from detachnet.surgery.routes import SubModel
+from detachnet.surgery.routes import SubModel, folder
 from detachnet.surgery.widths.storing import Narrowing
 
 
@@ -46,7 +46,11 @@ def enlarged(
     memo = copies_of_computed_tensors(net)
     bridges = {path: copy.deepcopy(net.get_submodule(path), memo) for path in bridges}
     made = DetachableNet(copy_model(net.base), plan, bridges, narrowing.traced, narrowing)
-    old, state = net.state_dict(), made.state_dict()
+    new = {folder(name) for name in models}
+    old = {
+        n: value for n, value in net.state_dict().items() if n.startswith(f"{BASE}.") or n.split(".")[1] not in new
+    }
+    state = made.state_dict()
     made.load_state_dict({name: old.get(name, value) for name, value in state.items()})
     made.facts, made.active = net.facts, net.active if net.active in made.names else BASE
     return made.train(net.training)

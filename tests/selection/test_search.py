@@ -121,6 +121,9 @@ def test_another_network_does_not_go_on(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_text(json.dumps(about) + "\n")
     with pytest.raises(CheckpointError, match=r"search.jsonl is of another search: it differs in model, weights"):
         search(folder=tmp_path)
+    (tmp_path / JOURNAL).write_text('{"about": [1]}\n')
+    with pytest.raises(CheckpointError, match=r"search.jsonl is of another search: it differs in format_version"):
+        search(folder=tmp_path)
     (tmp_path / JOURNAL).write_text("[]\n")
     with pytest.raises(CheckpointError, match=r"search.jsonl is no file of a search"):
         search(folder=tmp_path)
