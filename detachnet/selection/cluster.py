@@ -39,7 +39,7 @@ class RayExecutor(Executor):
         self._ray = ray
         self._is_own = not ray.is_initialized()
         if self._is_own:
-            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="warning")
         self._call = ray.remote(_call)
         self._sent: dict[int, tuple[Callable[..., Any], Any]] = {}
 
