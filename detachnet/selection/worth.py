@@ -15,6 +15,7 @@ from torch import nn
 
 from detachnet.data.batches import Batches
 from detachnet.data.datasets import Split
+from detachnet.errors import MeasurementError, one_line
 from detachnet.losses import logits
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.space import CANDIDATE, Space
@@ -58,7 +59,14 @@ class Judge:
 
     @cached_property
     def _packed(self) -> tuple[str, bytes]:
-        content = pickle.dumps((self.net, self.held_out, self.calibration))
+        try:
+            content = pickle.dumps((self.net, self.held_out, self.calibration))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise MeasurementError(
+                "the network cannot be sent to other processes",
+                what=one_line(error),
+                hint="search in one process, or define the model in a module that can be imported",
+            ) from error
         return hashlib.sha256(content).hexdigest(), content
 
     def __reduce__(self) -> tuple[Any, ...]:

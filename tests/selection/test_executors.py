@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from detachnet.errors import MeasurementError
 from detachnet.selection import worth
@@ -37,6 +38,15 @@ def test_a_judge_is_unpacked_once(judge: Judge) -> None:
     other = pickle.loads(pickle.dumps(Judge(judge.net, images(20, 2), judge.calibration)))
     assert other is not there
     assert list(worth._here.values()) == [other]
+
+
+def test_a_network_that_no_other_process_knows(judge: Judge) -> None:
+    class Mine(nn.Module):
+        pass
+
+    judge.net.add_module("mine", Mine())
+    with pytest.raises(MeasurementError, match="the network cannot be sent to other processes"):
+        pickle.dumps(judge)
 
 
 @pytest.mark.slow
