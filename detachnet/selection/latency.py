@@ -33,14 +33,12 @@ class Latency:
 
     Attributes:
         how: The stopwatch in words.
-        count: Segments that were measured now.
         measured: What was measured whole → milliseconds.
     """
 
     def __init__(self, space: Space, journal: Journal, stopwatch: Callable[[nn.Module, Tensor], float]) -> None:
         self.space, self.journal, self.stopwatch = space, journal, stopwatch
         self.how = str(stopwatch)
-        self.count = 0
         self.measured: dict[Candidate, float] = {}
 
     def __call__(self, candidate: Candidate) -> float | None:
@@ -78,8 +76,8 @@ class Latency:
             return None
         keys = {segment: self._key(segment, plan.kept) for segment in self.space.segments}
         run = self.space.segments_of(candidate)
-        if any(keys[segment] not in self.journal.noted for segment in run):
-            self._measure(narrow, keys)
+        if unknown := {segment: keys[segment] for segment in run if keys[segment] not in self.journal.noted}:
+            self._measure(narrow, unknown)
         return sum(self.journal.noted[keys[segment]] for segment in run)
 
     def _key(self, segment: Segment, kept: Mapping[str, int | str]) -> str:
@@ -92,18 +90,18 @@ class Latency:
         return f"{self.how}: {segment.start}:{segment.end} {json.dumps(counts)}"
 
     def _measure(self, narrow: Candidate, keys: Mapping[Segment, str]) -> None:
-        """Measure the segments of a candidate that leaves out filters alone, as far as they are not known."""
-        net, value = self.space.family(narrow).eval(), self._image
-        for segment, key in keys.items():
-            leg = Leg((_name(narrow),), segment.start, segment.end, 0)
-            module = net.detach_leg(leg)
-            if key not in self.journal.noted:
-                self.journal.note(key, 1e3 * self.stopwatch(module, value))
-                self.count += 1
-                tell("segments measured", self.count, self.count)
+        """Measure segments of a candidate that leaves out filters alone, each on the feature that it gets."""
+        net, value, done = self.space.family(narrow).eval(), self._image, 0
+        for segment in self.space.segments:
+            module = net.detach_leg(Leg((_name(narrow),), segment.start, segment.end, 0))
+            if segment in keys:
+                tell("segments measured", done, len(keys))
+                self.journal.note(keys[segment], 1e3 * self.stopwatch(module, value))
+                done += 1
             if segment.end:
                 with torch.no_grad():
                     value = module(value)
+        tell("segments measured", done, done)
 
 
 def _name(candidate: Candidate) -> str:
