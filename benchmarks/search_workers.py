@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -56,8 +58,8 @@ def compare(
     """A line, and the front, of each way to run the search."""
     rows: list[Row] = []
     fronts: list[Front] = []
-    for by, executor in ways(options).items():
-        with executor as running:
+    for by, start in ways(options).items():
+        with start() as running:
             if running is not None:  # the network is sent, and traced, once
                 detachnet.search(net, held_out, [0.97], calibration=calibration, executor=running)
             began = time.perf_counter()
@@ -68,14 +70,17 @@ def compare(
     return rows, fronts
 
 
-def ways(options: argparse.Namespace) -> dict[str, AbstractContextManager[Executor | None]]:
-    """Who tries the candidates."""
+def ways(options: argparse.Namespace) -> dict[str, Callable[[], AbstractContextManager[Executor | None]]]:
+    """Who tries the candidates, and how that is started."""
     workers = options.workers
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
-    found: dict[str, AbstractContextManager[Executor | None]] = {"one process": nullcontext()}
-    found[f"{workers} processes"] = pool
+    found: dict[str, Callable[[], AbstractContextManager[Executor | None]]] = {
+        "one process": nullcontext,
+        f"{workers} processes": partial(
+            ProcessPoolExecutor, workers, get_context("spawn"), torch.set_num_threads, (1,)
+        ),
+    }
     if options.ray:
-        found[f"Ray, {workers} workers"] = RayExecutor(workers)
+        found[f"Ray, {workers} workers"] = partial(RayExecutor, workers)
     return found
 
 

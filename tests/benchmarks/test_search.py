@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,7 +69,7 @@ def test_networks_are_recipes() -> None:
 @pytest.mark.slow
 def test_workers_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """By threads here: processes are tried elsewhere."""
-    pools = {"one process": nullcontext(), "2 threads": ThreadPoolExecutor(2)}
+    pools = {"one process": nullcontext, "2 threads": partial(ThreadPoolExecutor, 2)}
     monkeypatch.setattr(search_workers, "ways", lambda options: pools)
     rows, (one, two) = search_workers.compare(trained(), images(40, 2), images(40, 1), SimpleNamespace(workers=2))  # type: ignore[arg-type]
     assert [row["by"] for row in rows] == list(pools)
