@@ -23,7 +23,7 @@ from detachnet.memory import Bounded, TooMuchError
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.making import make_detachable
 from detachnet.surgery.plan import BASE, DetachPlan, ModelPlan
-from detachnet.surgery.stepdown import Stem, StepDownBuilder
+from detachnet.surgery.stepdown import StepDownBuilder
 from detachnet.surgery.tracer import NO_LEAVES, Leaves
 from detachnet.zoo import FETCHING, create_model
 
@@ -174,7 +174,7 @@ def _base(
     The zoo's is compared with the tensors, if there are any, before it takes memory.
     """
     base = copy.deepcopy(model) if model is not None else _create(header, path, tensors)
-    if stepdown is None and _asked_for(header.plan) == "custom":
+    if stepdown is None and header.plan.entry == "custom":
         raise CheckpointError(f"{path} was made with a user's own step-down", hint="load(path, stepdown=it)")
     if header.fingerprint not in ("", fingerprint(base)):
         logger.warning(
@@ -191,7 +191,7 @@ def _family(header: Header, base: nn.Module, stepdown: StepDownBuilder | None, l
         header.plan.input_size,
         norm=header.plan.norm,
         head=header.plan.head,
-        stepdown=_asked_for(header.plan) if stepdown is None else stepdown,
+        stepdown=header.plan.entry if stepdown is None else stepdown,
         leaf_modules=leaves.with_paths(header.plan.whole).modules,
         leaf_functions=leaves.functions,
         check="none",
@@ -213,12 +213,6 @@ def _fits(base: nn.Module, path: str | Path) -> Iterator[None]:
             f"{path} does not fit {type(base).__name__}: it was made from another model",
             what=one_line(error),
         ) from error
-
-
-def _asked_for(plan: DetachPlan) -> str | Stem:
-    """What `stepdown=` was when a family was made; flat features get a linear layer whatever that was."""
-    entries = [model.stepdown for model in plan.models if model.stepdown and model.stepdown.kind != "linear"]
-    return next((entry.stem or entry.kind for entry in entries), "conv")
 
 
 def load_weights(net: DetachableNet, header: Header, tensors: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 archive, formats, quantize, manifest -> export
                                            a folder with a graph per model
 backends, peak -> profile                  models that run, and what they cost here
-segments                                   what each part of a model takes here, to choose routes by
+stopwatch, segments                        what modules, and the parts of a model, take here
 budget -> family                           the model that a budget allows
 cascade, deadline                          a model for each image, a model for each load
 """

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from detachnet.data.datasets import Split
 from detachnet.deploy import formats as graphs, quantize
-from detachnet.deploy.formats import INPUT, OUTPUT, WEIGHTS, Format, Runner, SharedWeights
+from detachnet.deploy.formats import INPUT, OUTPUT, WEIGHTS, Format, MainOutput, Runner, SharedWeights
 from detachnet.deploy.manifest import (
     ExportedFile,
     ExportedLeg,
@@ -194,7 +194,7 @@ class _Writer:
         assert self.shared is not None
         module = self.net.detach_leg(leg).cpu()
         path = self.folder / f"leg.{number}.{self.format}"  # no model can be called so
-        module = module if leg.end else _MainOutput(module).eval()
+        module = module if leg.end else MainOutput(module).eval()
         example = made[leg.start]
         with torch.no_grad():
             made |= {leg.end: module(example)} if leg.end else {}
@@ -223,7 +223,7 @@ class _Writer:
                 f"{name} returns a {type(output).__name__} that does not begin with a tensor",
                 hint="wrap the model in a module that returns its main output",
             )
-        return _MainOutput(module).eval()
+        return MainOutput(module).eval()
 
     def _write_file(self, name: str, module: nn.Module, path: Path) -> int:
         """One model's graph, compared with the model; the bytes it uses of the shared weights."""
@@ -252,18 +252,6 @@ class _Writer:
             return {"accuracy": known}
         measured = quantize.accuracy(graphs.open_graph(path), self.int8[1], self.net.facts.known_data)
         return {"accuracy": measured, "float_accuracy": known}
-
-
-class _MainOutput(nn.Module):
-    """A model without what it returns besides its main output."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The main output."""
-        return logits(self.module(x))
 
 
 def compare(name: str, module: nn.Module, run: Runner, images: Tensor) -> None:

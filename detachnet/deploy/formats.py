@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from detachnet.deploy.archive import clean_archive
 from detachnet.errors import ExportError, one_line
+from detachnet.losses import logits
 from detachnet.storage import open_file, read_file
 from detachnet.surgery.widths.reading import Pick
 
@@ -74,6 +75,18 @@ class SharedWeights:
             self._counted.add(place)
             self.used += len(content)
         return place
+
+
+class MainOutput(nn.Module):
+    """A model without what it returns besides its main output."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The main output."""
+        return logits(self.module(x))
 
 
 def check_installed(format: Format) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from statistics import median
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from detachnet.deploy.stopwatch import now
 from detachnet.errors import MeasurementError
 from detachnet.machine import find_device
 from detachnet.surgery.cuts import CutAnalysis
@@ -64,10 +64,10 @@ def measure_segments(
     timed, whole = _Timed(net, traced.graph, places), list[float]()
     with evaluating(net), torch.inference_mode():
         for i in range(warmup + n):
-            began = _now(where)
+            began = now(where)
             net(images)
             if i >= warmup:
-                whole.append(_now(where) - began)
+                whole.append(now(where) - began)
             timed.pass_through(images, keep=i >= warmup)
     medians = {name: median(seconds) for name, seconds in timed.seconds.items()}
     scale = median(whole) / max(sum(medians.values()), 1e-12)
@@ -86,10 +86,10 @@ class _Timed(fx.Interpreter):
 
     def pass_through(self, images: Tensor, keep: bool) -> None:
         """Run the graph; note the seconds of each segment if they are to be kept."""
-        self.marks, began = [], _now(images.device)
+        self.marks, began = [], now(images.device)
         self.device = images.device
         self.run(images)
-        self.marks.append(("", _now(images.device)))
+        self.marks.append(("", now(images.device)))
         for name, reached in self.marks:
             if keep:
                 self.seconds[name].append(reached - began)
@@ -103,12 +103,5 @@ class _Timed(fx.Interpreter):
         """Run a node; note the time behind a place."""
         out = super().run_node(n)
         if n in self.places:
-            self.marks.append((self.places[n], _now(self.device)))
+            self.marks.append((self.places[n], now(self.device)))
         return out
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, when a device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -68,5 +68,5 @@ class Candidate:
             return cls(
                 tuple(map(str, raw["drop"])), tuple(sorted((str(n), int(k)) for n, k in raw["eighths"].items()))
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"{key!r} is no candidate", what=str(error)) from error

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from detachnet.errors import BudgetError
 from detachnet.selection.candidate import Candidate
-from detachnet.selection.front import By
+from detachnet.selection.front import By, Counted
 from detachnet.selection.space import Cost, Space
 from detachnet.surgery.plan import BASE
 
 
-def counted(space: Space, by: By) -> Cost:
+def counted(space: Space, by: Counted) -> Cost:
     """What a candidate costs in MACs for one image, or in bytes of its parameters when it is detached."""
     like = next(parameter for parameter in space.net.parameters() if parameter.is_floating_point())
 
@@ -26,7 +26,7 @@ def counted(space: Space, by: By) -> Cost:
 
 
 def checked(budgets: Sequence[float], by: By, base: float) -> list[float]:
-    """Budgets in units of the cost, falling; a share of the base-model's costs where one is below 1.
+    """Budgets in units of the cost, falling; of what is counted, one below 1 is a share of the base-model's.
 
     Raises:
         BudgetError: There is none, or one makes no sense or is kept by the base-model.
@@ -37,7 +37,7 @@ def checked(budgets: Sequence[float], by: By, base: float) -> list[float]:
     for budget in budgets:
         if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < math.inf:
             raise BudgetError(f"{by}={budget!r}: a budget is a positive number")
-        value = budget * base if budget < 1 else float(budget)
+        value = budget * base if budget < 1 and by != "latency_ms" else float(budget)
         if value >= base:
             raise BudgetError(
                 f"{by}={budget:g}: the base-model keeps it already, with {base:.4g}", nearest=(BASE,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,8 +12,9 @@ from detachnet.surgery.plan import BASE
 from detachnet.surgery.routes import SubModel
 from detachnet.text import Table, si
 
-By = Literal["macs", "bytes"]
-UNITS: dict[By, str] = {"macs": "MACs", "bytes": "bytes"}
+Counted = Literal["macs", "bytes"]
+By = Literal["macs", "bytes", "latency_ms"]
+UNITS: dict[By, str] = {"macs": "MACs", "bytes": "bytes", "latency_ms": "ms"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Point:
 
     Attributes:
         model: What leaves out what it does.
-        cost: In the unit of the budgets.
+        cost: In the unit of the budgets; of a latency the sum of what its segments take.
         macs: Multiply-accumulates for one image.
         num_params: Number of parameters when detached.
         accuracy: On the held-out images, in [0, 1], its norms recalibrated.
@@ -50,10 +52,12 @@ class Found(Point):
     Attributes:
         name: What it is called in the family.
         budgets: Those it is the best for, in the unit of the cost.
+        measured: Milliseconds that it takes as a whole, where budgets are latencies.
     """
 
     name: str = ""
     budgets: tuple[float, ...] = ()
+    measured: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Front:
         tries: How many candidates were tried.
         images: Held-out images that decided.
         seconds: What trying them took, added up.
+        how: What latencies were measured with and on; empty where budgets are of what is counted.
     """
 
     net: DetachableNet
@@ -79,6 +84,12 @@ class Front:
     tries: int
     images: int
     seconds: float
+    how: str = ""
+
+    @property
+    def deviation(self) -> float:
+        """By what share the sum of what was chosen is off at most from what it takes as a whole."""
+        return max((abs(f.cost / f.measured - 1) for f in self.found if f.measured), default=0.0)
 
     @property
     def models(self) -> dict[str, SubModel]:
@@ -96,16 +107,22 @@ class Front:
     @property
     def table(self) -> Table:
         """The base-model and what was chosen."""
-        header = ("model", "left out", "budget", "MACs", "of base", "parameters", "held-out accuracy")
-        rows = [(BASE, "", "", *self._row(self.base))]
+        ms = ("p50 ms", "of segments") if self.how else ()
+        header = ("model", "left out", "budget", *ms, "MACs", "of base", "parameters", "held-out accuracy")
+        rows = [(BASE, "", "", *self._row(self.base, self.base.cost))]
         for found in self.found:
-            budgets = " and ".join(f"{si(round(budget))} {UNITS[self.by]}" for budget in found.budgets)
-            rows.append((found.name, found.left_out, budgets, *self._row(found)))
-        return Table(header, tuple(rows), self.title, left=2)
+            budgets = " and ".join(f"{self._text(budget)} {UNITS[self.by]}" for budget in found.budgets)
+            rows.append((found.name, found.left_out, budgets, *self._row(found, found.measured)))
+        said = f"{self.how}; segments added up are off by {100 * self.deviation:.1f} % at most"
+        return Table(header, tuple(rows), self.title, (said,) if self.how else (), left=2)
 
-    def _row(self, point: Point) -> tuple[str, ...]:
+    def _row(self, point: Point, measured: float | None) -> tuple[str, ...]:
+        ms = (f"{measured or 0:.3f}", f"{point.cost:.3f}") if self.how else ()
         share = f"{100 * point.macs / max(1, self.base.macs):.0f} %"
-        return si(point.macs), share, si(point.num_params), f"{100 * point.accuracy:.2f} %"
+        return *ms, si(point.macs), share, si(point.num_params), f"{100 * point.accuracy:.2f} %"
+
+    def _text(self, budget: float) -> str:
+        return f"{budget:g}" if self.how else si(round(budget))
 
     def to_json(self) -> dict[str, Any]:
         """All of it but the family, for a file."""
@@ -115,8 +132,12 @@ class Front:
             "tries": self.tries,
             "images": self.images,
             "seconds": round(self.seconds, 1),
+            "measured_with": self.how,
+            "deviation": self.deviation,
             "base": _told(self.base),
-            "found": [{"name": f.name, "budgets": list(f.budgets)} | _told(f) for f in self.found],
+            "found": [
+                {"name": f.name, "budgets": list(f.budgets), "measured": f.measured} | _told(f) for f in self.found
+            ],
             "front": [_told(point) for point in self.points],
         }
 
@@ -145,5 +166,6 @@ def unbeaten(points: Iterable[Point]) -> tuple[Point, ...]:
 
 
 def name_of(by: By, budget: float, base: float) -> str:
-    """What a sub-model for a budget is called: `macs40` for 40 % of the MACs, `bytes12_5`."""
-    return by + f"{100 * budget / base:.4g}".replace(".", "_").replace("-", "_")
+    """What a sub-model for a budget is called: `macs40` for 40 % of the MACs, `bytes12_5`; `ms5` for 5 ms."""
+    number = f"ms{budget:.4g}" if by == "latency_ms" else f"{by}{100 * budget / base:.4g}"
+    return re.sub(r"\W", "_", number)

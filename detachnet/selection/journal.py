@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import BrokenExecutor, Executor
 from pathlib import Path
 from typing import Any
 
-from detachnet.errors import CheckpointError, one_line
+from detachnet.errors import CheckpointError, MeasurementError, one_line
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.worth import Worth
 from detachnet.storage import read_file, replace_file
@@ -30,12 +31,13 @@ class Journal:
     def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
         self.path = path
         self.known: dict[str, Worth] = {}
-        self.noted: dict[str, Any] = {}
+        self.noted: dict[str, float] = {}
         if path is None:
             return
         lines = self._read(path)
         if lines and lines[0] != {"about": dict(about)}:
-            told = lines[0].get("about", {})
+            told = lines[0].get("about")
+            told = told if isinstance(told, dict) else {}
             different = [key for key in about if told.get(key) != about[key]]
             raise CheckpointError(
                 f"{path} is of another search: it differs in {', '.join(different) or 'what it is'}",
@@ -45,13 +47,15 @@ class Journal:
         try:
             for line in lines[1:]:
                 if "note" in line:
-                    self.noted[str(line["note"])] = line["value"]
+                    self.noted[str(line["note"])] = _number(line["value"])
                 else:
                     self.known[Candidate.of_key(line["tried"]).key] = Worth(
-                        float(line["accuracy"]), float(line["loss"]), float(line["seconds"])
+                        _number(line["accuracy"], 1), _number(line["loss"]), _number(line["seconds"])
                     )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} says something unknown", what=one_line(error)) from error
+        except (KeyError, TypeError, ValueError, OverflowError, CheckpointError) as error:
+            raise CheckpointError(
+                f"{path} says something unknown", what=one_line(error), hint="remove it to begin anew"
+            ) from error
         text = "".join(json.dumps(line) + "\n" for line in lines or [{"about": dict(about)}])
         replace_file(path, text.encode())
 
@@ -75,8 +79,8 @@ class Journal:
         self.known[candidate.key] = worth
         self._append({"tried": candidate.key} | worth._asdict())
 
-    def note(self, name: str, value: Any) -> None:
-        """Keep something else that was measured, as JSON."""
+    def note(self, name: str, value: float) -> None:
+        """Keep something else that was measured."""
         self.noted[name] = value
         self._append({"note": name, "value": value})
 
@@ -90,6 +94,22 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path}", what=str(error)) from error
+
+
+def _number(value: object, most: float = math.inf) -> float:
+    """A number that is not negative, and finite.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 <= value <= most
+        or value == math.inf
+    ):
+        raise ValueError(f"{value!r} is no number from 0 on")
+    return float(value)
 
 
 class Trials:
@@ -108,11 +128,22 @@ class Trials:
         self.seen: dict[Candidate, Worth] = {}
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[Worth]:
-        """What some candidates are worth."""
+        """What some candidates are worth.
+
+        Raises:
+            MeasurementError: A process of the executor has ended.
+        """
         new = [c for c in dict.fromkeys(candidates) if c.key not in self.journal.known]
         found = map(self.judge, new) if self.executor is None else self.executor.map(self.judge, new)
-        for candidate, worth in zip(new, found, strict=True):
-            self.journal.add(candidate, worth)
+        try:
+            for candidate, worth in zip(new, found, strict=True):
+                self.journal.add(candidate, worth)
+        except BrokenExecutor as error:
+            raise MeasurementError(
+                "a process that tried candidates has ended",
+                what=one_line(error),
+                hint="fewer at a time take less memory; what was tried is kept",
+            ) from error
         worths = [self.journal.known[candidate.key] for candidate in candidates]
         self.seen |= zip(candidates, worths, strict=True)
         return worths

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from detachnet.data.datasets import Split
+from detachnet.deploy.backends import Runtime
+from detachnet.deploy.stopwatch import Stopwatch
 from detachnet.errors import BudgetError, CheckpointError, DataError, MeasurementError
 from detachnet.progress import tell
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.costs import checked, counted
 from detachnet.selection.evolution import evolve as evolved
-from detachnet.selection.front import By, Found, Front, Point, name_of, unbeaten
+from detachnet.selection.front import UNITS, By, Found, Front, Point, name_of, unbeaten
 from detachnet.selection.greedy import best_within, greedy
 from detachnet.selection.journal import Journal, Trials
+from detachnet.selection.latency import Latency
 from detachnet.selection.space import Cost, Space
 from detachnet.selection.worth import Judge, Worth, at_chance, judged
 from detachnet.storage import locked
@@ -31,6 +34,8 @@ from detachnet.surgery.routes import SubModel
 
 JOURNAL = "search.jsonl"
 """Every candidate that was tried, in a run's folder."""
+MARGIN = 0.9
+"""How far greedy goes below a latency: what segments add up to is not what the whole takes."""
 
 
 def search(
@@ -39,6 +44,8 @@ def search(
     budgets: Sequence[float],
     *,
     by: By = "macs",
+    runtime: Runtime | None = None,
+    threads: int | None = None,
     calibration: Split | None = None,
     evolve: int = 0,
     seed: int = 0,
@@ -55,9 +62,13 @@ def search(
     Args:
         net: The family, trained, with `facts.data`; it is not changed.
         data: Images that it was not trained on, and that are no test images: they decide.
-        budgets: What sub-models may cost: MACs for one image, or bytes of parameters; shares of the base-model's
-            below 1.
-        by: What budgets are of: `macs` or `bytes`.
+        budgets: What sub-models may cost: MACs for one image, or bytes of parameters, shares of the base-model's
+            below 1; or milliseconds for one image.
+        by: What budgets are of: `macs`, `bytes`, or `latency_ms`: the latency on this machine. For that the
+            segments of the network are measured, for each number of filters once, and added up; what is chosen is
+            measured as a whole, and keeps its budget so.
+        runtime: What latencies are measured through: `torch` or `onnx`; by default `torch`.
+        threads: Threads of the CPU for that; by default torch's present number.
         calibration: Training images that norms are measured on; by default those of `data`, without their classes.
         evolve: So many more candidates are tried that evolve from the best.
         seed: Of the evolution.
@@ -69,8 +80,10 @@ def search(
 
     Raises:
         BudgetError: A budget makes no sense, or nothing that can be left out meets it; with what comes nearest.
+        ExportError: ONNX Runtime is not installed.
         DataError: There are no images.
-        MeasurementError: The base-model, or all that is left when anything is left out, answers at chance.
+        MeasurementError: The base-model, or all that is left when anything is left out, answers at chance; or a
+            part of the network cannot be measured.
         CutError: Nothing can be left out.
         CheckpointError: The family does not know its data, or the folder has the file of another search.
 
@@ -79,21 +92,35 @@ def search(
         >>> front.net.names
         ('base', 'macs60', 'macs30')
     """
-    if by not in get_args(By):
-        raise BudgetError(f"by={by!r}: budgets are of {', '.join(get_args(By))}")
+    stopwatch = _stopwatch(by, runtime, threads, net)
     if not len(data):
         raise DataError("there are no held-out images to search with", hint="keep some from the training images")
     calibration = data if calibration is None else calibration
     net.facts.known_data  # noqa: B018 - it refuses a family that does not know
     space = Space(net)
-    cost = counted(space, by)
-    limits = _reachable(space, cost, checked(budgets, by, cost(Candidate()) or 0.0), by)
     with _kept(folder) as path:
-        about = _about(net, data, calibration)
-        judge = Judge(net, data, calibration, space)
-        trials = Trials(judge, Journal(path, about), executor)
+        journal = Journal(path, _about(net, data, calibration))
+        cost = Latency(space, journal, stopwatch) if stopwatch else counted(space, by)  # type: ignore[arg-type]
+        limits = _reachable(space, cost, checked(budgets, by, cost(Candidate()) or 0.0), by)
+        trials = Trials(Judge(net, data, calibration, space), journal, executor)
         _try_all(space, cost, trials, limits, len(data), evolve, seed)
         return _front(space, cost, trials, limits, by, data, calibration)
+
+
+def _stopwatch(by: By, runtime: Runtime | None, threads: int | None, net: DetachableNet) -> Stopwatch | None:
+    """What measures latencies, where budgets are such.
+
+    Raises:
+        BudgetError: Budgets are of something unknown, or of what is counted and not measured.
+        MeasurementError: There is no such runtime, or no such number of threads.
+    """
+    if by not in get_args(By):
+        raise BudgetError(f"by={by!r}: budgets are of {', '.join(get_args(By))}")
+    if by == "latency_ms":
+        return Stopwatch(runtime or "torch", threads, next(net.parameters()).device)
+    if runtime is not None or threads is not None:
+        raise BudgetError(f"runtime and threads are for budgets of latency_ms; {by} are counted")
+    return None
 
 
 @contextmanager
@@ -122,7 +149,7 @@ def _reachable(space: Space, cost: Cost, limits: list[float], by: By) -> list[fl
     if least <= limits[-1]:
         return limits
     raise BudgetError(
-        f"no sub-model of {space.net.plan.model} costs {limits[-1]:,.4g} {by} or less: "
+        f"no sub-model of {space.net.plan.model} costs {limits[-1]:,.4g} {UNITS[by]} or less: "
         f"the least is {least:,.4g}, {100 * least / base:.3g} % of the base-model's",
         what="with an eighth of all filters, and without every span that nothing needs to stand for",
         hint=f"a budget from {math.ceil(1000 * least / base) / 1000:g} of the base-model's on",
@@ -167,7 +194,7 @@ def _try_all(
             f"the base-model answers at chance on the held-out images: {100 * base.accuracy:.1f} %",
             hint="train it first: a search compares what a trained network loses",
         )
-    whole, least = cost(Candidate()) or 0.0, limits[-1]
+    whole, least = cost(Candidate()) or 0.0, limits[-1] * (MARGIN if isinstance(cost, Latency) else 1)
     for step, here in enumerate(greedy(space, cost, trials, least)):
         gone = (whole - (cost(here) or 0.0)) / max(whole - least, 1e-12)
         tell("% of the way to the smallest budget", min(100, round(100 * gone)), 100)
@@ -206,17 +233,11 @@ def _front(
     """What is chosen of all that was tried.
 
     Raises:
-        BudgetError: Nothing within a budget was found.
+        BudgetError: Nothing within a budget was found, with what comes nearest.
     """
     tried = list(trials.seen.items())
     base = cost(Candidate()) or 0.0
-    chosen: dict[Candidate, list[float]] = {}
-    for budget in limits:
-        best = best_within(tried, cost, budget)
-        if best is None:
-            nearest = min(costs for c, _ in tried if (costs := cost(c)) is not None)
-            raise BudgetError(f"no candidate within {budget:,.4g} {by} was found: the least has {nearest:,.4g}")
-        chosen.setdefault(best, []).append(budget)
+    chosen = _chosen(tried, cost, limits, by)
     subs = {candidate: space.sub_model(candidate) for candidate in chosen}
     names = {candidate: _already(space.net, sub) for candidate, sub in subs.items()}
     new: dict[str, SubModel] = {}
@@ -229,7 +250,8 @@ def _front(
     for candidate, name in names.items():
         worth = judged(net, name, data, calibration if name in new else None)
         point = _point(space, cost, candidate, worth)
-        found.append(Found(**vars(point), name=name, budgets=tuple(chosen[candidate])))
+        whole = cost.whole(candidate) if isinstance(cost, Latency) else None
+        found.append(Found(**vars(point), name=name, budgets=tuple(chosen[candidate]), measured=whole))
     if net.facts.trained:
         net.facts = net.facts.updated(trained=(*net.facts.trained, *new))
     points = {candidate: _point(space, cost, candidate, worth) for candidate, worth in tried}
@@ -242,7 +264,37 @@ def _front(
         tries=len(tried),
         images=len(data),
         seconds=sum(worth.seconds for _, worth in tried),
+        how=cost.how if isinstance(cost, Latency) else "",
     )
+
+
+def _chosen(
+    tried: Sequence[tuple[Candidate, Worth]], cost: Cost, limits: Sequence[float], by: By
+) -> dict[Candidate, list[float]]:
+    """The best candidates within budgets → which; latencies are kept by what is measured whole.
+
+    Raises:
+        BudgetError: Nothing within a budget was found, with what comes nearest.
+    """
+
+    def price(candidate: Candidate) -> float | None:
+        whole = cost.measured.get(candidate) if isinstance(cost, Latency) else None
+        return cost(candidate) if whole is None else whole
+
+    chosen: dict[Candidate, list[float]] = {}
+    for budget in limits:
+        best = best_within(tried, price, budget)
+        while best is not None and isinstance(cost, Latency) and cost.whole(best) > budget:
+            best = best_within(tried, price, budget)
+        if best is None:
+            nearest = f"{min(costs for c, _ in tried if (costs := price(c)) is not None):,.4g}"
+            raise BudgetError(
+                f"no candidate within {budget:,.4g} {UNITS[by]} was found: the least has {nearest}",
+                hint="a larger budget",
+                nearest=(nearest,),
+            )
+        chosen.setdefault(best, []).append(budget)
+    return chosen
 
 
 def _point(space: Space, cost: Cost, candidate: Candidate, worth: Worth) -> Point:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from detachnet.errors import CutError, StepDownError, WidthError
 from detachnet.selection.candidate import PARTS, Candidate
@@ -11,8 +12,8 @@ from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.enlarging import enlarged, plan_enlarged
 from detachnet.surgery.plan import BASE, ModelPlan
 from detachnet.surgery.routes import SubModel, split_span
-from detachnet.surgery.spans import span_points
-from detachnet.surgery.widths.channels import CONSTANT
+from detachnet.surgery.spans import span_places, span_points
+from detachnet.surgery.widths.channels import CONSTANT, compress, distinct
 from detachnet.surgery.widths.functions import tensors_of
 from detachnet.surgery.widths.groups import group_channels, group_names, owners
 from detachnet.surgery.widths.storing import Narrowing
@@ -25,6 +26,20 @@ Cost = Callable[[Candidate], float | None]
 """What a candidate costs; None where it cannot be."""
 
 
+class Segment(NamedTuple):
+    """A part of the base-model's chain.
+
+    Attributes:
+        start: The place whose feature it takes in; empty for the image.
+        end: The place whose feature it makes; empty for the output.
+        groups: The groups of filters that it has some of, or reads.
+    """
+
+    start: str
+    end: str
+    groups: tuple[str, ...]
+
+
 class Space:
     """What can be left out of a family's base-model without a new, untrained layer.
 
@@ -33,6 +48,12 @@ class Space:
     Args:
         net: The family, trained.
 
+    Attributes:
+        places: Where spans begin and end, front to back.
+        spans: The shortest spans.
+        groups: The groups of filters.
+        segments: What lies between two places that follow each other, front to back.
+
     Raises:
         CutError: There is nothing that could be left out.
     """
@@ -40,9 +61,9 @@ class Space:
     def __init__(self, net: DetachableNet) -> None:
         self.net = net
         self.narrowing = Narrowing(net.retraced(), net.base)
-        self._analysis = CutAnalysis(self.narrowing.traced.eval)
-        points = span_points(self.narrowing.traced)
-        self.spans = [point.name for point in points if point.bridge is None]
+        analysis = CutAnalysis(self.narrowing.traced.eval)
+        self.places = [analysis.traced.name_of[node] for node in span_places(analysis)]
+        self.spans = [point.name for point in span_points(self.narrowing.traced) if point.bridge is None]
         self._find_groups()
         self._plans: dict[Candidate, ModelPlan | None] = {Candidate(): net.plan[BASE]}
         self._alone: dict[tuple[str, int], int | str] = {}
@@ -61,15 +82,26 @@ class Space:
         self.sizes = {name: len(groups[i].roots) for i, name in free.items()}
         # Narrower features have other statistics: nothing of them can be shared.
         self.groups = [] if self.net.plan.norm == "shared" else list(free.values())
-        self._position: dict[str, int] = {}
         self._at: dict[str, frozenset[str]] = {}
-        for place in {end for span in self.spans for end in split_span(span)}:
-            node = self._analysis.find(place)
-            self._position[place] = self._analysis.position[node]
+        self.segments: list[Segment] = []
+        ends = {channels.traced.names[place]: place for place in self.places}
+        start, passed = "", frozenset[str]()
+        for node in channels.traced.live:
             value = channels.values.get(node)
-            atoms = [t.clamp_min(CONSTANT).flatten() for t in (tensors_of(value) if value is not None else ())]
-            found = {i for some in atoms for i in owner[some].tolist()}
-            self._at[place] = frozenset(free.get(i, "") for i in found)
+            atoms = [compress(t).clamp_min(CONSTANT) for t in (tensors_of(value) if value is not None else ())]
+            here = frozenset(free.get(i, "") for some in atoms for i in distinct(owner[some]).tolist())
+            passed |= here
+            if node in ends or node.op == "output":
+                end = ends.get(node, "")
+                self.segments.append(Segment(start, end, tuple(sorted(passed - {""}))))
+                self._at[end], start, passed = here, end, here
+
+    def segments_of(self, candidate: Candidate) -> list[Segment]:
+        """Those that a candidate runs."""
+        left_out = set[str]()
+        for start, end in map(split_span, candidate.drop):
+            left_out.update(self.places[self.places.index(start) + 1 : self.places.index(end) + 1])
+        return [segment for segment in self.segments if segment.end not in left_out]
 
     def plan(self, candidate: Candidate) -> ModelPlan | None:
         """What a candidate costs; None where it cannot be, or would need a new layer."""
@@ -137,9 +169,10 @@ class Space:
     def with_span(self, drop: tuple[str, ...], span: str) -> tuple[str, ...]:
         """Some spans and one more; those that touch or overlap become one."""
         merged: list[tuple[str, str]] = []
-        for start, end in sorted(map(split_span, {*drop, span}), key=lambda ends: self._position[ends[0]]):
-            if merged and self._position[start] <= self._position[merged[-1][1]]:
-                last = max(merged[-1][1], end, key=self._position.__getitem__)
+        at = self.places.index
+        for start, end in sorted(map(split_span, {*drop, span}), key=lambda ends: at(ends[0])):
+            if merged and at(start) <= at(merged[-1][1]):
+                last = max(merged[-1][1], end, key=at)
                 merged[-1] = (merged[-1][0], last)
             else:
                 merged.append((start, end))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import pickle
 import time
+from functools import cached_property
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from detachnet.data.batches import Batches
 from detachnet.data.datasets import Split
+from detachnet.errors import MeasurementError, one_line
 from detachnet.losses import logits
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.space import CANDIDATE, Space
@@ -38,7 +42,7 @@ class Worth(NamedTuple):
 
 
 class Judge:
-    """Says what candidates are worth; it can be sent to another process.
+    """Says what candidates are worth; it can be sent to other processes, which keep what they find out for it.
 
     Args:
         net: The family, trained, with `facts.data`.
@@ -53,11 +57,20 @@ class Judge:
         self.net, self.held_out, self.calibration, self._space = net, held_out, calibration, space
         self._building = Lock()
 
-    def __getstate__(self) -> tuple[DetachableNet, Split, Split]:
-        return self.net, self.held_out, self.calibration
+    @cached_property
+    def _packed(self) -> tuple[str, bytes]:
+        try:
+            content = pickle.dumps((self.net, self.held_out, self.calibration))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise MeasurementError(
+                "the network cannot be sent to other processes",
+                what=one_line(error),
+                hint="search in one process, or define the model in a module that can be imported",
+            ) from error
+        return hashlib.sha256(content).hexdigest(), content
 
-    def __setstate__(self, state: tuple[DetachableNet, Split, Split]) -> None:
-        self.__init__(*state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, self._packed
 
     def __call__(self, candidate: Candidate) -> Worth:
         """The worth of a candidate; the same each time."""
@@ -69,6 +82,18 @@ class Judge:
         name = BASE if candidate.is_base else CANDIDATE
         worth = judged(net, name, self.held_out, None if candidate.is_base else self.calibration)
         return worth._replace(seconds=round(time.perf_counter() - began, 3))
+
+
+_here: dict[str, Judge] = {}
+"""The judge that was sent to this process last, by what it is of."""
+
+
+def _received(name: str, content: bytes) -> Judge:
+    """The judge that was packed; the same one each time, as executors send it with every candidate."""
+    if name not in _here:
+        _here.clear()
+        _here[name] = Judge(*pickle.loads(content))
+    return _here[name]
 
 
 def judged(net: DetachableNet, name: str, held_out: Split, calibration: Split | None) -> Worth:

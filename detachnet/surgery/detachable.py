@@ -35,6 +35,7 @@ from detachnet.surgery.statistics import find_statistics, own_statistics
 from detachnet.surgery.trace import trace
 from detachnet.surgery.tracer import PREFIX
 from detachnet.surgery.widths.reading import Pick, SlicedLayer, SlicedTensor
+from detachnet.surgery.widths.storing import Narrowing
 from detachnet.text import by
 from detachnet.zoo import ModelSource, model_source
 
@@ -68,7 +69,12 @@ class DetachableNet(nn.Module):
     heads: nn.Module
 
     def __init__(
-        self, base: nn.Module, plan: DetachPlan, bridges: Mapping[str, nn.Module], traced: TracedModel
+        self,
+        base: nn.Module,
+        plan: DetachPlan,
+        bridges: Mapping[str, nn.Module],
+        traced: TracedModel,
+        narrowing: Narrowing | None = None,
     ) -> None:
         super().__init__()
         self.base = base
@@ -81,7 +87,7 @@ class DetachableNet(nn.Module):
         self._active = BASE
         self._statistics = find_statistics(traced.train, base) if plan.norm == "private" else {}
         self._others: dict[bool, frozenset[str]] = {False: frozenset(), True: frozenset()}
-        self._attach(traced)
+        self._attach(traced, narrowing)
         like = next(base.parameters(), torch.empty(0))
         for path, module in bridges.items():
             put(self, path, module.to(like.device, like.dtype).train(base.training))
@@ -97,7 +103,7 @@ class DetachableNet(nn.Module):
                 put(self.get_submodule(place), f"{folder(name)}.{path}", source.own_layer(path, own))
         self.training = base.training
 
-    def _attach(self, traced: TracedModel) -> None:
+    def _attach(self, traced: TracedModel, narrowing: Narrowing | None = None) -> None:
         """Derive from a trace what is needed to build views; nothing of it is saved or copied."""
         self._example, self._leaves = traced.eval.image.example(), traced.leaves
         self._lost = traced.lost
@@ -108,7 +114,7 @@ class DetachableNet(nn.Module):
             for path, plain in traced.plain.items()
             for name, value in plain.items()
         ]
-        self._of_width = view_sources(traced, self.plan, self._statistics)
+        self._of_width = view_sources(narrowing or Narrowing(traced), self.plan, self._statistics)
         self._sources = self._of_width[BASE]
         self._views: dict[tuple[tuple[str, ...], bool, bool], Run] = {}
         self._legs: dict[str, tuple[Leg, ...]] | None = None

@@ -12,7 +12,7 @@ from detachnet.errors import CutError
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.modules import copies_of_computed_tensors, copy_model
 from detachnet.surgery.plan import BASE, DetachPlan, make_plan
-from detachnet.surgery.routes import SubModel
+from detachnet.surgery.routes import SubModel, folder
 from detachnet.surgery.widths.storing import Narrowing
 
 
@@ -45,8 +45,12 @@ def enlarged(
     plan, bridges = plan_enlarged(net, models, kept, narrowing)
     memo = copies_of_computed_tensors(net)
     bridges = {path: copy.deepcopy(net.get_submodule(path), memo) for path in bridges}
-    made = DetachableNet(copy_model(net.base), plan, bridges, narrowing.traced)
-    old, state = net.state_dict(), made.state_dict()
+    made = DetachableNet(copy_model(net.base), plan, bridges, narrowing.traced, narrowing)
+    new = {folder(name) for name in models}
+    old = {
+        n: value for n, value in net.state_dict().items() if n.startswith(f"{BASE}.") or n.split(".")[1] not in new
+    }
+    state = made.state_dict()
     made.load_state_dict({name: old.get(name, value) for name, value in state.items()})
     made.facts, made.active = net.facts, net.active if net.active in made.names else BASE
     return made.train(net.training)
@@ -66,9 +70,7 @@ def plan_enlarged(
     if entry == "custom":
         raise CutError("a family with a step-down of your own cannot be enlarged")
     with torch.random.fork_rng(devices=[]):
-        plan, bridges = make_plan(
-            narrowing.traced, asked, net.plan.norm, entry, net.plan.head, narrowing=narrowing
-        )
+        plan, bridges = make_plan(narrowing.traced, asked, net.plan.norm, entry, net.plan.head, narrowing)
     for name in models:
         for span in plan[name].spans:
             if span.bridge is not None:

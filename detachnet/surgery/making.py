@@ -20,6 +20,7 @@ from detachnet.surgery.stepdown import Stem, StepDownBuilder
 from detachnet.surgery.trace import outermost, trace
 from detachnet.surgery.tracer import Leaves
 from detachnet.surgery.whole import is_soft
+from detachnet.surgery.widths.storing import Narrowing
 
 MOST_MODELS = 1000
 """Sub-models of a family."""
@@ -103,11 +104,12 @@ def make_detachable(
     def traced(leaves: Leaves) -> TracedModel:
         return trace(model, input_size, example_input, leaves)
 
-    def planned(traced: TracedModel) -> tuple[DetachPlan, dict[str, nn.Module]]:
+    def planned(narrowing: Narrowing) -> tuple[DetachPlan, dict[str, nn.Module]]:
+        traced = narrowing.traced
         chosen = choose_models(traced, sub_models, entry, costs, importance) if sub_models is not None else cuts
         assert chosen is not None
         with torch.random.fork_rng(devices=[]):
-            return make_plan(traced, chosen, norm, stepdown, head, model)
+            return make_plan(traced, chosen, norm, stepdown, head, narrowing)
 
     leaves = Leaves(tuple(leaf_modules), tuple(leaf_functions))
     with generators_kept(generators_of(model)):
@@ -117,7 +119,7 @@ def make_detachable(
 def _family(
     model: nn.Module,
     traced_with: Callable[[Leaves], TracedModel],
-    planned: Callable[[TracedModel], tuple[DetachPlan, dict[str, nn.Module]]],
+    planned: Callable[[Narrowing], tuple[DetachPlan, dict[str, nn.Module]]],
     leaves: Leaves,
     check: Check,
 ) -> DetachableNet:
@@ -127,7 +129,8 @@ def _family(
     while True:
         try:
             traced = traced_with(leaves)
-            plan, bridges = planned(traced)
+            narrowing = Narrowing(traced, model)
+            plan, bridges = planned(narrowing)
         except CutError as error:
             inside = [path for path in traced.whole if f"{error.node}".startswith(f"{path}.")]
             if inside and is_soft(traced.whole[inside[0]]) and refusal is None:
@@ -136,7 +139,7 @@ def _family(
             raise refusal or error from None
         except TraceError as error:
             raise refusal or error from None
-        net = DetachableNet(copy_model(model), plan, bridges, traced)
+        net = DetachableNet(copy_model(model), plan, bridges, traced, narrowing)
         try:
             proof = prove(net, check)
         except UnlikeError as error:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from detachnet.errors import CutError
 from detachnet.surgery.coupling import Coupling
 from detachnet.surgery.finding import find_coupling
-from detachnet.surgery.graph import Root, TracedGraph, TracedModel
+from detachnet.surgery.graph import Root, TracedGraph
 from detachnet.surgery.modules import attribute
 from detachnet.surgery.plan import BASE, DetachPlan, ModelPlan
 from detachnet.surgery.routes import Route, Span, bridge_place, folder, owner
@@ -24,7 +24,7 @@ from detachnet.surgery.widths.choice import Kept
 from detachnet.surgery.widths.patch import kept_along_axes
 from detachnet.surgery.widths.reading import SlicedLayer, SlicedTensor
 from detachnet.surgery.widths.slicing import is_cut, narrow_graph, narrow_root, slice_layer
-from detachnet.surgery.widths.storing import Narrowing, kept_in_training
+from detachnet.surgery.widths.storing import Narrowing
 
 SLICES = "slices"
 NORMS = "norms"
@@ -200,30 +200,35 @@ def _head_path(source: ViewSource, name: str) -> str:
 
 
 def view_sources(
-    traced: TracedModel, plan: DetachPlan, statistics: Statistics
+    narrowing: Narrowing, plan: DetachPlan, statistics: Statistics
 ) -> dict[str, dict[bool, ViewSource]]:
     """Model → what the views of each mode are made from, one thing for all models of the same width.
 
     A span's ends mean the nodes of the same names in both graphs.
     """
     found: dict[str, dict[bool, ViewSource]] = {}
-    narrowing = Narrowing(traced)
     for model in plan.models:
         if model.name not in found:
             same = [other for other in plan.models if other.kept == model.kept]
             kept = narrowing.restore(model.kept) if model.kept else None
-            found |= dict.fromkeys((other.name for other in same), _sources(traced, plan, same, statistics, kept))
+            found |= dict.fromkeys(
+                (other.name for other in same), _sources(narrowing, plan, same, statistics, kept)
+            )
     return found
 
 
 def _sources(
-    traced: TracedModel, plan: DetachPlan, models: Sequence[ModelPlan], statistics: Statistics, kept: Kept | None
+    narrowing: Narrowing,
+    plan: DetachPlan,
+    models: Sequence[ModelPlan],
+    statistics: Statistics,
+    kept: Kept | None,
 ) -> dict[bool, ViewSource]:
     """The same of models of one width."""
     identities = {(model.name, i) for model in models for i, span in enumerate(model.spans) if span.bridge is None}
-    choices = {False: kept, True: None if kept is None else kept_in_training(traced, kept)}
+    choices = {False: kept, True: None if kept is None else narrowing.in_training(kept)}
     sources = {}
-    for training, full in ((False, traced.eval), (True, traced.train)):
+    for training, full in ((False, narrowing.traced.eval), (True, narrowing.traced.train)):
         choice = choices[training]
         graph = full if choice is None else narrow_graph(choice)
         sources[training] = ViewSource(graph, training, _routes(graph, models), {}, identities, choice)

@@ -273,7 +273,6 @@ def make_plan(
     norm: Norm,
     stepdown: str | Stem | StepDownBuilder = "conv",
     head: Head = "shared",
-    model: nn.Module | None = None,
     narrowing: Narrowing | None = None,
 ) -> tuple[DetachPlan, dict[str, nn.Module]]:
     """Check the cuts and work out what each sub-model will be.
@@ -284,8 +283,7 @@ def make_plan(
         norm: `private` or `shared`.
         stepdown: `conv`, `stem`, a `Stem`, `identity` or a user's own.
         head: `private` or `shared`.
-        model: The model with its weights, by which filters are important.
-        narrowing: What is known of its filters, where several plans are made.
+        narrowing: What is known of its filters, and with its weights which are important.
 
     Returns:
         The plan, and step-downs and other bridges, newly initialized, by their place in the family.
@@ -300,7 +298,7 @@ def make_plan(
     if len(cut_at) == len(chosen):
         _check_order(analysis, cut_at, {name: analysis.find(cut) for name, cut in cut_at.items()})
     asked = {name: SubModel(drop=[f":{sub}"]) if isinstance(sub, str) else sub for name, sub in chosen.items()}
-    kin, of, kept = _by_width(analysis, asked, narrowing or Narrowing(traced, model))
+    kin, of, kept = _by_width(analysis, asked, narrowing or Narrowing(traced))
     ends, words = dict[str, list[tuple[str, str]]](), {name: sub.parts for name, sub in asked.items()}
     for name, sub in asked.items():
         ends[name], of[name].routes[name] = find_route(of[name].analysis, sub)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from timm.layers import convert_sync_batchnorm
-from torch import nn
+from torch import Tensor, nn
 
 from detachnet.errors import CheckpointError, RecipeError
 from detachnet.losses import logits
@@ -15,13 +15,13 @@ from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.making import make_detachable
 from detachnet.surgery.modules import evaluating
 from detachnet.surgery.ownership import HEADS, NORMS
-from detachnet.surgery.plan import DetachPlan
-from detachnet.surgery.routes import SubModel
+from detachnet.surgery.plan import DetachPlan, ModelPlan
+from detachnet.surgery.routes import SubModel, folder
 from detachnet.surgery.stepdown import Stem
 from detachnet.training.data import Source
 from detachnet.training.recipe import Recipe
 from detachnet.training.tables import FilesTable
-from detachnet.training.weights import read_base
+from detachnet.training.weights import OWN, Start, read_start
 from detachnet.zoo import WEIGHTS, build_model, new_layers
 
 logger = logging.getLogger("detachnet")
@@ -64,19 +64,21 @@ def build_family(recipe: Recipe, input_size: tuple[int, ...], like: DetachPlan |
     """The family a recipe trains, newly initialized from its seed; cuts of untrained sub-models are left out.
 
     Which filters are important is decided by the weights that training starts from, unless the plan of an earlier
-    part of the run says what was decided: `like`.
+    part of the run says what was decided, `like`, or that of the family it starts from.
     """
     recipe = with_routes(recipe, input_size)
     trained = {name: sub for name, sub in recipe.family.routes.items() if name in recipe.models}
-    for name, sub in trained.items() if like else ():
-        if isinstance(sub, SubModel) and sub.is_narrow and like and name in like.names:
-            trained[name] = sub.keeping(like[name].kept)
-    ranked = not like and any(isinstance(s, SubModel) and s.filters == "important" for s in trained.values())
+    narrow = {name: sub for name, sub in trained.items() if isinstance(sub, SubModel) and sub.is_narrow}
+    goes_on = like is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         model = build_model(recipe.model.name, recipe.folder, **recipe.model.kwargs)
-        if ranked and recipe.train.init:
-            _start_model(model, recipe.train.init)
+        if narrow and recipe.train.init and not goes_on:
+            like = _start_model(model, recipe.train.init)
+        for name, sub in narrow.items():
+            known = like[name] if like and name in like.names else None
+            if known and (goes_on or known.asked.model_dump() == sub.model_dump()):
+                trained[name] = sub.keeping(known.kept)
         table = recipe.family
         net = make_detachable(
             model, trained, input_size, norm=table.norm, head=table.head, stepdown=_entry(recipe)
@@ -157,10 +159,11 @@ def check_classes(net: DetachableNet) -> None:
 def start_from(net: DetachableNet, path: str | Path) -> list[str]:
     """Give all models of a family the weights and statistics of a trained base-model; step-downs stay new.
 
-    A classifier for another number of classes stays new, too, which is said.
+    A sub-model that the file has, too, goes on from where it is there: with its own step-down, norms and head. A
+    classifier for another number of classes stays new, which is said.
 
     Args:
-        net: The family; a sub-model's private norms and head become copies of the base-model's.
+        net: The family; another sub-model's private norms and head become copies of the base-model's.
         path: The file of a family with the same base-model, the folder of its run, or a state dict of the
             base-model alone.
 
@@ -173,7 +176,8 @@ def start_from(net: DetachableNet, path: str | Path) -> list[str]:
     names = {
         name.removeprefix("base."): tensor for name, tensor in net.state_dict().items() if name[:5] == "base."
     }
-    tensors = read_base(path, names)
+    start = read_start(path, names)
+    tensors = start.base
     new = [name for name in names if name not in tensors or tensors[name].shape != names[name].shape]
     classifier = _classifier(net) if new else set()
     for name in new:
@@ -191,7 +195,7 @@ def start_from(net: DetachableNet, path: str | Path) -> list[str]:
         plain = source.removeprefix("base.")
         if source.startswith("base.") and plain not in new:
             state[name] = net.own_tensor(name, tensors[plain]) if is_own else tensors[plain]
-    net.load_state_dict(state)
+    net.load_state_dict(state | _as_they_were(net, start, path))
     new = [name for name in new if not name.endswith("num_batches_tracked")]
     unused = [name for name in tensors if name not in names]
     if new:
@@ -205,12 +209,35 @@ def start_from(net: DetachableNet, path: str | Path) -> list[str]:
     return new
 
 
-def _start_model(model: nn.Module, path: str | Path) -> None:
-    """Give a model alone the weights of a trained one, as far as they fit."""
+def _as_they_were(net: DetachableNet, start: Start, path: str | Path) -> dict[str, Tensor]:
+    """What the sub-models that a file has, too, have for themselves there."""
+    if start.plan is None:
+        return {}
+    there = {model.name: _leaves_out(model) for model in start.plan.models}
+    same = [m.name for m in net.plan.models[1:] if there.get(m.name) == _leaves_out(m)]
+    places = {folder(name) for name in same}
+    state = net.state_dict()
+    own = [name for name in state if name.startswith(OWN) and name.split(".")[1] in places]
+    found = {n: start.own[n] for n in own if n in start.own and start.own[n].shape == state[n].shape}
+    if same:
+        logger.info("%s: goes on with %s as they are there", path, ", ".join(same))
+    if lost := [name for name in own if name not in found]:
+        logger.info("%s: has no %s%s of its own", path, ", ".join(lost[:3]), " and more" * (len(lost) > 3))
+    return found
+
+
+def _leaves_out(model: ModelPlan) -> tuple[object, ...]:
+    """What makes a sub-model the same one in two families."""
+    return tuple((str(span), span.bridge) for span in model.spans), model.kept
+
+
+def _start_model(model: nn.Module, path: str | Path) -> DetachPlan | None:
+    """Give a model alone the weights of a trained one, as far as they fit; the plan of its family, if all do."""
     own = model.state_dict()
-    given = read_base(path, own)
-    alike = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    start = read_start(path, own)
+    alike = {name: value for name, value in start.base.items() if name in own and own[name].shape == value.shape}
     model.load_state_dict(own | alike)
+    return start.plan if len(alike) == len(own) else None
 
 
 def _classifier(net: DetachableNet) -> set[str]:

@@ -270,8 +270,9 @@ class TrainTable(RecipeTable):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides the weights, the order of the images and the augmentation."""
     init: str = ""
-    """What all models start from: the base-model's weights and statistics of a family's file or run; or a state
-    dict of the base-model alone, in `.safetensors` or `.pth`. A classifier that does not fit stays new."""
+    """What all models start from: the weights and statistics of a family's file or run, the base-model's and
+    those of the same sub-models; or a state dict of the base-model alone, in `.safetensors` or `.pth`. A
+    classifier that does not fit stays new."""
     freeze_base: bool = False
     """Train only what sub-models have for themselves: the base-model stays bit for bit as it is. Layers of it run
     in evaluation mode; dropout that a forward pass calls as a function stays on."""

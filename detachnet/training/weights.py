@@ -1,4 +1,4 @@
-"""A file of weights -> the tensors of a base-model by its own names: of a family, or of the base-model alone."""
+"""A file of weights -> what a run starts from: a base-model's tensors, and of a family those of its sub-models."""
 
 from __future__ import annotations
 
@@ -6,25 +6,45 @@ import logging
 import pickle
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from detachnet.checkpoint.content import KEY, read
+from detachnet.checkpoint.content import KEY, read, without_prefix
 from detachnet.errors import CheckpointError
 from detachnet.storage import locate_checkpoint
+from detachnet.surgery.ownership import HEADS, NORMS
+from detachnet.surgery.plan import BASE, DetachPlan
+from detachnet.surgery.routes import BRIDGES, STEPDOWNS
 
 logger = logging.getLogger("detachnet")
 _INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
 """Where training scripts keep a state dict in a larger one; averaged weights first, as timm takes them."""
+OWN = tuple(f"{place}." for place in (STEPDOWNS, BRIDGES, NORMS, HEADS))
+"""Where sub-models have what is theirs alone."""
 _PREFIXES = ("", "module.", "_orig_mod.", "model.", "base.", "module._orig_mod.", "_orig_mod.module.")
 """What wrappers put in front of a model's names."""
 
 
-def read_base(path: str | Path, names: Collection[str]) -> dict[str, Tensor]:
-    """The base-model's tensors in a file, by the base-model's own names.
+class Start(NamedTuple):
+    """What is in a file that a run starts from.
+
+    Attributes:
+        base: The base-model's tensors, by its own names.
+        plan: Of the trained models of its family; None of a base-model alone.
+        own: What these have for themselves, by their names in the family.
+    """
+
+    base: dict[str, Tensor]
+    plan: DetachPlan | None = None
+    own: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def read_start(path: str | Path, names: Collection[str]) -> Start:
+    """What is in a file that a run starts from.
 
     Args:
         path: The file of a family, the folder of its run, or a state dict in `.safetensors` or, read without
@@ -40,7 +60,12 @@ def read_base(path: str | Path, names: Collection[str]) -> dict[str, Tensor]:
         if header.trained and "base" not in header.trained:
             raise CheckpointError(f"{path} cannot be started from: its base-model was not trained")
         tensors |= {name: tensors[kept] for name, kept in header.tied.items()}
-        return {name.removeprefix("base."): tensor for name, tensor in tensors.items() if name.startswith("base.")}
+        base = without_prefix(tensors, f"{BASE}.")
+        if header.detached is not None:
+            return Start(base)
+        trained = tuple(m for m in header.plan.models if m.name in (header.trained or header.plan.names))
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(OWN)}
+        return Start(base, header.plan.model_copy(update={"models": trained}), own)
     given = _read_plain(path)
     prefix = max(_PREFIXES, key=lambda prefix: sum(f"{prefix}{name}" in given for name in names))
     found = {name.removeprefix(prefix): tensor for name, tensor in given.items() if name.startswith(prefix)}
@@ -51,7 +76,7 @@ def read_base(path: str | Path, names: Collection[str]) -> dict[str, Tensor]:
         )
     if prefix:
         logger.info("%s: %r in front of its names is left out", path, prefix)
-    return found
+    return Start(found)
 
 
 def _is_plain(path: Path) -> bool:

@@ -93,6 +93,7 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
         (["evaluate", "nothing.safetensors"], "there is no file nothing.safetensors"),
         (["inspect", "torchvision:resnet19"], "unknown model 'torchvision:resnet19'"),
         (["inspect", "torchvision:resnet18", "--cut", "layer1.0.conv1"], "'maxpool' also crosses it"),
+        (["inspect", "torchvision:resnet18", "--cut", "1000000000"], "at most 1000 are made"),
         (["inspect", "torchvision:resnet18", "--input-size", "3,x"], "write the shape of one image as C,H,W"),
         (["inspect", "torchvision:resnet18", "--input-size", "1,32,32"], "does not run on 1×32×32 images"),
         (["trian"], "No such command 'trian'"),

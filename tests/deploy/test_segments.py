@@ -26,7 +26,7 @@ def test_every_place_is_timed_and_the_model_left_alone() -> None:
 def test_a_slow_layer_is_a_slow_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torchvision.models.resnet18(num_classes=5)
     now = [0.0]
-    monkeypatch.setattr("detachnet.deploy.segments._now", lambda device: now[0])
+    monkeypatch.setattr("detachnet.deploy.segments.now", lambda device: now[0])
     original = torch.nn.Conv2d.forward
 
     def forward(self: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from detachnet.checkpoint import content as checkpoint
 from detachnet.deploy import manifest as manifests
 from detachnet.deploy.profile import read_profile, write_profile
 from detachnet.errors import LONGEST, DetachNetError
+from detachnet.selection.journal import Journal
 from detachnet.storage import LAST, MANIFEST
 from detachnet.training.recipe import load_recipe, parse_recipe
 from detachnet.training.results import read_info, read_metrics, read_results
@@ -34,7 +35,7 @@ MANY = int(os.environ.get("FUZZ", "0"))
 """Inputs of `make fuzz`, all targets together; 0 for the suite's."""
 MOST_S, MOST_BYTES = 60.0, 1 << 30
 """Of one input: seconds of CPU, and what the process may grow by."""
-TARGETS = 8
+TARGETS = 9
 
 
 def fuzz(number: int) -> settings:
@@ -322,3 +323,18 @@ def test_files_of_a_run(tmp_path_factory: pytest.TempPathFactory, profile_text: 
         "last.profile.json": lambda: read_profile(folder),
     }
     harmless(read[name])
+
+
+TRIED = {"tried": '{"drop": ["a:b"], "eighths": {"c": 4}}', "accuracy": 0.5, "loss": 1.5, "seconds": 0.25}
+
+
+@fuzz(150)
+@given(st.data())
+def test_files_of_a_search(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = scratch(tmp_path_factory, "search") / "search.jsonl"
+    lines = [{"about": {"model": "Plain"}}, TRIED, {"note": "a:b", "value": 0.125}]
+    number = data.draw(st.integers(0, 2))
+    lines[number] = data.draw(altered(lines[number]))
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    path.write_bytes(data.draw(damaged(content)) if data.draw(st.integers(0, 3)) == 0 else content)
+    harmless(lambda: Journal(path, {"model": "Plain"}))

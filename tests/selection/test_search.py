@@ -121,6 +121,9 @@ def test_another_network_does_not_go_on(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_text(json.dumps(about) + "\n")
     with pytest.raises(CheckpointError, match=r"search.jsonl is of another search: it differs in model, weights"):
         search(folder=tmp_path)
+    (tmp_path / JOURNAL).write_text('{"about": [1]}\n')
+    with pytest.raises(CheckpointError, match=r"search.jsonl is of another search: it differs in format_version"):
+        search(folder=tmp_path)
     (tmp_path / JOURNAL).write_text("[]\n")
     with pytest.raises(CheckpointError, match=r"search.jsonl is no file of a search"):
         search(folder=tmp_path)
@@ -192,7 +195,7 @@ def test_images_that_a_run_was_not_trained_on(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "recipe.toml").write_text("")
+    (tmp_path / "recipe.toml").write_text(load_recipe(QUICKSTART).to_toml())
     detachnet.save(trained(), tmp_path / "last.safetensors", own=True)
     monkeypatch.setattr("detachnet.selection.images.run_images", lambda *_: (HELD_OUT, CALIBRATION))
     monkeypatch.setattr("detachnet_cli.search.open_family", lambda *_: (tmp_path / "last.safetensors", trained()))
@@ -202,11 +205,16 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 0, done.output
     assert "candidates tried on 100 held-out images" in done.output
     assert detachnet.load("found.safetensors", Tiny()).names[:2] == ("base", "short")
+    recipe = load_recipe(tmp_path / "found.toml")
+    assert recipe.train.init == "found.safetensors"
+    (found,) = set(recipe.family.names) - set(load_recipe(QUICKSTART).family.names)
+    assert json.loads((tmp_path / "search.json").read_text())["found"][0]["name"] == found
     assert json.loads((tmp_path / "search.json").read_text())["by"] == "macs"
     assert (tmp_path / "search.svg").exists()
     for wrong, said in (
         (["--adopt", "found.safetensors"], "found.safetensors exists already"),
         (["--bytes", "0.5"], "search takes budgets of one kind"),
+        (["--threads", "1"], "runtime and threads are for budgets of latency_ms"),
     ):
         refused = CliRunner().invoke(app, [*args, *wrong])
         assert refused.exit_code == 2

@@ -96,6 +96,17 @@ def test_what_a_family_had_stays_bit_for_bit() -> None:
         assert torch.equal(net(images, which=name), more(images, which=name))
 
 
+def test_another_one_of_the_same_name_takes_nothing_of_it() -> None:
+    net = enlarged(trained(), {"it": detachnet.SubModel(width=0.5, filters="important")})
+    with torch.no_grad():
+        for value in net.norms.parameters():
+            value.add_(1)
+    again = enlarged(net, {"it": detachnet.SubModel(width={"stem.0": 0.5}, filters="important")}, ("short",))
+    assert again.names == ("base", "short", "it")
+    for name, value in again.norms.it.named_parameters():
+        assert torch.equal(value, again.own_tensor(f"norms.it.{name}", net.base.get_parameter(name)))
+
+
 def test_a_new_sub_model_has_no_untrained_layer() -> None:
     model = detachnet.create_model("detachnet:vgg16_cifar", width=0.05)
     net = detachnet.make_detachable(model, {}, (3, 32, 32), check="none")

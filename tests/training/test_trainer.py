@@ -19,6 +19,7 @@ import detachnet
 from detachnet.data.batches import Batches
 from detachnet.data.datasets import Split, describe_data
 from detachnet.evaluation import evaluate
+from detachnet.surgery.enlarging import enlarged
 from detachnet.surgery.layout import image_layout
 from detachnet.training import trainer
 from detachnet.training.optimizer import make_loss, make_optimizer
@@ -534,6 +535,62 @@ def test_a_recipe_with_widths(tmp_path: Path) -> None:
     assert torch.equal(net(images, which="half"), net.detach("half")(images))
 
 
+FOUND = {"found": detachnet.SubModel(width={"features.0": 0.5, "features.3": 0.25}, filters="important")}
+FOUND_TOO = 'family.models.found={width={"features.0"=0.5, "features.3"=0.25}, filters="important"}'
+
+
+@pytest.fixture
+def adopted(tmp_path: Path) -> Path:
+    """A family to which a sub-model was added, each of its tensors another one."""
+    net = enlarged(build_family(recipe(), (3, 32, 32)), FOUND)
+    # Other filters than those that the weights say: they were chosen for two groups alike, say.
+    kept = {name: units for name, units in net.plan["found"].kept.items() if name == "features.0"} | {
+        "features.3": 2
+    }
+    net = enlarged(net, {"found": FOUND["found"].keeping(kept)}, ("sub0", "sub1"))
+    draw = torch.Generator().manual_seed(0)
+    for value in net.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(torch.rand(value.shape, generator=draw))
+    net.facts = net.facts.updated(trained=net.names)
+    detachnet.save(net, tmp_path / "found.safetensors")
+    return tmp_path / "found.safetensors"
+
+
+def test_all_models_go_on_from_where_they_are(adopted: Path, caplog: pytest.LogCaptureFixture) -> None:
+    there = detachnet.load(adopted)
+    net = build_family(recipe(FOUND_TOO, f"train.init={adopted}"), (3, 32, 32))
+    with caplog.at_level("INFO"):
+        start_from(net, adopted)
+    assert net.plan["found"].kept == there.plan["found"].kept
+    assert net.state_dict().keys() == there.state_dict().keys()
+    for name, value in there.state_dict().items():
+        assert torch.equal(value, net.state_dict()[name]), name
+    assert "goes on with sub0, sub1, found as they are there" in caplog.text
+
+
+def test_what_is_another_sub_model_starts_from_the_base_model(adopted: Path) -> None:
+    there = detachnet.load(adopted)
+    another = FOUND_TOO.replace("0.5", "0.75")
+    net = build_family(recipe(another, 'family.cuts=["features.13"]', f"train.init={adopted}"), (3, 32, 32))
+    start_from(net, adopted)
+    assert net.plan["found"].kept != there.plan["found"].kept
+    assert net.plan["sub0"].cut != there.plan["sub0"].cut
+    for name, value in net.state_dict().items():
+        if name.startswith(("norms.sub0.", "norms.found.")):
+            theirs = there.state_dict()["base." + name.split(".", 2)[2]]
+            assert torch.equal(value, net.own_tensor(name, theirs)), name
+    # Of a run that trained some of its models, the others are not gone on with.
+    there.facts = there.facts.updated(trained=("base", "found"))
+    detachnet.save(there, adopted.with_name("some.safetensors"))
+    net = build_family(recipe(FOUND_TOO, f"train.init={adopted}"), (3, 32, 32))
+    start_from(net, adopted.with_name("some.safetensors"))
+    for name, value in net.norms.state_dict().items():
+        owner, _, path = name.partition(".")
+        expected = there.norms.state_dict()[name] if owner == "found" else net.base.state_dict()[path]
+        assert torch.equal(value, expected), name
+
+
 def test_important_filters_of_the_file_a_run_starts_from(whole: Path) -> None:
     options = recipe(*NARROW, f"train.init={whole}")
     net = build_family(options, (3, 32, 32))
@@ -543,7 +600,7 @@ def test_important_filters_of_the_file_a_run_starts_from(whole: Path) -> None:
     assert again.plan["best"].kept == net.plan["best"].kept
     assert build_family(recipe(*NARROW), (3, 32, 32)).plan["best"].kept != net.plan["best"].kept
     for name, value in again.state_dict().items():
-        if not name.startswith("stepdowns"):
+        if name.startswith("base.") or name.split(".")[1] in ("half_", "best"):
             assert torch.equal(value, net.state_dict()[name]), name
     # A run that goes on keeps the filters it began with, whatever the weights it is built from.
     assert build_family(recipe(*NARROW), (3, 32, 32), net.plan).plan["best"].kept == net.plan["best"].kept

@@ -90,33 +90,6 @@ def _checked(channels: Channels, mask: Tensor, said: str) -> Kept:
     return Kept(channels, mask, tuple(report), found)
 
 
-def kept_in_training(traced: TracedModel, kept: Kept) -> Kept:
-    """The same choice for the graph of the training mode, whose layers have the same names.
-
-    Raises:
-        WidthError: Other channels go together there.
-    """
-    said = "in training mode other filters go together than in evaluation mode"
-    channels = find_channels_of(traced.train, traced.leaves)
-    roots = channels.atoms.roots()
-    mask = torch.ones(len(roots), dtype=torch.bool)
-    pairs = [
-        (atoms, known)
-        for path, layer in channels.layers.items()
-        if path in kept.channels.layers
-        for (_, atoms), (_, known) in zip(layer.sides(), kept.channels.layers[path].sides(), strict=True)
-    ]
-    for target, atoms in channels.tensors.items():
-        if target in kept.channels.tensors:
-            pairs.append((atoms, kept.channels.tensors[target]))
-    for atoms, known in pairs:
-        mask[atoms.clamp_min(CONSTANT)] = kept.mask[known.clamp_min(CONSTANT)]
-    mask[CONSTANT] = True
-    if not torch.equal(mask, mask[roots]):
-        raise WidthError(said)
-    return _checked(channels, mask, said)
-
-
 class Narrowing:
     """What sub-models keep of a model's filters.
 
@@ -163,3 +136,41 @@ class Narrowing:
     def restore(self, stored: Stored) -> Kept:
         """The choice that was stored, for the graph for evaluation."""
         return restore(self.channels, stored)
+
+    @cached_property
+    def _channels_in_training(self) -> Channels:
+        return find_channels_of(self.traced.train, self.traced.leaves)
+
+    def in_training(self, kept: Kept) -> Kept:
+        """A choice for the graph for evaluation, for that of the training mode.
+
+        Raises:
+            WidthError: Other channels go together there.
+        """
+        return _for_another_mode(self._channels_in_training, kept)
+
+
+def _for_another_mode(channels: Channels, kept: Kept) -> Kept:
+    """The same choice for the graph of the training mode, whose layers have the same names.
+
+    Raises:
+        WidthError: Other channels go together there.
+    """
+    said = "in training mode other filters go together than in evaluation mode"
+    roots = channels.atoms.roots()
+    mask = torch.ones(len(roots), dtype=torch.bool)
+    pairs = [
+        (atoms, known)
+        for path, layer in channels.layers.items()
+        if path in kept.channels.layers
+        for (_, atoms), (_, known) in zip(layer.sides(), kept.channels.layers[path].sides(), strict=True)
+    ]
+    for target, atoms in channels.tensors.items():
+        if target in kept.channels.tensors:
+            pairs.append((atoms, kept.channels.tensors[target]))
+    for atoms, known in pairs:
+        mask[atoms.clamp_min(CONSTANT)] = kept.mask[known.clamp_min(CONSTANT)]
+    mask[CONSTANT] = True
+    if not torch.equal(mask, mask[roots]):
+        raise WidthError(said)
+    return _checked(channels, mask, said)

@@ -1,0 +1,77 @@
+"""The ways to choose that a search is compared with keep the budget, and find what they say."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import search
+import search_workers
+from detachnet.selection.candidate import Candidate
+from detachnet.selection.costs import counted
+from detachnet.selection.worth import Judge, Worth
+from detachnet.training.recipe import load_recipe
+from tests.searched import images, space_of_tiny, trained
+
+
+def test_routes_and_widths_are_spread_evenly() -> None:
+    space = space_of_tiny()
+    cost = counted(space, "macs")
+    whole = cost(Candidate()) or 0.0
+    assert search.even_routes(space, cost, 0.6 * whole) == Candidate(("one:two",))
+    assert search.even_routes(space, cost, 0.2 * whole) == Candidate(("stem:two",))
+    assert search.even_routes(space, cost, 0.01 * whole) is None
+    half = search.even_widths(space, cost, 0.5 * whole)
+    assert half is not None
+    assert set(half.widths.values()) == {5, 4} or len(set(half.widths.values())) == 1
+    assert search.even_widths(space, cost, 0.01 * whole) is None
+    some = list(search.at_random(space, cost, 0.5 * whole, 4, 0))
+    assert len(set(some)) == 4
+    assert all((cost(candidate) or 0.0) <= 0.5 * whole for candidate in some)
+    assert some == list(search.at_random(space, cost, 0.5 * whole, 4, 0))
+    assert some != list(search.at_random(space, cost, 0.5 * whole, 4, 1))
+
+
+@pytest.mark.slow
+def test_every_way_is_compared_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def worth(self: Judge, candidate: Candidate) -> Worth:
+        tried.append(candidate)
+        lost = 0.1 * len(candidate.drop) + 0.05 * len(candidate.eighths)
+        return Worth(0.9 - lost, lost)
+
+    monkeypatch.setattr(Judge, "__call__", worth)
+    sets = (images(40, 2), images(40, 1), images(40, 3))
+    rows = search.compare(trained(), sets, (0.6,), 0, 0, tmp_path)
+    assert [row["how"] for row in rows] == ["base", "search", "random", "even routes", "even widths"]
+    for row in rows[1:]:
+        assert row["macs_of_base"] <= 0.6
+        assert 0 <= row["test_accuracy"] <= 1
+    assert 0 < rows[2]["tries"] <= rows[1]["tries"]
+    assert rows[2]["held_out_accuracy"] <= rows[1]["held_out_accuracy"]
+    before = len(tried)
+    assert search.compare(trained(), sets, (0.6,), 0, 0, tmp_path) == rows
+    assert len(tried) - before == 4  # of those that are reported, once more
+
+
+def test_networks_are_recipes() -> None:
+    for name, changes in search.NETWORKS.values():
+        recipe = load_recipe(name, changes)
+        assert recipe.train.sample == 1
+        assert recipe.data.holdout == 2000  # type: ignore[union-attr]
+        load_recipe(name, [*changes, *search.QUICK])
+
+
+@pytest.mark.slow
+def test_workers_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By threads here: processes are tried elsewhere."""
+    pools = {"one process": nullcontext, "2 threads": partial(ThreadPoolExecutor, 2)}
+    monkeypatch.setattr(search_workers, "ways", lambda options: pools)
+    rows, (one, two) = search_workers.compare(trained(), images(40, 2), images(40, 1), SimpleNamespace(workers=2))  # type: ignore[arg-type]
+    assert [row["by"] for row in rows] == list(pools)
+    assert one.found == two.found
+    assert rows[0]["of_one"] == 1
