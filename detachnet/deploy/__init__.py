@@ -5,5 +5,5 @@ archive, formats, quantize, manifest -> export
 backends, peak -> profile                  models that run, and what they cost here
 segments                                   what each part of a model takes here, to choose routes by
 budget -> family                           the model that a budget allows
-cascade, deadline                          a model for each image, a model for each load
+cascade, rests -> deadline                 a model for each image, a model for each load
 """
