@@ -105,7 +105,7 @@ def narrow_models(widths: Sequence[float]) -> dict[str, SubModel]:
     Raises:
         WidthError: It is no list of shares in (0, 1), or one is there twice.
     """
-    if isinstance(widths, str) or not isinstance(widths, Sequence) or not widths:
+    if not isinstance(widths, list | tuple) or not widths:
         raise WidthError(f"widths={widths!r}: give a list of shares of the filters", hint="widths=[0.75, 0.5]")
     for share in widths:
         if not isinstance(share, float) or not 0 < share < 1:
