@@ -45,6 +45,7 @@ bench: .venv/dev .venv/peers/ready ## the quick benchmarks
 	$(BIN)/python benchmarks/kernels.py --quick
 	$(BIN)/python benchmarks/detached_inference.py --quick
 	$(BIN)/python benchmarks/switching.py --quick
+	$(BIN)/python benchmarks/widths.py --quick
 	$(BIN)/python benchmarks/data_pipeline.py --quick
 	$(BIN)/python benchmarks/image_files.py --quick
 	$(BIN)/python benchmarks/deadline.py --quick

@@ -12,8 +12,6 @@ from .console import friendly, note, print_json, show
 from .options import AsJson
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from detachnet.surgery.cuts import CutPoint
     from detachnet.surgery.graph import TracedModel
     from detachnet.surgery.plan import DetachPlan
@@ -49,6 +47,14 @@ def inspect(
         list[str] | None,
         typer.Option(metavar="A:B", help="Show the plan for a sub-model that leaves out this span; repeatable."),
     ] = None,
+    width: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Show the plan for a sub-model with this share of the filters, such as 0.5; repeatable. "
+            "With --drop it leaves out the spans, too.",
+        ),
+    ] = None,
     sub_models: Shares = None,
     stepdown: Annotated[
         Literal["conv", "stem"], typer.Option(help="What sub-models take in the image through, which is priced.")
@@ -71,16 +77,19 @@ def inspect(
 ) -> None:
     """Show where a model can be cut, and what each sub-model would cost."""
     size = _parse_size(input_size)
-    if sum(map(bool, (cut, drop, sub_models))) > 1:
-        raise typer.BadParameter("ask for one of --cut, --drop and --sub-models")
+    if sum(map(bool, (cut, drop or width, sub_models))) > 1:
+        raise typer.BadParameter("ask for one of --cut, --sub-models, and --drop or --width")
     from detachnet.zoo import build_model
 
     kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     network = build_model(model, **kwargs)
     import detachnet
 
-    if cut or drop or sub_models:
-        _show_plan(_plan(network, size, cut, drop, sub_models, stepdown), as_json, in_toml=bool(sub_models))
+    if cut or drop or width or sub_models:
+        asked = _parse_shares(sub_models) if sub_models else None
+        cuts = _left_out(drop, width) if drop or width else _parse_cuts(cut) if cut else None
+        net = detachnet.make_detachable(network, cuts, size, sub_models=asked, stepdown=stepdown, check="none")
+        _show_plan(net.plan, as_json, in_toml=bool(sub_models))
     elif spans:
         _show_spans(model, detachnet.find_spans(network, size), as_json)
     elif widths:
@@ -125,24 +134,13 @@ def _show_cuts(model: str, points: list[CutPoint]) -> None:
     note(f"Plan a family: detachnet inspect {model} --cut auto, or --cut NAME --cut NAME")
 
 
-def _plan(
-    network: nn.Module,
-    size: tuple[int, ...] | None,
-    cut: list[str] | None,
-    drop: list[str] | None,
-    number: str | None,
-    stepdown: str,
-) -> DetachPlan:
-    """The plan of what was asked for."""
+def _left_out(drop: list[str] | None, width: list[float] | None) -> Any:
+    """The sub-models of spans and widths: one, or one for each width."""
     import detachnet
 
-    if number:
-        shares = _parse_shares(number)
-        return detachnet.make_detachable(
-            network, None, size, sub_models=shares, stepdown=stepdown, check="none"
-        ).plan
-    asked = {"sub0": detachnet.SubModel(drop=drop)} if drop else _parse_cuts(cut or [])
-    return detachnet.make_detachable(network, asked, size, stepdown=stepdown, check="none").plan
+    if not width:
+        return {"sub0": detachnet.SubModel(drop=drop)}
+    return {f"sub{i}": detachnet.SubModel(drop=drop or (), width=share) for i, share in enumerate(width)}
 
 
 def _show_plan(plan: DetachPlan, as_json: bool, in_toml: bool) -> None:

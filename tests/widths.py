@@ -116,7 +116,24 @@ def masked(model: nn.Module, kept: Kept) -> nn.Module:
         elif layer.kind in ("conv", "linear", "transposed"):
             with torch.no_grad():
                 module.weight[dropped if layer.kind == "transposed" else (slice(None), dropped)] = 0.0
+    for node, layer in kept.channels.norms.items():
+        if layer.kind == "layer norm" and len(reads := kept.indices(layer.reads)) < len(layer.reads):
+            owner = kept.channels.traced.name_of[node].rpartition(".")[0]
+            assert owner, "a norm over channels that the model itself calls as a function"
+            small: Any = _narrow_norm(model.get_submodule(owner), f"{PREFIX}{owner}.", kept)
+            model.set_submodule(owner, _Within(small, reads, 1 if type(small).__name__.endswith("2d") else -1))
     return model
+
+
+def _narrow_norm(module: nn.Module, prefix: str, kept: Kept) -> nn.Module:
+    """A module that calls a norm as a function, and what works element by element, for the kept channels."""
+    small: Any = copy.deepcopy(module)
+    for target, atoms in kept.channels.tensors.items():
+        if target.startswith(prefix):
+            name, index = target.removeprefix(prefix), kept.indices(atoms)
+            setattr(small, name, nn.Parameter(getattr(small, name)[index]))
+            small.normalized_shape = (len(index),)
+    return small
 
 
 def _standardize(module: Any, layer: Layer, kept: Kept) -> None:

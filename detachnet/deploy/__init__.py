@@ -5,5 +5,5 @@ archive, formats, quantize, manifest -> export
 backends, peak -> profile                  models that run, and what they cost here
 stopwatch, segments                        what modules, and the parts of a model, take here
 budget -> family                           the model that a budget allows
-cascade, deadline                          a model for each image, a model for each load
+cascade, rests -> deadline                 a model for each image, a model for each load
 """

@@ -15,6 +15,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from detachnet.deploy.family import Family, Picture
+from detachnet.deploy.rests import measure_rests
 from detachnet.errors import BudgetError, DetachNetError, LateError, MeasurementError
 
 HOLD = 25
@@ -77,9 +78,9 @@ class LoadPolicy:
         self._level = level
         return self.model
 
-    def observe(self, model: str, service_s: float) -> None:
-        """Learn from the seconds that a run took, without its wait."""
-        slowdown = service_s / self._median[model]
+    def observe(self, model: str, service_s: float, share: float = 1.0) -> None:
+        """Learn from the seconds that a run took, without its wait; `share` is how much of the model it was."""
+        slowdown = service_s / max(share * self._median[model], 1e-12)
         self._deviation += WEIGHT * (abs(slowdown - self._slowdown) - self._deviation)
         self._slowdown += WEIGHT * (slowdown - self._slowdown)
 
@@ -94,6 +95,24 @@ class LoadPolicy:
         mean = self._median[model] * self._slowdown
         tail = self._median[model] * (self._slowdown + DEVIATIONS * self._deviation)
         return max(waited_s, num_waiting * mean) + tail
+
+    def goes_on(self, model: str, share: float, spent_s: float, num_waiting: int) -> bool:
+        """Whether there is time for what is left of a larger model, when a smaller one has answered.
+
+        Neither this request nor those that wait, which the fastest model may answer, miss the target for it.
+
+        Args:
+            model: The larger one.
+            share: How much of it is left, in seconds relative to its median.
+            spent_s: Seconds since the request arrived.
+            num_waiting: Requests that wait behind it.
+        """
+        median, fastest = share * self._median[model], self._median[self.ladder[-1]]
+        slow = self._slowdown + DEVIATIONS * self._deviation
+        if spent_s + median * slow > self.target_s:
+            return False
+        behind = max(spent_s, num_waiting * fastest * self._slowdown) + median * self._slowdown + fastest * slow
+        return not num_waiting or behind <= self.target_s
 
     def _wanted(self, waited_s: float, num_waiting: int) -> int:
         """Where on the ladder to be now."""
@@ -129,13 +148,15 @@ class Served:
         model: Which model answered.
         output: `(num_classes,)` for one image, `(B, num_classes)` for a batch.
         waited_s: Seconds from the arrival to the start.
-        service_s: Seconds from the start to the answer.
+        service_s: Seconds from the start to the answer, those of earlier answers among them.
+        earlier: The answers of smaller models that it refined, each with the seconds up to it.
     """
 
     model: str
     output: Tensor
     waited_s: float
     service_s: float
+    earlier: tuple[Served, ...] = ()
 
     @property
     def latency_s(self) -> float:
@@ -149,7 +170,8 @@ class Counts:
 
     Attributes:
         answered: Those with an answer.
-        late: Of these the ones whose answer came after the target.
+        late: Of these the ones whose (last) answer came after the target.
+        refined: Of these the ones that a larger model than the first has answered.
         full: Refused by `submit`: as many waited as may.
         hopeless: Refused by `submit`: behind those that wait even the fastest model would be late.
         dropped: Not run when their turn came: even the fastest model would have been late by then.
@@ -158,6 +180,7 @@ class Counts:
 
     answered: int = 0
     late: int = 0
+    refined: int = 0
     full: int = 0
     hopeless: int = 0
     dropped: int = 0
@@ -172,11 +195,17 @@ class DeadlineRunner:
     in time is refused, by `submit` where that is clear already, else when its turn comes, through its future. The
     requests that are answered then keep their target.
 
+    With `refine`, the fastest model answers first. Then the most accurate one for which there still is time goes
+    on from where it parted from those that have run, and so on: what they share is not run again. That is decided
+    by the seconds spent and the requests that wait at that moment, not beforehand; it pays where routes have much
+    in front in common.
+
     Args:
         family: With its profile.
         target_ms: Milliseconds from a request's arrival to its answer that 99 of 100 shall keep.
         models: Those it may use; by default all whose accuracy is known.
         max_waiting: Requests that may wait.
+        refine: Whether larger models go on from where the fastest one parted, as long as there is time.
         clock: Seconds that only grow.
 
     Attributes:
@@ -198,6 +227,7 @@ class DeadlineRunner:
         target_ms: float,
         models: Sequence[str] | None = None,
         max_waiting: int = 1024,
+        refine: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         _check_numbers(target_ms, max_waiting)
@@ -219,13 +249,19 @@ class DeadlineRunner:
         self._turn = threading.Lock()
         for name in ladder:  # a first run takes longer by far, which would count against the model
             family.run(torch.zeros(family.input_size), name)
+        self._rests = measure_rests(family, ladder, clock) if refine else None
         self._thread = threading.Thread(target=self._serve, name="detachnet-deadline", daemon=True)
         self._thread.start()
 
-    def submit(self, image: Picture) -> Future[Served]:
+    def submit(self, image: Picture, on_answer: Callable[[Served], None] | None = None) -> Future[Served]:
         """Hand in an image, as `Family.run` takes it; its mistakes come out of the future.
 
         A tensor or picture is copied: what becomes of it afterwards does not matter.
+
+        Args:
+            image: The image.
+            on_answer: Called with each answer that a larger model is about to refine, in the thread that runs the
+                models: what it raises comes out of the future.
 
         Raises:
             LateError: Behind those that wait even the fastest model would answer it too late.
@@ -234,7 +270,7 @@ class DeadlineRunner:
         """
         arrived = self._clock()
         image = image.clone() if isinstance(image, Tensor) else image.copy() if isinstance(image, Image) else image
-        request = _Request(image, arrived, Future())
+        request = _Request(image, arrived, Future(), on_answer)
         with self._turn:  # so that nothing is put behind the end
             if self._closed:
                 raise DetachNetError("the runner is closed")
@@ -277,18 +313,51 @@ class DeadlineRunner:
             self.policy.forget()
             request.future.set_exception(self._late(f"it waited {1e3 * waited_s:.3g} ms"))
             return
-        model = self.policy.choose(waited_s, self._waiting.qsize())
         try:
-            answer = self._family.run(request.image, model)
+            served = self._run(request, began) if self._rests is None else self._refine(request, began)
         except BaseException as error:  # belongs to whoever asked, SystemExit too: others wait for this thread
             self.counts.failed += 1
             request.future.set_exception(error)
             return
+        self.counts.answered += 1
+        self.counts.late += served.latency_s > self.policy.target_s
+        self.counts.refined += bool(served.earlier)
+        request.future.set_result(served)
+
+    def _run(self, request: _Request, began: float) -> Served:
+        """The answer of the model that the policy chooses."""
+        waited_s = began - request.arrived_s
+        model = self.policy.choose(waited_s, self._waiting.qsize())
+        output = self._family.run(request.image, model).output
         service_s = self._clock() - began
         self.policy.observe(model, service_s)
-        self.counts.answered += 1
-        self.counts.late += waited_s + service_s > self.policy.target_s
-        request.future.set_result(Served(model, answer.output, waited_s, service_s))
+        return Served(model, output, waited_s, service_s)
+
+    def _refine(self, request: _Request, began: float) -> Served:
+        """The answer of the fastest model, refined by larger ones while there is time."""
+        work, model, share = self._family.resumable(request.image), self.policy.ladder[-1], 1.0
+        earlier: tuple[Served, ...] = ()
+        start = began
+        while True:
+            output = work.run(model).output
+            now = self._clock()
+            self.policy.observe(model, now - start, share)
+            served = Served(model, output, began - request.arrived_s, now - began, earlier)
+            larger = self._larger([*(answer.model for answer in earlier), model], served.latency_s)
+            if larger is None:
+                return served
+            if request.on_answer:
+                request.on_answer(served)
+            earlier, (model, share), start = (*earlier, served), larger, self._clock()
+
+    def _larger(self, ran: Sequence[str], spent_s: float) -> tuple[str, float] | None:
+        """The most accurate model for which there is time, and how much of it is left behind those that ran."""
+        num_waiting = self._waiting.qsize()
+        for name in self.policy.ladder[: self.policy.ladder.index(ran[-1])]:
+            share = min((self._rests or {})[small, name] for small in ran)
+            if self.policy.goes_on(name, share, spent_s, num_waiting):
+                return name, share
+        return None
 
     def _late(self, why: str) -> LateError:
         target_ms, fastest = 1e3 * self.policy.target_s, self.policy.ladder[-1]
@@ -314,6 +383,7 @@ class _Request:
     image: Picture
     arrived_s: float
     future: Future[Served]
+    on_answer: Callable[[Served], None] | None = None
 
 
 def _ladder(family: Family, models: Sequence[str] | None) -> list[str]:

@@ -147,24 +147,24 @@ class Family:
         output = self._backend.run(self._known(name), batch)
         return Answer(name, output[0] if single else output)
 
-    def resumable(self, images: Tensor) -> Resumable:
+    def resumable(self, image: Picture) -> Resumable:
         """Images for several models, each of which goes on from where another one parted.
 
         Args:
-            images: Normalized, `(B, C, H, W)`.
+            image: As `run` takes it.
 
         Raises:
-            DataError: They have another size.
+            DataError: The image is broken, not finite or has another size.
 
         Examples:
             >>> work = family.resumable(images)
             >>> small = work.run("small")
             >>> base = work.run("base")  # only what is behind the parting
         """
-        images = self._images(images)
-        if images.ndim == len(self.input_size):
-            raise DataError(f"a batch of images is (B, …), not {by(tuple(images.shape))}", hint="images[None]")
-        return Resumable(self._backend, self._backend.prepare(images))
+        images = self._images(image)
+        is_single = images.ndim == len(self.input_size)
+        batch = self._backend.prepare(images[None] if is_single else images)
+        return Resumable(self._backend, batch, is_single=is_single)
 
     def latency_s(self, model: str) -> tuple[float, float]:
         """Median and 99th percentile of a model's measured seconds.
@@ -240,8 +240,16 @@ class Resumable:
         macs: Multiply-accumulates spent so far, on all images.
     """
 
-    def __init__(self, backend: Backend, images: Tensor, features: Mapping[Leg, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        images: Tensor,
+        features: Mapping[Leg, Tensor] | None = None,
+        *,
+        is_single: bool = False,
+    ) -> None:
         self._backend, self._images, self._features = backend, images, dict(features or {})
+        self._is_single = is_single
         self.macs = 0
 
     def run(self, model: str) -> Answer:
@@ -262,14 +270,19 @@ class Resumable:
             self.macs += len(self._images) * leg.macs
             if leg.end:
                 self._features[leg] = value
-        return Answer(model, value)
+        return Answer(model, value[0] if self._is_single else value)
 
     def select(self, which: Tensor) -> Resumable:
         """Some of the images, with what is known of them.
 
         Args:
             which: Of each image whether it is taken, `(B,)`, bool.
+
+        Raises:
+            DataError: It is a single image, without a batch.
         """
+        if self._is_single:
+            raise DataError("a single image has no others to select it from", hint="resumable(image[None])")
         which = which.to(self._images.device)
         features = {leg: value[which] for leg, value in self._features.items()}
         return Resumable(self._backend, self._images[which], features)

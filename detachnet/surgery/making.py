@@ -15,6 +15,7 @@ from detachnet.surgery.graph import TracedModel
 from detachnet.surgery.modules import copy_model, unwrap
 from detachnet.surgery.plan import Cuts, DetachPlan, Head, Norm, make_plan
 from detachnet.surgery.proof import Check, UnlikeError, prove
+from detachnet.surgery.routes import narrow_models
 from detachnet.surgery.state import generators_kept, generators_of
 from detachnet.surgery.stepdown import Stem, StepDownBuilder
 from detachnet.surgery.trace import outermost, trace
@@ -32,6 +33,7 @@ def make_detachable(
     input_size: tuple[int, ...] | None = None,
     *,
     sub_models: int | Literal["auto"] | Sequence[float] | None = None,
+    widths: Sequence[float] | None = None,
     costs: Mapping[str, float] | None = None,
     importance: Mapping[str, float] | None = None,
     norm: Norm = "private",
@@ -59,6 +61,8 @@ def make_detachable(
         input_size: Shape of one image, `(C, H, W)`; by default what the model declares.
         sub_models: Instead of cuts a number of sub-models, `"auto"` for two, or fractions of the base-model's MACs
             that they may have, such as `[0.7, 0.4]`. What each leaves out is chosen: the route that loses least.
+        widths: Instead of cuts a sub-model `sub0`, `sub1`, … for each share of the filters, such as `[0.75, 0.5]`:
+            short for a dict to `SubModel(width=0.75)` and `SubModel(width=0.5)`.
         costs: What counts instead of MACs when they are chosen, as `measure_segments` gives it.
         importance: What leaving out each span loses when they are chosen, as `span_importance` gives it.
         norm: `private` gives each sub-model its own batch norms; `shared` is the paper's.
@@ -77,10 +81,12 @@ def make_detachable(
         TraceError: The model cannot be traced, does not run at that size, or its trace is not the model.
         CutError: A cut is unknown, crossed by another path, repeated, out of order or at the output.
         StepDownError: The feature map is larger than the image, or of a rank no step-down is known for.
-        WidthError: A width is of unknown filters or leaves none out, or `norm="shared"` cannot serve it.
+        WidthError: A width is out of range, given twice, of unknown filters or leaves none out, or `norm="shared"`
+            cannot serve it.
 
     Examples:
         >>> net = detachnet.make_detachable(model, sub_models=[0.7, 0.4], input_size=(3, 32, 32))
+        >>> net = detachnet.make_detachable(model, widths=[0.75, 0.5], input_size=(3, 32, 32))
         >>> net = detachnet.make_detachable(model, cuts=["features.6", "features.20"], input_size=(3, 32, 32))
         >>> net(images, which="sub1").shape
         torch.Size([8, 10])
@@ -88,10 +94,11 @@ def make_detachable(
     Source: Fuengfusin & Tamukoh, JRNAL 8(1), 2021; the rewriting of graphs and private norms are ours.
     """
     _check_options(norm, head, stepdown, check)
-    if (cuts is None) == (sub_models is None):
-        raise CutError("give either cuts or sub_models", hint="make_detachable(model, sub_models=2)")
-    if cuts is not None and (costs is not None or importance is not None):
-        raise CutError("costs and importance are for choosing sub_models; cuts are chosen already")
+    if sum(given is not None for given in (cuts, sub_models, widths)) != 1:
+        raise CutError("give either cuts, sub_models or widths", hint="make_detachable(model, sub_models=2)")
+    if sub_models is None and (costs is not None or importance is not None):
+        raise CutError("costs and importance are for choosing sub_models; cuts and widths are chosen already")
+    cuts = cuts if widths is None else narrow_models(widths)
     _check_cuts(cuts)
     model = unwrap(model)
     if isinstance(model, DetachableNet):

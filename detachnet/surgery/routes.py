@@ -31,7 +31,8 @@ class SubModel(BaseModel):
         drop: Spans `"a:b"`: everything after the cut `a` up to and including the cut `b`. An empty `a` is the
             image, so `":features.6"` drops the front up to `features.6`.
         width: The share of the filters it keeps, in (0, 1]: one for all groups, or by a group's name, as
-            `find_widths` lists them; groups without one stay whole.
+            `find_widths` lists them, or by the path of a layer or module, for all groups that it makes filters
+            of; groups without one stay whole.
         filters: Which of them: the `first`, for a network that is to be trained; or the most `important` of a
             trained one.
 
@@ -96,6 +97,26 @@ class SubModel(BaseModel):
         if not self.drop and not self.is_narrow:
             raise ValueError("drop is empty: that is the base-model")
         return self
+
+
+def narrow_models(widths: Sequence[float]) -> dict[str, SubModel]:
+    """The sub-models `sub0`, `sub1`, … that `make_detachable(model, widths=…)` asks for.
+
+    Raises:
+        WidthError: It is no list of shares in (0, 1), or one is there twice.
+    """
+    if not isinstance(widths, list | tuple) or not widths:
+        raise WidthError(f"widths={widths!r}: give a list of shares of the filters", hint="widths=[0.75, 0.5]")
+    for share in widths:
+        if not isinstance(share, float) or not 0 < share < 1:
+            raise WidthError(
+                f"widths={list(widths)}: {share!r} is no share of the filters between 0 and 1",
+                hint="widths=[0.75, 0.5]; the base-model has all of them",
+            )
+    if len(set(widths)) < len(widths):
+        twice = next(share for share in widths if list(widths).count(share) > 1)
+        raise WidthError(f"widths={list(widths)}: {twice:g} is there twice", hint="leave one of them out")
+    return {f"sub{i}": SubModel(width=float(share)) for i, share in enumerate(widths)}
 
 
 def _refusal(error: ValidationError) -> CutError | WidthError:

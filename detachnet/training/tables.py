@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from detachnet.models import MOST
-from detachnet.surgery.routes import SubModel
+from detachnet.surgery.routes import SubModel, narrow_models
 from detachnet.surgery.stepdown import Stem
 
 Positive = Annotated[int, Field(gt=0)]
@@ -55,6 +55,8 @@ class FamilyTable(RecipeTable):
     `make_detachable` chooses them, `"auto"`, a number of them or shares of the MACs."""
     sub_models: Literal["auto"] | Positive | tuple[Fraction, ...] = ()
     """Instead of cuts, sub-models whose routes are chosen likewise: `"auto"`, a number, or shares of the MACs."""
+    widths: tuple[Fraction, ...] = ()
+    """Instead of cuts, sub-models with these shares of the filters: `[0.75, 0.5]`."""
     models: dict[str, SubModel] = {}
     """Sub-models by own names, and the spans or filters each leaves out: `[family.models.small]` with
     `drop = ["a:b"]`, `width = 0.5` or both."""
@@ -72,7 +74,7 @@ class FamilyTable(RecipeTable):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """`("base", "sub0", …)`: first those of `cuts` or `sub_models`, then those of `models`."""
+        """`("base", "sub0", …)`: first those of `cuts`, `sub_models` or `widths`, then those of `models`."""
         return ("base", *self._in_front, *self.models)
 
     @property
@@ -86,10 +88,10 @@ class FamilyTable(RecipeTable):
     @property
     def routes(self) -> dict[str, str | SubModel]:
         """What `make_detachable` takes, where nothing is to be chosen: sub-model → cut, or what it leaves out."""
-        cuts = (
-            self.cuts if isinstance(self.cuts, dict) else dict(zip(self._in_front, self._cut_names, strict=True))
-        )
-        return {**cuts, **self.models}
+        names = [f"sub{i}" for i in range(len(self._cut_names))]
+        cuts = self.cuts if isinstance(self.cuts, dict) else dict(zip(names, self._cut_names, strict=True))
+        narrow = narrow_models(self.widths) if self.widths else {}
+        return {**cuts, **narrow, **self.models}
 
     @property
     def _cut_names(self) -> tuple[str, ...]:
@@ -101,17 +103,21 @@ class FamilyTable(RecipeTable):
         """Names of the sub-models that are not in `models`."""
         if isinstance(self.cuts, dict):
             return tuple(self.cuts)
-        return tuple(f"sub{i}" for i in range(_count(self.cuts) or _count(self.sub_models)))
+        number = _count(self.cuts) or _count(self.sub_models) or len(self.widths)
+        return tuple(f"sub{i}" for i in range(number))
 
     @model_validator(mode="after")
     def _has_sub_models(self) -> FamilyTable:
-        if self.cuts and self.sub_models:
-            raise ValueError("give either family.cuts or family.sub_models")
+        if sum(map(bool, (self.cuts, self.sub_models, self.widths))) > 1:
+            raise ValueError("give either family.cuts, family.sub_models or family.widths")
+        if len(set(self.widths)) < len(self.widths):
+            raise ValueError(f"family.widths = {list(self.widths)}: each width once")
         for value in (self.cuts, self.sub_models):
             if _is_choice(value) and isinstance(value, tuple) and list(value) != sorted(value, reverse=True):
                 raise ValueError(f"family: shares of the MACs fall from front to back, unlike {list(value)}")
         if twice := set(self._in_front) & set(self.models):
-            raise ValueError(f"{', '.join(sorted(twice))} is in family.cuts and in family.models")
+            key = "cuts" if self.cuts else "sub_models" if self.sub_models else "widths"
+            raise ValueError(f"{', '.join(sorted(twice))} is in family.{key} and in family.models")
         if "base" in self.names[1:]:
             raise ValueError("'base' is the base-model: a sub-model of family.cuts needs another name")
         return self

@@ -17,6 +17,7 @@ import image_files
 import kernels
 import switching
 import training_step
+import widths
 from common import Target, Timing
 
 CPU = torch.device("cpu")
@@ -178,6 +179,18 @@ def test_switching(options: argparse.Namespace) -> None:
     switch = switching.switch_us(net, repeats=2)
     assert switch["n"] == 2
     assert 0 < switch["us"] < 1000
+
+
+@pytest.mark.slow
+def test_widths_on_disk() -> None:
+    pytest.importorskip("onnxruntime")
+    case = widths.Case("tiny", "detachnet:vgg16_cifar", (3, 32, 32), 1.5, {"width": 0.125})
+    (row,) = rows = list(widths.storage(case))
+    detached = [row[f"detached_{width}_mb"] for width in widths.WIDTHS]
+    assert row["base_mb"] > detached[0] > detached[1] > detached[2] > 0
+    assert 1 < row["file_ratio"] < 1 + sum(detached) / row["base_mb"]
+    assert 1 < row["onnx_ratio"] < 1 + sum(detached) / row["base_mb"]
+    assert [target.value for target in widths.limits(case, rows)] == [row["file_ratio"], row["onnx_ratio"]]
 
 
 @pytest.mark.slow

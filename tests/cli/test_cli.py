@@ -139,7 +139,24 @@ def test_inspect_a_route() -> None:
     out = run("inspect", "torchvision:resnet18", "--drop", "layer3.0:layer3.1", "--drop", ":layer1")[1]
     assert re.search(r"sub0 +:layer1, layer3.0:layer3.1 +4×4 stride 4×4, – +[\d,.]+ M +\d+ % +0 ", out)
     code, out = run("inspect", "torchvision:resnet18", "--drop", "layer1:layer2", "--cut", "layer1")
-    assert (code, "ask for one of --cut, --drop and --sub-models" in out) == (2, True)
+    assert (code, "ask for one of --cut, --sub-models, and --drop or --width" in out) == (2, True)
+
+
+def test_inspect_prices_widths() -> None:
+    out = run(
+        "inspect", "torchvision:resnet18", "--width", "0.75", "--width", "0.5", "--drop", "layer3.0:layer3.1"
+    )
+    rows = [line.split() for line in out[1].splitlines() if line.startswith("sub")]
+    assert [row[:3] for row in rows] == [
+        ["sub0", "layer3.0:layer3.1", "0.75"],
+        ["sub1", "layer3.0:layer3.1", "0.5"],
+    ]
+    plan = json.loads(run("inspect", "torchvision:resnet18", "--width", "0.5", "--json")[1])
+    base, half = plan["models"]
+    assert half["macs"] < 0.3 * base["macs"]
+    assert half["num_params"] > 50 * half["own_params"]
+    code, text = run("inspect", "torchvision:resnet18", "--width", "1.5")
+    assert (code, "a width is a share of the filters, in (0, 1]" in text) == (2, True)
 
 
 def test_inspect_chooses_routes() -> None:

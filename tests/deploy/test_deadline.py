@@ -14,6 +14,7 @@ import detachnet
 from detachnet.deploy.backends import TorchBackend
 from detachnet.deploy.deadline import DeadlineRunner, LoadPolicy, Served
 from detachnet.deploy.family import Answer, Family
+from detachnet.deploy.rests import measure_rests
 from tests.families import make, profile_of
 
 LATENCY_S = {"base": (0.010, 0.012), "sub0": (0.005, 0.006), "sub1": (0.002, 0.0024)}
@@ -216,7 +217,7 @@ def test_runner_counts_the_wait(family: Family, gate: threading.Event) -> None:
 
 
 def test_a_long_queue_goes_to_a_faster_model(family: Family, gate: threading.Event) -> None:
-    with DeadlineRunner(family, target_ms=100) as runner:
+    with DeadlineRunner(family, target_ms=100, clock=lambda: 0.0) as runner:
         futures = [runner.submit(torch.zeros(3, 32, 32)) for _ in range(60)]
         gate.set()
     models = [future.result(0).model for future in futures]
@@ -294,6 +295,26 @@ class Stub:
         self.now += self.service_s(name, self.now)
         return Answer(name, image)
 
+    def resumable(self, image: torch.Tensor) -> "StubWork":
+        return StubWork(self, image)
+
+
+REST = 0.4
+"""What a larger model of the stub takes behind any smaller one, as a share of itself."""
+
+
+class StubWork:
+    """An image on its way through models of the stub."""
+
+    def __init__(self, stub: Stub, image: torch.Tensor) -> None:
+        self.stub, self.image, self.ran = stub, image, list[str]()
+
+    def run(self, name: str) -> Answer:
+        share = REST if self.ran else 1.0
+        self.ran.append(name)
+        self.stub.now += share * self.stub.service_s(name, self.stub.now)
+        return Answer(name, self.image)
+
 
 class NoThread(threading.Thread):
     def start(self) -> None:
@@ -301,7 +322,13 @@ class NoThread(threading.Thread):
 
 
 def serve(
-    monkeypatch: pytest.MonkeyPatch, rate: float, stall_s: float, *, refusing: bool = True, n: int = 8000
+    monkeypatch: pytest.MonkeyPatch,
+    rate: float,
+    stall_s: float,
+    *,
+    refusing: bool = True,
+    refine: bool = False,
+    n: int = 8000,
 ) -> tuple[DeadlineRunner, list[float]]:
     """A runner in virtual time, with Poisson arrivals and one stall of the machine; latencies of the answers."""
     usual, stalls = noisy(), [stall_s]
@@ -315,7 +342,15 @@ def serve(
         if not refusing:
             patch.setattr(LoadPolicy, "fits", lambda *_: True)
         stub = Stub()
-        runner = DeadlineRunner(stub, 1e3 * TARGET_S, max_waiting=10**6, clock=lambda: stub.now)  # type: ignore[arg-type]
+        stub.service_s = lambda model, now: LATENCY_S[model][0]
+        runner = DeadlineRunner(
+            stub,  # type: ignore[arg-type]
+            1e3 * TARGET_S,
+            max_waiting=10**6,
+            refine=refine,
+            clock=lambda: stub.now,
+        )
+        stub.now = 0.0
         stub.service_s, free, futures = service_s, 0.0, []
         for arrived in [*poisson(rate, n), float("inf")]:
             while runner._waiting.qsize() and free <= arrived:
@@ -372,6 +407,115 @@ def test_what_is_answered_is_in_time_whatever_happens(
     _, all_late = serve(monkeypatch, rate, stall_s, refusing=False)
     late = sum(latency > TARGET_S for latency in all_late)
     assert late >= 5 * counts.late + rate * stall_s
+
+
+def refining(
+    monkeypatch: pytest.MonkeyPatch, target_s: float, num_waiting: int = 0, wait_s: float = 0.0
+) -> tuple[DeadlineRunner, Served]:
+    """The answer of a runner that refines, in virtual time, to a request that others wait behind."""
+    monkeypatch.setattr(threading, "Thread", NoThread)
+    stub = Stub()
+    stub.service_s = lambda model, now: LATENCY_S[model][0]
+    runner = DeadlineRunner(stub, 1e3 * target_s, refine=True, clock=lambda: stub.now)  # type: ignore[arg-type]
+    future, *_ = [runner.submit(torch.zeros(3, 2, 2)) for _ in range(1 + num_waiting)]
+    request = runner._waiting.get()
+    assert request is not None
+    stub.now += wait_s
+    runner._answer(request)
+    return runner, future.result(0)
+
+
+def test_a_larger_model_goes_on_from_where_the_fastest_parted(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, served = refining(monkeypatch, TARGET_S, wait_s=0.003)
+    (first,) = served.earlier
+    assert (first.model, first.waited_s, first.service_s) == ("sub1", pytest.approx(0.003), pytest.approx(0.002))
+    assert (served.model, served.waited_s) == ("base", pytest.approx(0.003))
+    assert served.service_s == pytest.approx(0.002 + REST * 0.010)  # sub0, which the base-model beats, is not run
+    assert (runner.counts.answered, runner.counts.refined, runner.counts.late) == (1, 1, 0)
+    # Both took what was expected of them: the mean stays, the deviation of 0.05 loses a 32nd twice.
+    assert runner.policy.expect_s("base", 0, 0) == pytest.approx(0.010 * (1 + 4 * 0.05 * (31 / 32) ** 2))
+
+
+@pytest.mark.parametrize(
+    ("target_s", "num_waiting", "models"),
+    [
+        (0.0068, 0, ["sub1", "base"]),  # 2 ms, and 4 ms at most 1.2 times as long, are 6.8 ms
+        (0.0067, 0, ["sub1", "sub0"]),
+        (0.0043, 0, ["sub1"]),
+        (0.0112, 2, ["sub1", "base"]),  # the two behind it have 4 ms for the base-model, then their own
+        (0.0088, 2, ["sub1", "sub0"]),
+        (0.0088, 3, ["sub1"]),
+    ],
+)
+def test_no_one_misses_the_target_for_it(
+    monkeypatch: pytest.MonkeyPatch, target_s: float, num_waiting: int, models: list[str]
+) -> None:
+    _, served = refining(monkeypatch, target_s, num_waiting)
+    assert [answer.model for answer in (*served.earlier, served)] == models
+
+
+def test_time_that_is_left_is_used_twice() -> None:
+    """Where the most accurate model does not fit at first, and fits behind another one, it comes third."""
+    policy = LoadPolicy(LATENCY_S, 0.0105, tuple(LATENCY_S))
+    assert not policy.goes_on("base", 0.9, 0.002, 0)
+    assert policy.goes_on("sub0", 0.5, 0.002, 0)
+    assert policy.goes_on("base", 0.4, 0.002 + 0.0025, 0)
+
+
+@pytest.mark.parametrize(("rate", "stall_s"), [(60, 0), (200, 0), (400, 1), (900, 0)])
+def test_refined_answers_are_in_time_too(monkeypatch: pytest.MonkeyPatch, rate: float, stall_s: float) -> None:
+    runner, latencies = serve(monkeypatch, rate, stall_s, refine=True, n=3000)
+    assert runner.counts.late <= 0.002 * len(latencies) + 1
+    assert sorted(latencies)[int(0.99 * len(latencies))] <= TARGET_S
+    share = runner.counts.refined / len(latencies)
+    assert share == 1 if rate == 60 else 0 < share < 1
+
+
+def late_family(**accuracy: float) -> Family:
+    """A sub-model without late layers, which shares most with the base-model."""
+    torch.manual_seed(0)
+    model = detachnet.create_model("detachnet:vgg16_cifar", width=0.05)
+    subs = {"sub1": detachnet.SubModel(drop=["features.16:features.22"])}
+    net = detachnet.make_detachable(model, subs, check="none").eval()
+    net.facts = net.facts.updated(accuracy={"base": 0.9, "sub1": 0.6} | accuracy)
+    measured = profile_of(make())
+    rows = [measured[name].model_copy(update={"macs": net.plan[name].macs}) for name in net.names]
+    return Family(TorchBackend(net, 1), "family.safetensors", measured.model_copy(update={"rows": tuple(rows)}))
+
+
+def test_only_what_parted_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, told, legs = late_family(), list[Served](), list[str]()
+    run_leg = family._backend.run_leg
+    monkeypatch.setattr("detachnet.deploy.deadline.measure_rests", lambda *_: {("sub1", "base"): 0.7})
+    monkeypatch.setattr(family._backend, "run_leg", lambda leg, x: (legs.append(str(leg)), run_leg(leg, x))[1])
+    image = torch.randn(3, 32, 32)
+    with DeadlineRunner(family, target_ms=10_000, refine=True) as runner:
+        served = runner.submit(image, told.append).result(10)
+    assert legs == [
+        "image → features.16 of base, sub1",
+        "features.16 → output of sub1",
+        "features.16 → output of base",
+    ]
+    assert told == list(served.earlier)
+    for answer, name in ((told[0], "sub1"), (served, "base")):
+        assert answer.model == name
+        torch.testing.assert_close(answer.output, family.run(image, name).output, rtol=1e-5, atol=1e-6)
+
+
+def test_what_listens_to_answers_fails_its_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detachnet.deploy.deadline.measure_rests", lambda *_: {("sub1", "base"): 0.7})
+    with DeadlineRunner(late_family(), target_ms=10_000, refine=True) as runner:
+        wrong = runner.submit(torch.zeros(3, 32, 32), lambda served: {}[served.model])
+        right = runner.submit(torch.zeros(3, 32, 32))
+    assert isinstance(wrong.exception(0), KeyError)
+    assert right.result(0).output.shape == (10,)
+
+
+def test_what_is_left_is_measured() -> None:
+    stub = Stub()
+    stub.service_s = lambda model, now: LATENCY_S[model][0]
+    rests = measure_rests(stub, ["base", "sub0", "sub1"], lambda: stub.now)  # type: ignore[arg-type]
+    assert rests == {pair: pytest.approx(REST) for pair in (("sub0", "base"), ("sub1", "base"), ("sub1", "sub0"))}
 
 
 def test_a_machine_that_stays_too_slow_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

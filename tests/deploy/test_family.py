@@ -62,8 +62,10 @@ def test_models_go_on_from_where_another_parted() -> None:
         assert work.macs - before == 4 * macs
     with pytest.raises(detachnet.CutError, match=r"no model is called 'big'[\s\S]*base, late, front"):
         work.run("big")
-    with pytest.raises(detachnet.DataError, match=r"a batch of images is \(B, …\), not 3×32×32"):
-        family.resumable(images[0])
+    one = family.resumable(images[0])
+    assert torch.equal(one.run("late").output, family.run(images[0], "late").output)
+    with pytest.raises(detachnet.DataError, match="a single image has no others to select it from"):
+        one.select(torch.tensor([True]))
     with pytest.raises(detachnet.DataError, match="the family takes images 3×32×32"):
         family.resumable(images[:, :1])
 

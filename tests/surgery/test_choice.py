@@ -171,8 +171,8 @@ def test_auto_is_two() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give either cuts or sub_models"),
-        ({"cuts": ["layer1"], "sub_models": 2}, "give either cuts or sub_models"),
+        ({}, "give either cuts, sub_models or widths"),
+        ({"cuts": ["layer1"], "sub_models": 2}, "give either cuts, sub_models or widths"),
         ({"cuts": ["layer1"], "importance": {}}, "costs and importance are for choosing sub_models"),
         ({"sub_models": 0}, "a family has 1 to 16 sub-models"),
         ({"sub_models": 10**9}, "a family has 1 to 16 sub-models"),

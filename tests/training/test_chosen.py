@@ -67,12 +67,15 @@ def test_a_run_keeps_what_was_chosen_and_goes_on_with_it(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("family.sub_models=2",), "give either family.cuts or family.sub_models"),
+        (("family.sub_models=2",), "give either family.cuts, family.sub_models or family.widths"),
         (("family.cuts=[0.3, 0.7]",), r"shares of the MACs fall from front to back, unlike \[0.3, 0.7\]"),
         (("family.cuts=[1.5]",), "family.cuts"),
         (("family.cuts=0",), "family.cuts = 0: give names of nodes"),
         (("family.cuts=[]", "family.sub_models=0"), "family.sub_models = 0: give 'auto', a number"),
-        (("family.cuts=[]", "family.sub_models=2", 'family.models.sub1.drop=["a:b"]'), "sub1 is in family.cuts"),
+        (
+            ("family.cuts=[]", "family.sub_models=2", 'family.models.sub1.drop=["a:b"]'),
+            "sub1 is in family.sub_models",
+        ),
         (('family.cuts="auto"', 'train.models=["sub2"]'), "sub2"),
     ],
 )

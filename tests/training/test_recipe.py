@@ -200,3 +200,34 @@ def test_sub_models_with_fewer_filters() -> None:
         load_recipe(QUICKSTART, ["family.models.half.width=0.5", "family.models.half.filters=best"])
     with pytest.raises(detachnet.RecipeError, match="that is the base-model"):
         load_recipe(QUICKSTART, ["family.models.half.width=1"])
+
+
+def test_widths() -> None:
+    recipe = load_recipe(
+        QUICKSTART, ["family.cuts=[]", "family.widths=[0.75, 0.5]", "family.models.both.width=0.3"]
+    )
+    assert recipe.family.names == recipe.models == ("base", "sub0", "sub1", "both")
+    assert recipe.family.routes == {
+        "sub0": detachnet.SubModel(width=0.75),
+        "sub1": detachnet.SubModel(width=0.5),
+        "both": detachnet.SubModel(width=0.3),
+    }
+    assert parse_recipe(tomllib.loads(recipe.to_toml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["family.widths=[0.5]"], "give either family.cuts, family.sub_models or family.widths"),
+        (["family.cuts=[]", "family.widths=[0.5, 0.5]"], r"family\.widths = \[0\.5, 0\.5\]: each width once"),
+        (["family.cuts=[]", "family.widths=[1.5]"], r"family\.widths\.0 = 1\.5: input should be less than 1"),
+        (["family.cuts=[]", "family.widths=0.5"], r"family\.widths = 0\.5: input should be a valid array"),
+        (
+            ["family.cuts=[]", "family.widths=[0.5]", "family.models.sub0.width=0.3"],
+            r"sub0 is in family\.widths and in family\.models",
+        ),
+    ],
+)
+def test_refused_widths(overrides: list[str], message: str) -> None:
+    with pytest.raises(detachnet.RecipeError, match=message):
+        load_recipe(QUICKSTART, overrides)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from detachnet.errors import WidthError, nearest
+from detachnet.surgery.tracer import PREFIX
 from detachnet.surgery.widths.channels import CONSTANT, Channels, compress, distinct
 from detachnet.surgery.widths.check import Fault, check_width
 from detachnet.surgery.widths.functions import tensors_of
@@ -101,7 +102,8 @@ def choose(
 
     Args:
         channels: What `find_channels` found; it is not changed.
-        width: The share of the channels to keep, in (0, 1]: one for all, or by a group's name (others stay whole).
+        width: The share of the channels to keep, in (0, 1]: one for all, or by paths, as `by_group` takes them
+            (others stay whole).
         order: Name of a group → its units, those to keep first.
         divisor: Channels are kept in multiples of this, where a group has twice as many.
 
@@ -109,6 +111,54 @@ def choose(
         WidthError: A width is out of range, or there is no such group.
     """
     return _Choice(channels.with_own_atoms(), width, order or {}, divisor).settle()
+
+
+def by_group(channels: Channels, width: Mapping[str, float]) -> dict[str, float]:
+    """The widths of groups that are asked for by paths: a group's name, or a layer or module that makes filters.
+
+    Args:
+        channels: The network's.
+        width: Path → the share to keep of all groups that something below it makes.
+
+    Returns:
+        Name of each group that can be cut → its share.
+
+    Raises:
+        WidthError: There are no such filters that can be left out, or a group is asked for twice.
+    """
+    groups = group_channels(channels)
+    named = dict(zip(group_names(channels, groups), groups, strict=True))
+    asked: dict[str, str] = {}
+    for path in width:
+        meant = [path] if path in named else [name for name, group in named.items() if _makes(group, path)]
+        free = [name for name in meant if not named[name].reason]
+        if not free:
+            of = [name for name, group in named.items() if not group.reason]
+            raise _no_filters(path, of, [f"{name!r} stays whole: {named[name].reason}" for name in meant])
+        for name in free:
+            if name in asked:
+                raise WidthError(
+                    f"two widths for the filters {name!r}: of {asked[name]!r} and of {path!r}",
+                    what="filters that go together have one width; detachnet.find_widths(model) lists the groups",
+                )
+            asked[name] = path
+    return {name: width[path] for name, path in asked.items()}
+
+
+def _makes(group: Group, path: str) -> bool:
+    """Whether a layer or one inside a module makes channels of a group."""
+    makers = (place.removeprefix(PREFIX) for place, side in group.places if side == "out")
+    return any(f"{maker}.".startswith(f"{path}.") for maker in makers)
+
+
+def _no_filters(path: str, free: Iterable[str], reasons: Sequence[str] = ()) -> WidthError:
+    """There are none that a width could leave out."""
+    return WidthError(
+        f"there are no filters {path!r} that can be left out",
+        what="; ".join(reasons[:3]),
+        hint="detachnet.find_widths(model) lists the groups",
+        nearest=nearest(path, free),
+    )
 
 
 def unit_size(channels: Channels, group: Group, roots: Tensor) -> int:
@@ -141,14 +191,11 @@ class _Choice:
         widths = self.width.values() if isinstance(self.width, Mapping) else [self.width]
         if any(not 0 < share <= 1 for share in widths):
             raise WidthError(f"width={self.width}: a width is a share of the channels, in (0, 1]")
-        named = [*(self.width if isinstance(self.width, Mapping) else ()), *self.order]
-        for name in named:
+        if isinstance(self.width, Mapping):
+            self.width = by_group(self.channels, self.width)
+        for name in self.order:
             if name not in self.units:
-                raise WidthError(
-                    f"there are no filters {name!r} that can be left out",
-                    hint="detachnet.find_widths(model) lists the groups",
-                    nearest=nearest(name, self.units),
-                )
+                raise _no_filters(name, self.units)
 
     def settle(self) -> Kept:
         """Choose, check and repair until nothing is wrong."""

@@ -6,6 +6,8 @@ shows their forward pass alone.
 
 from __future__ import annotations
 
+import dis
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +74,8 @@ def _forward(traced: TracedGraph, node: fx.Node, module: nn.Module, leaves: Leav
     of_torch = type(module).__module__.startswith("torch.") or hasattr(module, "parametrizations")
     if of_torch or not isinstance(spec, Spec) or spec.shape[0] != PROBE_BATCH or node.kwargs:
         return None
+    if _may_assign(module):
+        return None
     root, tracer = Root(module), Tracer(Leaves(leaves.classes, leaves.functions), spec)
     try:
         forward = tracer.trace(root)
@@ -81,6 +85,29 @@ def _forward(traced: TracedGraph, node: fx.Node, module: nn.Module, leaves: Leav
         return None
     # torch.fx keeps tensors that a forward pass makes on the root; the model has none of that name.
     return None if any(isinstance(value, torch.Tensor) for value in vars(root).values()) else forward
+
+
+def _may_assign(module: nn.Module) -> bool:
+    """Whether a layer's forward pass assigns something the layer holds, whichever way it goes.
+
+    What it holds may be of another pass: a cache that is empty before the first, and is filled by it. A graph
+    would read it as it is.
+    """
+    held = {*vars(module), *module._buffers, *module._parameters}
+    pending, seen = ["forward"], set[str]()
+    while pending:
+        name = pending.pop()
+        method = getattr(type(module), name, None)
+        function = inspect.unwrap(method) if callable(method) else None
+        code = getattr(function, "__code__", None)
+        if name in seen or code is None or f"{function.__module__}".startswith("torch."):
+            continue
+        seen.add(name)
+        assigned = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
+        if assigned & held or {"setattr", "register_buffer"} & {*code.co_names}:
+            return True
+        pending += code.co_names
+    return False
 
 
 def _inline(

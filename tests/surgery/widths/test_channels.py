@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers.norm_act import LayerNormAct, LayerNormAct2d
 from torch import Tensor, nn
 
 from tests.widths import find, narrowed
@@ -300,6 +301,17 @@ class FunctionalNorms(Net):
         return self.head(self.b(F.instance_norm(x)))
 
 
+class NormsWithActivation(Net):
+    """timm's layer norms with an activation, which call the norm as a function."""
+
+    def build(self) -> None:
+        self.n, self.m = LayerNormAct2d(16, act_layer=nn.GELU), LayerNormAct(16, act_layer=nn.GELU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.n(self.a(x)))
+        return self.h(self.m(x.flatten(2).transpose(1, 2)).mean(1))
+
+
 class TwoScales(Net):
     """Other channels in other rows: what b reads is not along one axis."""
 
@@ -552,6 +564,7 @@ TRAPS: dict[type[nn.Module], dict[str, int]] = {
     SmallParts: {"p[0:1]": 1, "p[1:2]": 1, "b": 8},
     MeanOfParts: {"a": 32, "b": 8},
     FunctionalNorms: BOTH,
+    NormsWithActivation: BOTH,
     TwoScales: {"a": 16, "c": 16},
     ChannelsAsBatch: {"a": 16, "b": 8},
     ConcatenatedImage: BOTH,

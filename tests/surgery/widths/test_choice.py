@@ -50,6 +50,17 @@ def test_each_group_its_width() -> None:
     assert cut == {"layer1.0.conv1": (16, 64), "layer4.0.conv2": (256, 512)}
 
 
+def test_a_path_means_all_filters_made_below_it() -> None:
+    kept = choose(CHANNELS, {"layer3": 0.5, "layer4.1.conv1": 0.25})
+    cut = {group.name: group.kept / group.channels for group in kept.groups if group.kept < group.channels}
+    assert cut == {
+        "layer3.0.conv1": 0.5,
+        "layer3.0.conv2": 0.5,
+        "layer3.1.conv1": 0.5,
+        "layer4.1.conv1": 0.25,
+    }
+
+
 def test_an_order() -> None:
     """The last filters first; what is not in the order comes behind it."""
     result = narrowed(resnet(), (3, 64, 64), 0.25, order={"layer1.0.conv1": range(63, 55, -1)})
@@ -92,7 +103,11 @@ def test_another_divisor() -> None:
         (0.0, r"width=0.0: a width is a share of the channels, in \(0, 1\]"),
         ({"conv1": 1.5}, r"width=\{'conv1': 1.5\}: a width is a share"),
         ({"layer1.0.conv": 0.5}, "there are no filters 'layer1.0.conv' that can be left out"),
-        ({"fc": 0.5}, "there are no filters 'fc' that can be left out"),
+        ({"fc": 0.5}, r"there are no filters 'fc' that can be left out\n.*'fc' stays whole: it is the output"),
+        ({"bn1": 0.5}, r"there are no filters 'bn1' that can be left out\n.*find_widths"),
+        ({"conv": 0.5}, r"there are no filters 'conv' that can be left out[\s\S]*nearest .*conv1"),
+        ({"conv1": 0.5, "layer1": 0.75}, "two widths for the filters 'conv1': of 'conv1' and of 'layer1'"),
+        ({"layer3": 0.5, "layer3.0": 0.5}, "two widths for the filters 'layer3.0.conv1': of 'layer3' and of"),
     ],
 )
 def test_refusals(width: float | dict[str, float], message: str) -> None:

@@ -25,6 +25,7 @@ from detachnet.surgery.widths.reading import SlicedLayer
 from detachnet.surgery.widths.slicing import slice_model
 from detachnet.surgery.widths.storing import restore, store
 from detachnet.training.step import TrainingStep
+from tests import models
 from tests.helpers import slow_but, without_dropout
 from tests.widths import randomize
 
@@ -350,10 +351,12 @@ def test_refused_widths() -> None:
         detachnet.make_detachable(bare, {"a": SubModel(width=0.5, filters="important")}, size, check="none")
 
 
-def test_shared_norms_without_statistics() -> None:
-    """Layer norms have none."""
+@pytest.mark.parametrize("norm", ["shared", "private"])
+def test_norms_without_statistics_are_the_base_models(norm: Any) -> None:
+    """Layer norms have none: each model normalizes over what it has, with the base-model's gains."""
     model, size = base("timm:convnext_atto")
-    net = detachnet.make_detachable(model, {"half": SubModel(width=0.5)}, size, norm="shared", check="none").eval()
+    net = detachnet.make_detachable(model, {"half": SubModel(width=0.5)}, size, norm=norm, check="none").eval()
+    assert net.plan["half"].own_params == 0
     x = images(size)
     assert torch.equal(net.detach("half")(x), net(x, which="half"))
     assert {key.partition(".")[0] for key in net.state_dict()} == {"base"}
@@ -457,3 +460,28 @@ def test_tensors_that_a_forward_pass_reads_itself(tmp_path: Path) -> None:
     assert torch.equal(detachnet.load(tmp_path / "best", model=Reading())(x)["logits"], out["best"]["logits"])
     out["half"]["logits"].sum().backward()
     assert int((net.base.gain.grad != 0).sum()) == 16
+
+
+def test_widths_are_short_for_sub_models() -> None:
+    model = detachnet.create_model("detachnet:resnet_cifar", width=0.5)
+    net = detachnet.make_detachable(model, widths=[0.75, 0.5], check="none")
+    same = {"sub0": SubModel(width=0.75), "sub1": SubModel(width=0.5)}
+    assert net.plan == detachnet.make_detachable(model, same, check="none").plan
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"widths": 0.5}, detachnet.WidthError, r"widths=0.5: give a list of shares[\s\S]*widths=\[0.75, 0.5\]"),
+        ({"widths": []}, detachnet.WidthError, r"widths=\[\]: give a list"),
+        ({"widths": [0.5, 1.0]}, detachnet.WidthError, r"1.0 is no share of the filters between 0 and 1"),
+        ({"widths": [0.5, "x"]}, detachnet.WidthError, r"'x' is no share of the filters between 0 and 1"),
+        ({"widths": [0.5, 0.75, 0.5]}, detachnet.WidthError, r"\[0.5, 0.75, 0.5\]: 0.5 is there twice"),
+        ({"widths": [0.5, 0.501]}, detachnet.CutError, "sub0 and sub1 leave out the same: width=0.501"),
+        ({"widths": [0.5], "cuts": ["layer1"]}, detachnet.CutError, "give either cuts, sub_models or widths"),
+        ({"widths": [0.5], "costs": {}}, detachnet.CutError, "cuts and widths are chosen already"),
+    ],
+)
+def test_refused_short_widths(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        detachnet.make_detachable(models.Plain(), input_size=(3, 8, 8), check="none", **options)

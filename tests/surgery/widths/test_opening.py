@@ -1,5 +1,6 @@
 """Layers that a trace keeps whole are traced into."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +36,22 @@ class ByValue(nn.Module):
         return x if x.mean() > 0 else -x
 
 
+class Cached(nn.Module):
+    """What its first pass leaves, the later ones read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("grid", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grid.shape[0] != x.shape[2]:
+            self.fill(x.shape[2])
+        return x + self.grid[None, None, :, None]
+
+    def fill(self, size: int) -> None:
+        self.grid = torch.linspace(0.0, 1.0, size, dtype=torch.double)
+
+
 class Net(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -65,6 +82,15 @@ def test_what_the_user_keeps_whole_stays() -> None:
 
 def test_what_cannot_be_traced_stays() -> None:
     assert reasons(Net(ByValue()))[0] == "'layer': ByValue is a layer that is not known"
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+def test_what_assigns_what_it_holds_stays(has_run: bool) -> None:
+    net = Net(Cached()).double()
+    if has_run:
+        net(torch.zeros(1, 3, 4, 4, dtype=torch.double))
+    assert reasons(net)[0] == "'layer': Cached is a layer that is not known"
+    assert narrowed(net, (3, 4, 4)).error == 0.0
 
 
 def test_the_same_values_have_the_same_names() -> None:
