@@ -112,7 +112,7 @@ def _fill(inside: Path, folder: Path, manifest: Manifest) -> None:
     """Optimize all graphs of an export into a new folder."""
     weights = SharedWeights(inside / OPTIMIZED_WEIGHTS, _PAGE_BYTES)
     own = frozenset([manifest.weights.file]) if manifest.weights else frozenset[str]()
-    files = [part.file for part in (*manifest.models, *manifest.legs)]
+    files = [model.file for model in manifest.models] + [leg.file for leg in manifest.legs]
     for file in counted(files, len(files), "graphs optimized for this processor"):
         _optimize(folder / file, inside / file, weights, own)
         found = onnx_session(inside / file, torch.get_num_threads(), {OPTIMIZED_WEIGHTS})
