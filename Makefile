@@ -48,6 +48,7 @@ bench: .venv/dev .venv/peers/ready ## the quick benchmarks
 	$(BIN)/python benchmarks/widths.py --quick
 	$(BIN)/python benchmarks/data_pipeline.py --quick
 	$(BIN)/python benchmarks/image_files.py --quick
+	$(BIN)/python benchmarks/memory.py --quick
 	$(BIN)/python benchmarks/deadline.py --quick
 	$(BIN)/python benchmarks/soak.py --quick
 	.venv/peers/bin/python benchmarks/peers.py --quick

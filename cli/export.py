@@ -16,7 +16,8 @@ from .options import Checkpoint, DataRoot, Download, ModelFile
 
 if TYPE_CHECKING:
     from detachnet.data.datasets import Split
-    from detachnet.deploy.manifest import Latency, Manifest
+    from detachnet.deploy.manifest import Manifest
+    from detachnet.deploy.measurement import Latency
     from detachnet.surgery.detachable import DetachableNet
 
 
@@ -62,14 +63,10 @@ def _splits(net: DetachableNet, data_root: Path | None, download: bool) -> tuple
 
 def _latency(path: Path) -> dict[str, Latency]:
     """What detachnet profile measured of the family, if it did."""
-    from detachnet.deploy.manifest import Latency
     from detachnet.deploy.profile import read_profile
 
     profile = read_profile(path)
-    if profile is None:
-        return {}
-    fields = set(Latency.model_fields)
-    return {row.model: Latency.model_validate(row.model_dump(include=fields)) for row in profile.rows}
+    return {row.model: row for row in profile.rows} if profile else {}
 
 
 @contextmanager

@@ -6,9 +6,10 @@ from .data.datasets import load_data as load_data
 from .deploy.deadline import DeadlineRunner as DeadlineRunner
 from .deploy.export import export as export
 from .deploy.family import Family as Family
-from .deploy.formats import open_graph as open_graph
 from .deploy.manifest import Manifest as Manifest, read_manifest as read_manifest
-from .deploy.profile import Measurement as Measurement, Profile as Profile, profile as profile
+from .deploy.measurement import Measurement as Measurement
+from .deploy.opening import open_graph as open_graph
+from .deploy.profile import Profile as Profile, profile as profile
 from .deploy.segments import measure_segments as measure_segments
 from .errors import (
     BudgetError as BudgetError,

@@ -3,7 +3,8 @@
 import torch
 
 import detachnet
-from detachnet.deploy.profile import Measurement, Profile
+from detachnet.deploy.measurement import Measurement
+from detachnet.deploy.profile import Profile
 from detachnet.facts import DataInfo
 from detachnet.machine import hardware
 

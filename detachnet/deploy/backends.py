@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from detachnet.deploy.formats import check_installed, onnx_session, run_onnx
+from detachnet.deploy.cache import OPTIMIZED_WEIGHTS, optimized_folder
+from detachnet.deploy.formats import check_installed
 from detachnet.deploy.manifest import read_manifest
+from detachnet.deploy.measurement import Runtime
+from detachnet.deploy.onnx_session import onnx_session, run_onnx
 from detachnet.errors import ExportError
 from detachnet.facts import DataInfo
 from detachnet.losses import logits
@@ -19,8 +22,6 @@ from detachnet.storage import MANIFEST
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.legs import Leg
 from detachnet.surgery.plan import BASE
-
-Runtime = Literal["torch", "onnx"]
 
 
 class Costs(NamedTuple):
@@ -133,6 +134,8 @@ class OnnxBackend:
         folder: What `export` wrote.
         threads: Threads per run; torch's present number by default.
         models: Those to open; all by default.
+        shared_memory: Open them as optimized for this processor once, from the user's cache folder, with their
+            weights in memory once.
 
     Raises:
         ExportError: The folder is no complete export to ONNX, or ONNX Runtime is not installed.
@@ -141,7 +144,11 @@ class OnnxBackend:
     runtime: Runtime = "onnx"
 
     def __init__(
-        self, folder: str | Path, threads: int | None = None, models: Sequence[str] | None = None
+        self,
+        folder: str | Path,
+        threads: int | None = None,
+        models: Sequence[str] | None = None,
+        shared_memory: bool = False,
     ) -> None:
         self.folder, self.manifest = Path(folder), read_manifest(folder)
         if self.manifest.format != "onnx":
@@ -156,7 +163,10 @@ class OnnxBackend:
         self.names, self.input_size = self.manifest.names, image.shape
         self.data = self._data()
         own = (self.manifest.weights.file,) if self.manifest.weights else ()
-        self._weights = frozenset(own)
+        self._graphs, self._weights = self.folder, frozenset(own)
+        if shared_memory:
+            self._graphs = optimized_folder(self.folder, self.manifest)
+            self._weights = frozenset([OPTIMIZED_WEIGHTS])
         self._sessions = {name: self._open_model(name) for name in models or self.names}
         self.legs = self.manifest.legs_of
         self._parts: dict[Leg, Any] = {}
@@ -172,14 +182,14 @@ class OnnxBackend:
 
     def run(self, name: str, images: Tensor) -> Tensor:
         """Output `(B, num_classes)` of a model."""
-        path, image = self.folder / self.manifest[name].file, self.manifest.input
+        path, image = self._graphs / self.manifest[name].file, self.manifest.input
         return run_onnx(self._sessions[name], path, self.manifest.output, image.name, images)
 
     def run_leg(self, leg: Leg, value: Tensor) -> Tensor:
         """What a leg makes of images or a feature, `(B, …)`."""
         if not (leg.start or leg.end):
             return self.run(leg.models[0], value)
-        path = self.folder / self.manifest.leg(leg).file
+        path = self._graphs / self.manifest.leg(leg).file
         if leg not in self._parts:
             self._parts[leg] = onnx_session(path, self.threads, self._weights)
         session = self._parts[leg]
@@ -205,7 +215,7 @@ class OnnxBackend:
         Raises:
             ExportError: They are not, or ONNX Runtime cannot open it.
         """
-        path, image = self.folder / self.manifest[name].file, self.manifest.input
+        path, image = self._graphs / self.manifest[name].file, self.manifest.input
         session = onnx_session(path, self.threads, self._weights)
         inputs = [(value.name, tuple(value.shape[1:])) for value in session.get_inputs()]
         outputs = [value.name for value in session.get_outputs()]

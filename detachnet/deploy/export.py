@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from detachnet.data.datasets import Split
-from detachnet.deploy import formats as graphs, quantize
-from detachnet.deploy.formats import INPUT, OUTPUT, WEIGHTS, Format, MainOutput, Runner, SharedWeights
-from detachnet.deploy.manifest import (
-    ExportedFile,
-    ExportedLeg,
-    ExportedModel,
-    ImageInput,
-    Latency,
-    Manifest,
-    dump,
-    exported_file,
+from detachnet.deploy.formats import (
+    FEATURE_IN,
+    FEATURE_OUT,
+    INPUT,
+    MAX_BATCH,
+    OUTPUT,
+    Format,
+    Piece,
+    Writer,
+    Written,
+    check_installed,
 )
+from detachnet.deploy.manifest import ExportedLeg, ExportedModel, ImageInput, Manifest, dump, exported_file
+from detachnet.deploy.measurement import Latency
+from detachnet.deploy.onnx_writer import OnnxWriter
+from detachnet.deploy.program import MainOutput
+from detachnet.deploy.pt2 import Pt2Writer
+from detachnet.deploy.pte import PteWriter
+from detachnet.deploy.quantize import Int8Writer
+from detachnet.deploy.verify import CHECKED_BATCHES
 from detachnet.errors import ExportError, nearest
 from detachnet.losses import logits
 from detachnet.progress import counted
@@ -31,10 +38,6 @@ from detachnet.storage import MANIFEST, new_folder, write_new
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.legs import Leg
 
-TOLERANCE = 1e-5
-"""Largest difference to PyTorch, relative to the largest output where that is above 1."""
-CHECKED_BATCHES = (1, 3)
-"""Numbers of images at which every graph is compared with PyTorch."""
 _Splits = tuple[Split, Split]
 
 
@@ -86,41 +89,15 @@ def export(
     """
     names = _chosen(net, models)
     _check(net, format, int8, legs)
-    graphs.check_installed(format)
+    check_installed(format)
     with new_folder(Path(folder)) as inside:
-        with (inside / WEIGHTS).open("wb", buffering=0) if format == "onnx" else nullcontext() as file:
-            writer = _Writer(net, inside, format, file, int8)
-            each = counted(names, len(names), "models written and compared")
-            written = tuple(writer.write(name, (latency or {}).get(name)) for name in each)
-            parts = writer.write_legs(names) if legs else ()
-        manifest = _manifest(net, format, written, exported_file(inside / WEIGHTS) if file else None, int8, parts)
+        writer = _writer(net, inside, format, int8)
+        exporting = _Export(net, inside, format, writer)
+        each = counted(names, len(names), "models written and compared")
+        models_written = tuple(exporting.model(name, (latency or {}).get(name)) for name in each)
+        manifest = exporting.manifest(models_written, exporting.legs(names) if legs else ())
         write_new(inside / MANIFEST, dump(manifest).encode())
     return manifest
-
-
-def _manifest(
-    net: DetachableNet,
-    format: Format,
-    models: tuple[ExportedModel, ...],
-    weights: ExportedFile | None,
-    int8: _Splits | None,
-    legs: tuple[ExportedLeg, ...],
-) -> Manifest:
-    """What is true of all models of the folder."""
-    data = net.facts.data
-    constants: dict[str, Any] = {"mean": data.mean, "std": data.std, "crop_pct": data.crop_pct} if data else {}
-    shape, limit = net.plan.input_size, graphs.MAX_BATCH[format]
-    return Manifest(
-        format=format,
-        precision="int8" if int8 else "float32",
-        models=models,
-        weights=weights,
-        input=ImageInput(name=INPUT, shape=shape, max_batch=limit, **constants),
-        output=OUTPUT,
-        labels=data.classes if data else (),
-        num_test=len(int8[1]) if int8 else data.num_test if data else 0,
-        legs=legs,
-    )
 
 
 def _chosen(net: DetachableNet, models: Sequence[str] | None) -> list[str]:
@@ -149,58 +126,59 @@ def _check(net: DetachableNet, format: Format, int8: _Splits | None, legs: bool)
         _ = net.facts.known_data  # of which the calibration images are
 
 
-class _Writer:
-    """Writes and checks the models of a family, one after another, into one folder."""
+def _writer(net: DetachableNet, folder: Path, format: Format, int8: _Splits | None) -> Writer:
+    """What writes the graphs that were asked for."""
+    if int8 is not None:
+        return Int8Writer(folder, *int8, net.facts.known_data)
+    if format == "onnx":
+        return OnnxWriter(folder)
+    return Pt2Writer() if format == "pt2" else PteWriter()
 
-    def __init__(
-        self, net: DetachableNet, folder: Path, format: Format, weights: BinaryIO | None, int8: _Splits | None
-    ) -> None:
-        self.net, self.folder, self.format, self.int8 = net, folder, format, int8
-        self.shared = SharedWeights(weights) if weights else None
+
+class _Export:
+    """Writes the models of a family, one after another, into one folder."""
+
+    def __init__(self, net: DetachableNet, folder: Path, format: Format, writer: Writer) -> None:
+        self.net, self.folder, self.format, self.writer = net, folder, format, writer
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(max(CHECKED_BATCHES), *net.plan.input_size, generator=generator)
 
-    def write(self, name: str, latency: Latency | None) -> ExportedModel:
+    def model(self, name: str, latency: Latency | None) -> ExportedModel:
         """Write one model; what the manifest says of it."""
-        module, path = self._module(name), self.folder / f"{name}.{self.format}"
-        try:
-            own_bytes = self._write_file(name, module, path)
-        except (ExportError, OSError):
-            raise
-        except Exception as error:  # whatever an exporter raises
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            what = ": ".join([type(error).__name__, "; ".join(lines[:3])])
-            raise ExportError(f"{name} cannot be exported as {self.format}", what=what) from error
-        file, plan = exported_file(path), self.net.plan[name]
+        path, plan = self.folder / f"{name}.{self.format}", self.net.plan[name]
+        metadata, parts = _metadata(self.net, name), self.net.parts(name)
+        written = self._write(Piece(name, self._module(name), self.images, metadata=metadata, parts=parts), path)
+        file, known = exported_file(path), self.net.facts.accuracy.get(name)
+        measured = written.accuracy is not None
         return ExportedModel(
             name=name,
             file=file.file,
             sha256=file.sha256,
             macs=plan.macs,
             num_params=plan.num_params,
-            num_bytes=file.num_bytes + own_bytes,
+            num_bytes=written.num_bytes,
+            accuracy=written.accuracy if measured else known,
+            float_accuracy=known if measured else None,
             latency=latency,
-            **self._accuracies(name, path),
         )
 
-    def write_legs(self, names: Sequence[str]) -> tuple[ExportedLeg, ...]:
+    def legs(self, names: Sequence[str]) -> tuple[ExportedLeg, ...]:
         """Write the legs of some models that go on from another one's feature, or give one; in running order."""
         made: dict[str, Tensor] = {"": self.images}
         found = dict.fromkeys(leg for name in names for leg in self.net.legs[name] if leg.start or leg.end)
-        return tuple(self._write_leg(number, leg, made) for number, leg in enumerate(found))
+        each = counted(enumerate(found), len(found), "legs written and compared")
+        return tuple(self._leg(number, leg, made) for number, leg in each)
 
-    def _write_leg(self, number: int, leg: Leg, made: dict[str, Tensor]) -> ExportedLeg:
+    def _leg(self, number: int, leg: Leg, made: dict[str, Tensor]) -> ExportedLeg:
         """Write one, and keep the feature it makes of the images for those that take it in."""
-        assert self.shared is not None
         module = self.net.detach_leg(leg).cpu()
         path = self.folder / f"leg.{number}.{self.format}"  # no model can be called so
         module = module if leg.end else MainOutput(module).eval()
         example = made[leg.start]
         with torch.no_grad():
             made |= {leg.end: module(example)} if leg.end else {}
-        names = (graphs.FEATURE_IN if leg.start else INPUT, graphs.FEATURE_OUT if leg.end else OUTPUT)
-        graphs.write_onnx(graphs.onnx_model(module, example, names=names), path, self.shared, {"leg": str(leg)})
-        compare(str(leg), module, graphs.open_graph(path), example)
+        names = (FEATURE_IN if leg.start else INPUT, FEATURE_OUT if leg.end else OUTPUT)
+        self._write(Piece(str(leg), module, example, names, {"leg": str(leg)}), path)
         file = exported_file(path)
         return ExportedLeg(
             models=leg.models,
@@ -210,6 +188,21 @@ class _Writer:
             file=file.file,
             sha256=file.sha256,
         )
+
+    def _write(self, piece: Piece, path: Path) -> Written:
+        """Write a graph.
+
+        Raises:
+            ExportError: The format cannot express it, or it does not compute what PyTorch does.
+        """
+        try:
+            return self.writer.write(piece, path)
+        except (ExportError, OSError):
+            raise
+        except Exception as error:  # whatever an exporter raises
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            what = ": ".join([type(error).__name__, "; ".join(lines[:3])])
+            raise ExportError(f"{piece.name} cannot be exported as {self.format}", what=what) from error
 
     def _module(self, name: str) -> nn.Module:
         """One model, which returns its main output alone."""
@@ -225,54 +218,22 @@ class _Writer:
             )
         return MainOutput(module).eval()
 
-    def _write_file(self, name: str, module: nn.Module, path: Path) -> int:
-        """One model's graph, compared with the model; the bytes it uses of the shared weights."""
-        if self.shared is None:
-            {"pt2": graphs.write_pt2, "pte": graphs.write_pte}[self.format](module, self.images.clone(), path)
-            compare(name, module, graphs.open_graph(path), self.images)
-            return 0
-        model = graphs.onnx_model(module, self.images.clone(), fold=self.int8 is not None)
-        unread = 0
-        if self.int8 is not None:
-            path.write_bytes(model.SerializeToString())
-            compare(name, module, graphs.open_graph(path), self.images)  # before rounding to int8
-            model = quantize.quantize(model, quantize.calibration(self.int8[0], self.net.facts.known_data))
-        else:
-            unread = graphs.read_parts(model, self.net.parts(name), self.shared)
-        self.shared.start()
-        graphs.write_onnx(model, path, self.shared, _metadata(self.net, name))
-        if self.int8 is None:
-            compare(name, module, graphs.open_graph(path), self.images)
-        return self.shared.used - unread
-
-    def _accuracies(self, name: str, path: Path) -> dict[str, float | None]:
-        """The trained model's; and of an int8 file its own, measured."""
-        known = self.net.facts.accuracy.get(name)
-        if self.int8 is None:
-            return {"accuracy": known}
-        measured = quantize.accuracy(graphs.open_graph(path), self.int8[1], self.net.facts.known_data)
-        return {"accuracy": measured, "float_accuracy": known}
-
-
-def compare(name: str, module: nn.Module, run: Runner, images: Tensor) -> None:
-    """Refuse a graph whose output is not the module's, at several batch sizes.
-
-    Raises:
-        ExportError: They differ by more than `TOLERANCE`.
-    """
-    for batch in CHECKED_BATCHES:
-        with torch.no_grad():
-            wanted = module(images[:batch].clone())  # some models change their images
-        found = run(images[:batch].clone())
-        bound = TOLERANCE * max(1.0, float(wanted.abs().max()))
-        same_shape = found.shape == wanted.shape
-        difference = float((found - wanted).abs().max()) if same_shape else float("inf")
-        if not difference <= bound:  # also where it is no number
-            raise ExportError(
-                f"the exported {name} does not compute what PyTorch does",
-                what=f"outputs differ by {difference:.1e} on {batch} images, {bound:.1e} is allowed",
-                hint="report it with the model's name; nothing was written",
-            )
+    def manifest(self, models: tuple[ExportedModel, ...], legs: tuple[ExportedLeg, ...]) -> Manifest:
+        """What is true of all models of the folder."""
+        data, writer = self.net.facts.data, self.writer
+        constants: dict[str, Any] = {"mean": data.mean, "std": data.std, "crop_pct": data.crop_pct} if data else {}
+        shape, limit = self.net.plan.input_size, MAX_BATCH[self.format]
+        return Manifest(
+            format=self.format,
+            precision=writer.precision,
+            models=models,
+            weights=exported_file(self.folder / writer.weights) if writer.weights else None,
+            input=ImageInput(name=INPUT, shape=shape, max_batch=limit, **constants),
+            output=OUTPUT,
+            labels=data.classes if data else (),
+            num_test=writer.num_test or (data.num_test if data else 0),
+            legs=legs,
+        )
 
 
 def _metadata(net: DetachableNet, name: str) -> dict[str, str]:

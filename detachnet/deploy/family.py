@@ -68,13 +68,24 @@ class Family:
             _compare_machines(measured, backend, path)
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module | None = None, device: str = "cpu") -> Family:
+    def load(
+        cls,
+        path: str | Path,
+        model: nn.Module | None = None,
+        device: str = "cpu",
+        *,
+        shared_memory: bool = False,
+    ) -> Family:
         """Read a checkpoint or an export folder, and the profile that belongs to it.
 
         Args:
             path: A family's file or the folder of a run (torch), or a folder that `export` wrote (ONNX Runtime).
             model: A user's own architecture, as `detachnet.load` takes it.
             device: `cpu` or `cuda`; an export folder runs on the CPU.
+            shared_memory: Have the weights of an export folder in memory once, whatever number of its models runs
+                (in torch that is always so). The first call optimizes its graphs for this processor, compares them
+                and keeps them in the user's cache folder, `$XDG_CACHE_HOME/detachnet` or `~/.cache/detachnet`;
+                later ones map the weights from there.
 
         Raises:
             CheckpointError: The file is missing or damaged.
@@ -89,7 +100,7 @@ class Family:
             return cls(TorchBackend(net, threads), place.path, measured)
         if device != "cpu":
             raise MeasurementError(f"the ONNX graphs of {path} run on the CPU here, not on {device}")
-        return cls(OnnxBackend(place.path, threads), place.path, measured)
+        return cls(OnnxBackend(place.path, threads, shared_memory=shared_memory), place.path, measured)
 
     def choose(
         self,

@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from detachnet.deploy.formats import Format
+from detachnet.deploy.formats import Format, Precision
+from detachnet.deploy.measurement import Latency
 from detachnet.errors import ExportError, one_line
 from detachnet.storage import MANIFEST, open_file, read_file
 from detachnet.surgery.legs import Leg
@@ -22,36 +23,11 @@ _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]*$", max_le
 _Count = Annotated[int, Field(ge=0)]
 _Positive = Annotated[int, Field(gt=0)]
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Latency(_Frozen):
-    """Measured seconds of one run; a part of `measure.Measurement`.
-
-    Attributes:
-        runtime: What ran the model.
-        device: Where.
-        batch: Images per run.
-        threads: CPU threads per run.
-        n: Timed runs.
-        p50_s: Median seconds per run.
-        p90_s: Nine of ten runs take no longer.
-        p99_s: 99 of 100 runs take no longer.
-    """
-
-    runtime: str
-    device: str
-    batch: _Positive
-    threads: _Positive
-    n: _Positive
-    p50_s: _Seconds
-    p90_s: _Seconds
-    p99_s: _Seconds
 
 
 class ExportedFile(_Frozen):
@@ -93,6 +69,12 @@ class ExportedModel(_Frozen):
     accuracy: _Share | None = None
     float_accuracy: _Share | None = None
     latency: Latency | None = None
+
+    @field_validator("latency")
+    @classmethod
+    def _seconds_of(cls, measured: Latency | None) -> Latency | None:
+        """Of a whole measurement, its seconds: the rest is here already, or of the checkpoint."""
+        return measured and Latency.model_validate(measured.model_dump(include=set(Latency.model_fields)))
 
 
 class ExportedLeg(_Frozen):
@@ -161,7 +143,7 @@ class Manifest(_Frozen):
 
     format_version: Literal[1] = 1
     format: Format
-    precision: Literal["float32", "int8"]
+    precision: Precision
     models: Annotated[tuple[ExportedModel, ...], Field(min_length=1)]
     weights: ExportedFile | None
     input: ImageInput

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from detachnet.checkpoint.saving import save
-from detachnet.deploy.backends import Backend, Costs, OnnxBackend, Runtime, TorchBackend
+from detachnet.deploy.backends import Backend, Costs, OnnxBackend, TorchBackend
+from detachnet.deploy.measurement import Measurement, Runtime
 from detachnet.deploy.peak import resident_peaks
 from detachnet.errors import MeasurementError, one_line
 from detachnet.machine import find_device, hardware, versions
@@ -26,51 +27,7 @@ from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.modules import evaluating
 from detachnet.text import Table, parse_json, si
 
-_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 NOT_ASKED = "not asked for"
-
-
-class Measurement(BaseModel):
-    """What one model of a family costs, as measured on one machine.
-
-    Attributes:
-        model: Its name.
-        runtime: `torch`, or `onnx` for ONNX Runtime.
-        device: Where it ran.
-        batch: Images per run.
-        threads: Threads of the CPU per run.
-        n: Timed runs, alternating with those of the family's other models.
-        warmup: Runs before these.
-        p50_s: Median seconds of a run of `batch` images.
-        p90_s: Nine of ten runs take no longer.
-        p99_s: 99 of 100 runs take no longer.
-        images_per_s: Images over the seconds of all timed runs.
-        peak_memory_bytes: Memory that holding and running this model alone takes; None if it was not measured.
-        macs: Multiply-accumulates for one image.
-        num_params: Number of parameters when detached.
-        num_bytes: Bytes of its parameters and buffers when detached.
-        accuracy: Test accuracy, in [0, 1]; None if it is not known.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    runtime: Runtime
-    device: str
-    batch: Annotated[int, Field(gt=0)]
-    threads: Annotated[int, Field(gt=0, le=4096)]
-    n: Annotated[int, Field(gt=0)]
-    warmup: Annotated[int, Field(ge=0)]
-    p50_s: _Seconds
-    p90_s: _Seconds
-    p99_s: _Seconds
-    images_per_s: _Finite
-    peak_memory_bytes: int | None
-    macs: Annotated[int, Field(ge=0)]
-    num_params: Annotated[int, Field(ge=0)]
-    num_bytes: Annotated[int, Field(ge=0)]
-    accuracy: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None
 
 
 class Profile(BaseModel):

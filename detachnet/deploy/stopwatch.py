@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from detachnet.deploy.backends import Runtime, num_threads
-from detachnet.deploy.formats import MainOutput, check_installed, onnx_model, onnx_session, run_onnx
+from detachnet.deploy.formats import Piece, check_installed
+from detachnet.deploy.onnx_session import onnx_session, run_onnx
+from detachnet.deploy.onnx_writer import onnx_model
+from detachnet.deploy.program import MainOutput
 from detachnet.errors import ExportError, MeasurementError, one_line
 from detachnet.machine import hardware
 
@@ -83,7 +86,8 @@ def _exported(module: nn.Module, images: Tensor, threads: int, path: Path) -> Ca
     names = ("images", "out")
     several = torch.cat([images.cpu().float()] * 3)  # of one image the exporter would keep the one
     try:
-        path.write_bytes(onnx_model(MainOutput(module.cpu()).eval(), several, names=names).SerializeToString())
+        piece = Piece("part", MainOutput(module.cpu()).eval(), several, names)
+        path.write_bytes(onnx_model(piece).SerializeToString())
         session = onnx_session(path, threads, set())
     except Exception as error:  # whatever an exporter raises
         if isinstance(error, ExportError | OSError):

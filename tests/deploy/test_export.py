@@ -16,9 +16,12 @@ from torch import nn
 
 import detachnet
 from detachnet.data.datasets import Split, describe_data, load_data
-from detachnet.deploy import formats as graphs
-from detachnet.deploy.export import compare, export
-from detachnet.deploy.manifest import Latency, Manifest, _digest, read_manifest
+from detachnet.deploy import formats, onnx_writer
+from detachnet.deploy.export import export
+from detachnet.deploy.manifest import Manifest, _digest, read_manifest
+from detachnet.deploy.measurement import Latency
+from detachnet.deploy.opening import open_graph
+from detachnet.deploy.verify import compare
 from detachnet.losses import logits as main_output
 from tests import models
 from tests.disks import disk_of
@@ -95,7 +98,7 @@ def test_pytorch_detached_reloaded_onnx_runtime_and_torch_export_agree(name: str
                 assert torch.equal(net.detach(model)(images), wanted)
                 assert torch.equal(reloaded(images), wanted)
             close(torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), wanted)
-    close(graphs.open_graph(tmp_path / "pt2" / f"{model}.pt2")(images), wanted)
+    close(open_graph(tmp_path / "pt2" / f"{model}.pt2")(images), wanted)
     everything = sum(t.nbytes for t in net.state_dict().values())
     weights = (tmp_path / "onnx" / "weights.bin").stat().st_size
     assert weights <= 1.02 * everything  # what models share is there once, batch norms are not folded
@@ -319,7 +322,7 @@ def wrong(*_: object) -> Callable[[torch.Tensor], torch.Tensor]:
     [
         ("onnx_model", fails, detachnet.ExportError, "base cannot be exported as onnx"),
         ("onnx_model", interrupts, KeyboardInterrupt, "^$"),
-        ("open_graph", wrong, detachnet.ExportError, "the exported base does not compute what PyTorch does"),
+        ("open_onnx", wrong, detachnet.ExportError, "the exported base does not compute what PyTorch does"),
     ],
 )
 def test_nothing_is_left_of_an_export_that_failed(
@@ -331,7 +334,7 @@ def test_nothing_is_left_of_an_export_that_failed(
     error: type[BaseException],
     message: str,
 ) -> None:
-    monkeypatch.setattr(graphs, name, stand_in)
+    monkeypatch.setattr(onnx_writer, name, stand_in)
     with pytest.raises(error, match=message):
         export(toy, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -394,7 +397,7 @@ class TwoOutputs(models.Plain):
 def test_of_several_outputs_the_main_one_is_written(model: nn.Module, tmp_path: Path) -> None:
     net = detachnet.make_detachable(model, ["conv1"], (3, 8, 8)).eval()
     export(net, tmp_path / "out")
-    graph = graphs.open_graph(tmp_path / "out" / "sub0.onnx")
+    graph = open_graph(tmp_path / "out" / "sub0.onnx")
     images = torch.randn(3, 3, 8, 8)
     with torch.no_grad():
         wanted = main_output(net(images, which="sub0"))
@@ -411,24 +414,24 @@ def test_a_hint_where_probabilities_are_returned() -> None:
 def test_a_missing_extra(
     toy: detachnet.DetachableNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, extra: str
 ) -> None:
-    monkeypatch.setattr(graphs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(detachnet.ExportError, match=rf"is not installed[\s\S]*pip install 'detachnet\[{extra}\]'"):
         export(toy, tmp_path / "out", format)
     with pytest.raises(detachnet.ExportError, match="is not installed"):
-        graphs.open_graph(f"base.{format}")
+        open_graph(f"base.{format}")
 
 
 def test_not_a_number_is_a_mismatch() -> None:
     with pytest.raises(detachnet.ExportError, match="does not compute what PyTorch does"):
-        compare("base", nn.Identity(), lambda images: images * float("nan"), torch.ones(3, 2))
+        compare(formats.Piece("base", nn.Identity(), torch.ones(3, 2)), lambda images: images * float("nan"))
     with pytest.raises(detachnet.ExportError, match="differ by inf"):
-        compare("base", nn.Identity(), lambda images: images[:, :1], torch.ones(3, 2))
+        compare(formats.Piece("base", nn.Identity(), torch.ones(3, 2)), lambda images: images[:, :1])
 
 
 @pytest.mark.parametrize("wrong", [1, 3])
 def test_graphs_are_compared_at_one_image_and_at_three(wrong: int) -> None:
     with pytest.raises(detachnet.ExportError, match=f"outputs differ by .* on {wrong} images"):
-        compare("base", nn.Identity(), lambda x: x + (len(x) == wrong), torch.ones(3, 2))
+        compare(formats.Piece("base", nn.Identity(), torch.ones(3, 2)), lambda x: x + (len(x) == wrong))
 
 
 @pytest.mark.parametrize(
@@ -444,10 +447,10 @@ def test_what_a_graph_may_differ_by(largest: float, difference: float, fine: boo
     images = torch.tensor([[0.0, -largest]] * 3)
     run = lambda x: x + torch.tensor([difference, 0.0])  # noqa: E731
     if fine:
-        compare("base", nn.Identity(), run, images)
+        compare(formats.Piece("base", nn.Identity(), images), run)
     else:
         with pytest.raises(detachnet.ExportError, match="does not compute what PyTorch does"):
-            compare("base", nn.Identity(), run, images)
+            compare(formats.Piece("base", nn.Identity(), images), run)
 
 
 class Evil:
@@ -474,13 +477,13 @@ def test_no_pt2_file_is_unpickled(
             for name, content in (members | change).items():
                 archive.writestr(name, content)
         with pytest.raises(detachnet.ExportError, match=r"evil\.pt2 holds what detachnet never writes"):
-            graphs.open_graph("evil.pt2")
+            open_graph("evil.pt2")
     assert not Path("touched").exists()
     Path("cut.pt2").write_bytes(path.read_bytes()[:500])
     with pytest.raises(detachnet.ExportError, match="is no complete pt2 file"):
-        graphs.open_graph("cut.pt2")
+        open_graph("cut.pt2")
     with pytest.raises(detachnet.ExportError, match="is no graph of a known format"):
-        graphs.open_graph("model.h5")
+        open_graph("model.h5")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -490,7 +493,7 @@ def test_executorch(toy: detachnet.DetachableNet, tmp_path: Path) -> None:
     assert manifest.input.max_batch == 8
     images = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        close(graphs.open_graph(tmp_path / "out" / "sub1.pte")(images), toy(images, which="sub1"))
+        close(open_graph(tmp_path / "out" / "sub1.pte")(images), toy(images, which="sub1"))
 
 
 def test_manifest_is_its_own_json(exported: Path) -> None:
@@ -510,7 +513,7 @@ def test_sub_models_with_fewer_filters(name: str, tmp_path: Path) -> None:
     assert manifest.legs == ()  # no two of them share anything in front
     images = torch.randn(3, 3, 32, 32)
     for sub in net.names:
-        run = graphs.open_graph(tmp_path / "all" / f"{sub}.onnx")
+        run = open_graph(tmp_path / "all" / f"{sub}.onnx")
         torch.testing.assert_close(run(images), net(images, which=sub), rtol=1e-4, atol=1e-5)
     weights, alone = manifest.weights, export(net, tmp_path / "half", models=["half"]).weights
     only_base = export(net, tmp_path / "base", models=["base"]).weights

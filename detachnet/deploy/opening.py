@@ -1,0 +1,36 @@
+"""graph's file -> a function of images, through the runtime its format is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from detachnet.deploy.formats import Format, Runner, check_installed
+from detachnet.deploy.onnx_session import open_onnx
+from detachnet.deploy.pt2 import open_pt2
+from detachnet.deploy.pte import open_pte
+from detachnet.errors import ExportError
+
+_OPENERS: dict[str, tuple[Format, Callable[[Path], Runner]]] = {
+    ".onnx": ("onnx", open_onnx),
+    ".pt2": ("pt2", open_pt2),
+    ".pte": ("pte", open_pte),
+}
+
+
+def open_graph(path: str | Path) -> Runner:
+    """A graph's file as a function of images, through the runtime its format is for.
+
+    Nothing of the file's is run but its graph: a pt2 file is read, checked and written again with tensors and
+    known operators only before torch sees it, and an ONNX graph may read no file but the weights beside it.
+
+    Raises:
+        ExportError: The file is of no known format, holds what detachnet never writes, or the format's packages
+            are not installed.
+    """
+    path = Path(path)
+    if path.suffix not in _OPENERS:
+        raise ExportError(f"{path} is no graph of a known format", hint=".onnx, .pt2 or .pte")
+    format, opener = _OPENERS[path.suffix]
+    check_installed(format)
+    return opener(path)
