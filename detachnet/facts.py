@@ -21,6 +21,9 @@ class DataInfo(BaseModel):
         std: Standard deviation of each channel.
         num_test: Number of test images that accuracies are measured on.
         test_split: Where the test images are, in a data set of image files.
+        test_share: Share of each class that the test images are, where the data set is not divided: chosen by
+            `test_seed`. 0 where it is.
+        test_seed: Decides which ones.
         crop_pct: Share of the resized picture's side that is kept for an evaluation, as timm resizes and crops;
             None where pictures are brought to the input size directly.
     """
@@ -33,6 +36,8 @@ class DataInfo(BaseModel):
     std: tuple[float, ...]
     num_test: int = 0
     test_split: str = ""
+    test_share: float = 0.0
+    test_seed: int = 0
     crop_pct: float | None = None
 
 

@@ -52,7 +52,7 @@ def _explain(problem: dict[str, Any], tables: Mapping[str, Any], recipe: type[Re
         return str(problem["ctx"]["error"]), []
     given = problem["input"]
     if key == "data.name" and problem["type"] == "literal_error":
-        problem["msg"] += "; or 'folder', 'wds/NAME' or 'hfds/NAME'"
+        problem["msg"] += "; or 'folder', 'FILE.csv', 'wds/NAME' or 'hfds/NAME'"
     return f"{key} = {json.dumps(given, default=str)}: {problem['msg'][0].lower()}{problem['msg'][1:]}", []
 
 
