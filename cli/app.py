@@ -18,6 +18,7 @@ from .console import show_tracebacks, show_warnings, show_what_is_said
 from .detach import detach
 from .evaluate import evaluate
 from .export import export
+from .init import init
 from .inspect import inspect
 from .predict import predict
 from .profile import profile
@@ -34,7 +35,7 @@ app = typer.Typer(
     help="One CNN, many devices: train a network and its detachable sub-models in one file.",
 )
 COMMANDS = (
-    *(train, inspect, evaluate, compare, search, recalibrate, detach),
+    *(init, train, inspect, evaluate, compare, search, recalibrate, detach),
     *(export, profile, cascade, predict, report, recipes),
 )
 PACKAGES = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +17,6 @@ from detachnet.facts import DataInfo
 from detachnet.progress import counted
 from detachnet.training.tables import DataTable, FilesTable, TrainTable
 from detachnet.zoo import normalization
-
-logger = logging.getLogger("detachnet")
 
 
 class Source(Protocol):
@@ -85,11 +82,6 @@ class FileSource:
         held = Held(table.val_split, table.val_share, table.split_seed)
         self.train = open_files(table.name, root, table.train_split, held=held)
         self.test = open_files(table.name, root, table.val_split, self.train.classes, held)
-        if self.test.held:
-            logger.info(
-                "%s has no splits: %d images are tested on and not trained on, %g %% of each class",
-                *(table.name, self.test.num_images, 100 * table.val_share),
-            )
         mean, std = normalization(model)
         self.info = DataInfo(
             name=table.name,

@@ -33,10 +33,15 @@ def decided(recipe: Recipe, source: Source) -> Recipe:
     Raises:
         CutError: There are no such routes, with what to do.
     """
-    model = recipe.model
+    model, info = recipe.model, source.info
+    if info.test_share:
+        logger.info(
+            "%s has no splits: %d images are tested on and not trained on, %g %% of each class",
+            *(info.name, info.num_test, 100 * info.test_share),
+        )
     follows = isinstance(recipe.data, FilesTable) or not model.name.startswith("detachnet:")
     if "num_classes" not in model.kwargs and follows and takes_num_classes(model.name, recipe.folder):
-        kwargs = model.kwargs | {"num_classes": len(source.info.classes)}
+        kwargs = model.kwargs | {"num_classes": len(info.classes)}
         recipe = recipe.model_copy(update={"model": model.model_copy(update={"kwargs": kwargs})})
     return with_routes(recipe, source.input_size)
 

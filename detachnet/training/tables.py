@@ -27,7 +27,9 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 class RecipeTable(BaseModel):
     """Keys that are all known, of the right types and frozen."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelTable(RecipeTable):

@@ -210,7 +210,7 @@ def test_recipes_lists_every_shipped_one() -> None:
 
 
 COMMANDS = (
-    *("train", "inspect", "evaluate", "compare", "search", "recalibrate", "detach"),
+    *("init", "train", "inspect", "evaluate", "compare", "search", "recalibrate", "detach"),
     *("export", "profile", "cascade", "predict", "report", "recipes"),
 )
 
