@@ -22,6 +22,7 @@ from .init import init
 from .inspect import inspect
 from .predict import predict
 from .profile import profile
+from .push import push
 from .recalibrate import recalibrate
 from .recipes import recipes
 from .report import report
@@ -36,7 +37,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(init, train, inspect, evaluate, compare, search, recalibrate, detach),
-    *(export, profile, cascade, predict, report, recipes),
+    *(export, profile, cascade, predict, report, push, recipes),
 )
 PACKAGES = (
     *("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy", "pillow"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,7 +24,7 @@ def init(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="A folder with a folder per class, a CSV file of paths and labels, or cifar10 and such."),
+        typer.Option(help="A folder with a folder per class, a CSV file of paths and labels, or cifar10."),
     ] = None,
     budget: Annotated[
         str | None,
@@ -52,7 +52,11 @@ def init(
     from detachnet.training.trainer import open_source
 
     images = find_data(data)
-    options = {"image_size": image_size or _declared(model), "epochs": epochs, "pretrained": pretrained}
+    options: dict[str, Any] = {
+        "image_size": image_size or _declared(model),
+        "epochs": epochs,
+        "pretrained": pretrained,
+    }
     first = parse_text(draft(model, images, 2, shares, **options), out)
     num_train = open_source(first, images.root, download=False).num_train
     text = draft(model, images, num_train, shares, **options)

@@ -15,7 +15,7 @@ from .console import friendly, note, show
 @friendly
 def recipes(
     name: Annotated[str | None, typer.Option("--show", metavar="NAME", help="Print that one, to copy.")] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print their JSON schema, for editors.")] = False,
 ) -> None:
     """List the recipes that come with detachnet; `train NAME` runs one."""
     if name is not None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from detachnet.errors import CheckpointError, nearest
+from detachnet.errors import CheckpointError, DataError, nearest
+from detachnet.fields import Fields
 
 
-class DataInfo(BaseModel):
+class DataInfo(Fields):
     """What a family was trained on; kept in its checkpoint.
 
     Attributes:
@@ -28,7 +28,7 @@ class DataInfo(BaseModel):
             None where pictures are brought to the input size directly.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    refused_as = {"": DataError}
 
     name: str
     classes: tuple[str, ...]
@@ -47,7 +47,7 @@ def scale_and_shift(info: DataInfo) -> tuple[Tensor, Tensor]:
     return (1 / (255 * std)).float(), (mean / std).float()
 
 
-class Facts(BaseModel):
+class Facts(Fields):
     """What is known of a family's training; `DetachableNet.facts`, kept in its file.
 
     Attributes:
@@ -56,7 +56,7 @@ class Facts(BaseModel):
         accuracy: Model → its test accuracy, in [0, 1], when it was last measured.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    refused_as = {"": CheckpointError}
 
     data: DataInfo | None = None
     trained: tuple[str, ...] = ()

@@ -59,7 +59,9 @@ def coin(draw: Draw, centre: Point, size: float, chance: random.Random) -> None:
 
 def leaf(draw: Draw, centre: Point, size: float, chance: random.Random) -> None:
     angle, green = chance.uniform(0, math.tau), (chance.randint(30, 90), chance.randint(90, 150), 40)
-    rim = [(size * math.cos(t), 0.42 * size * math.sin(t) * abs(math.sin(t))) for t in np.linspace(0, math.tau, 40)]
+    rim = [
+        (size * math.cos(t), 0.42 * size * math.sin(t) * abs(math.sin(t))) for t in np.linspace(0, math.tau, 40)
+    ]
     draw.polygon([turned(point, centre, angle) for point in rim], fill=green)
     stalk = [turned((end * size, 0), centre, angle) for end in (-1.25, 0.9)]
     draw.line(stalk, fill=(60, 70, 30), width=2)
@@ -84,4 +86,8 @@ def turned(point: Point, centre: Point, angle: float) -> Point:
     )
 
 
-THINGS: dict[str, Callable[[Draw, Point, float, random.Random], None]] = {"coin": coin, "leaf": leaf, "screw": screw}
+THINGS: dict[str, Callable[[Draw, Point, float, random.Random], None]] = {
+    "coin": coin,
+    "leaf": leaf,
+    "screw": screw,
+}

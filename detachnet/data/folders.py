@@ -321,9 +321,7 @@ def _rows(file: Path) -> list[tuple[str, str, str]]:
         table.fieldnames = names
         read = [(table.line_num, row) for row in table]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"{file} is no table", what=str(error), hint="save it as CSV, in UTF-8"
-        ) from error
+        raise DataError(f"{file} is no table", what=str(error), hint="save it as CSV, in UTF-8") from error
     if lacking := [name for name in ("path", "label") if name not in names]:
         raise DataError(
             f"{file} has no column {lacking[0]!r}",

@@ -6,7 +6,6 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Discriminator,
     Field,
@@ -15,6 +14,8 @@ from pydantic import (
 )
 
 from detachnet.data.datasets import is_files
+from detachnet.errors import RecipeError
+from detachnet.fields import Fields
 from detachnet.models import MOST
 from detachnet.surgery.routes import SubModel
 from detachnet.surgery.stepdown import Stem
@@ -24,9 +25,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-class RecipeTable(BaseModel):
+class RecipeTable(Fields):
     """Keys that are all known, of the right types and frozen."""
 
+    refused_as = {"": RecipeError}
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -46,7 +48,7 @@ class ModelTable(RecipeTable):
         for name, most in MOST.items() if self.name.startswith("detachnet:") else ():
             value = self.kwargs.get(name)
             if isinstance(value, int | float) and not 0 < value <= most:
-                raise ValueError(f"model.kwargs.{name} = {value}: it is above 0 and at most {most}")
+                raise ValueError(f"model.kwargs.{name} = {value}: it must be above 0 and at most {most}")
         return self
 
 

@@ -18,7 +18,9 @@ def photos(tmp_path: Path) -> Path:
 
 def paths(name: str, root: Path, split: str, held: Held | None = HELD) -> list[str]:
     opened = open_files(name, root, split, held=held)
-    return [str(Path(opened.reader.filename(i, absolute=True)).relative_to(root)) for i in range(opened.num_images)]
+    return [
+        str(Path(opened.reader.filename(i, absolute=True)).relative_to(root)) for i in range(opened.num_images)
+    ]
 
 
 @pytest.mark.parametrize("name", ["folder", "labels.csv"])
@@ -91,7 +93,10 @@ def test_a_folder_without_splits_is_not_divided_unasked(photos: Path) -> None:
         ("path,label,split\ncoin/coin_00.jpg,coin,\n", "line 2 of .* has no split"),
         ("path,label\ncoin/9.jpg,coin\n", r"names an image that is not there: .*9.jpg\n  try +paths are relative"),
         ("path,label\n" + 2 * "coin/coin_00.jpg,coin\n", "lines 2 and 3 of .* name the same image"),
-        ("path,label,split\ncoin/coin_00.jpg,coin,test\n", r"names no validation images\n  what +its splits are test"),
+        (
+            "path,label,split\ncoin/coin_00.jpg,coin,test\n",
+            r"names no validation images\n  what +its splits are test",
+        ),
         ('path,label\n"coin/coin_00.jpg,coin\n', "is no table"),
         ("path,label\ncoin/\xff.jpg,coin\n", "is no table"),
     ],
@@ -117,7 +122,9 @@ def test_where_a_table_is_looked_for(photos: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     for name, root in (("photos/labels.csv", None), (str(photos / "labels.csv"), None), ("labels.csv", "photos")):
         assert open_files(name, root, "train", held=HELD).num_images == 18
-    with pytest.raises(detachnet.DataError, match=r"there is no file nothing.csv\n  what +looked for photos/nothing"):
+    with pytest.raises(
+        detachnet.DataError, match=r"there is no file nothing.csv\n  what +looked for photos/nothing"
+    ):
         open_files("nothing.csv", "photos", "train", held=HELD)
 
 

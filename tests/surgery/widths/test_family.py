@@ -309,7 +309,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"width": 1.5}, r"width=1\.5: .*in \(0, 1\]"),
     ({"width": {"conv1": -1}}, r"width=.*in \(0, 1\]"),
     ({"width": "wide"}, "width='wide': "),
-    ({"width": 0.5, "filters": "best"}, "filters='best': input should be 'first' or 'important'"),
+    ({"width": 0.5, "filters": "best"}, "filters='best'[)]: it must be one of 'first' or 'important'"),
 ]
 
 
