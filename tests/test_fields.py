@@ -22,7 +22,11 @@ DATA = {"name": "x", "classes": ("a", "b"), "mean": (0.0,), "std": (1.0,)}
             r"SubModel has no field 'head'\n  nearest  'drop', 'width', 'filters'",
         ),
         (lambda: detachnet.SubModel(widht=0.5), detachnet.CutError, "has no field 'widht'\n  nearest  'width'$"),
-        (lambda: detachnet.SubModel("a:b"), detachnet.CutError, r"takes its fields by name: SubModel\(drop=…, width"),
+        (
+            lambda: detachnet.SubModel("a:b"),
+            detachnet.CutError,
+            r"takes its fields by name: SubModel\(drop=…, width",
+        ),
         (lambda: detachnet.SubModel(drop="a:b"), detachnet.CutError, r"not a string: write drop=\['a:b'\]"),
         (lambda: detachnet.SubModel(drop=[1]), detachnet.CutError, r"SubModel\(drop.0=1\): it must be a text"),
         (lambda: detachnet.SubModel(), detachnet.CutError, "this is the base-model: a sub-model is SubModel"),
@@ -32,7 +36,11 @@ DATA = {"name": "x", "classes": ("a", "b"), "mean": (0.0,), "std": (1.0,)}
             r"SubModel\(width='x'\): it must be a number or a table",
         ),
         (lambda: detachnet.SubModel(width=2.0), detachnet.WidthError, r"width=2.0: a width is a share"),
-        (lambda: detachnet.SubModel(width=0.5, filters="x"), detachnet.WidthError, "it must be one of 'first' or 'impor"),
+        (
+            lambda: detachnet.SubModel(width=0.5, filters="x"),
+            detachnet.WidthError,
+            "it must be one of 'first' or 'impor",
+        ),
         (lambda: detachnet.Stem(depth=0), detachnet.StepDownError, r"Stem\(depth=0\): it must be above 0"),
         (lambda: detachnet.Stem(deep=1), detachnet.StepDownError, "Stem has no field 'deep'\n  nearest  'depth'"),
         (
@@ -40,14 +48,26 @@ DATA = {"name": "x", "classes": ("a", "b"), "mean": (0.0,), "std": (1.0,)}
             detachnet.DataError,
             r"DataInfo lacks 'mean'\n  try +DataInfo\(name=…, classes=…, mean=…, std=…\)",
         ),
-        (lambda: detachnet.DataInfo(**(DATA | {"std": 1})), detachnet.DataError, r"DataInfo\(std=1\): it must be a list"),
-        (lambda: detachnet.Facts(acuracy={}), detachnet.CheckpointError, "has no field 'acuracy'\n  nearest  'acc"),
+        (
+            lambda: detachnet.DataInfo(**(DATA | {"std": 1})),
+            detachnet.DataError,
+            r"DataInfo\(std=1\): it must be a list",
+        ),
+        (
+            lambda: detachnet.Facts(acuracy={}),
+            detachnet.CheckpointError,
+            "has no field 'acuracy'\n  nearest  'acc",
+        ),
         (
             lambda: detachnet.Facts(accuracy={"base": "high"}),
             detachnet.CheckpointError,
             r"Facts\(accuracy.base='high'\): it must be a number",
         ),
-        (lambda: LossTable(distillation=-1.0), detachnet.RecipeError, r"distillation=-1.0\): it must be at least 0"),
+        (
+            lambda: LossTable(distillation=-1.0),
+            detachnet.RecipeError,
+            r"distillation=-1.0\): it must be at least 0",
+        ),
         (lambda: LossTable(hint="much"), detachnet.RecipeError, r"LossTable\(hint='much'\): it must be a number"),
     ],
 )
@@ -74,7 +94,9 @@ def plan() -> detachnet.DetachPlan:
     ],
 )
 def test_they_do_not_change(value: Fields, name: str) -> None:
-    with pytest.raises(detachnet.DetachNetError, match=rf"does not change: '{name}' cannot be set\n  try +value.model"):
+    with pytest.raises(
+        detachnet.DetachNetError, match=rf"does not change: '{name}' cannot be set\n  try +value.model"
+    ):
         setattr(value, name, None)
     assert copy.deepcopy(value) == pickle.loads(pickle.dumps(value)) == value
 

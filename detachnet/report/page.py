@@ -23,13 +23,13 @@ from detachnet.errors import DataError
 from detachnet.evaluation import Prediction, predict
 from detachnet.progress import counted
 from detachnet.report.chart import Axis, Chart, Point, Series, key, on_page, percent
-from detachnet.report.figures import bar, describe_route
 from detachnet.report.record import RunRecord, read_run
+from detachnet.surgery.figures import bar, describe_route
 from detachnet.text import si
 from detachnet.training.data import hold, open_test_files
 from detachnet.training.tables import FilesTable
 
-SHOWN, LARGE = 192, 64
+SHOWN, LARGE = 192, 48
 """Pixels of the sides of pictures that are shown, at most; those of pictures whose pixels are seen one by one."""
 NUM_PICTURES = 12
 """Test images that are shown; evenly spaced through the test images, so not chosen by what came out."""

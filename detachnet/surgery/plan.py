@@ -14,6 +14,7 @@ from torch import fx, nn
 from detachnet.errors import CutError, WidthError
 from detachnet.fields import Fields
 from detachnet.surgery.cuts import TOLD, CutAnalysis, choose_cuts, spread
+from detachnet.surgery.figures import drawn
 from detachnet.surgery.graph import TracedGraph, TracedModel
 from detachnet.surgery.routes import (
     HALF,
@@ -260,6 +261,10 @@ class DetachPlan(Fields):
 
     def __str__(self) -> str:
         return str(self.table)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return str(drawn(self))
 
 
 def make_plan(

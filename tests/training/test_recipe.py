@@ -196,7 +196,10 @@ def test_sub_models_with_fewer_filters() -> None:
     assert parse_recipe(tomllib.loads(recipe.to_toml())) == recipe
     with pytest.raises(detachnet.RecipeError, match=r"width=1\.5: a width is a share of the filters, in \(0, 1\]"):
         load_recipe(QUICKSTART, ["family.models.half.width=1.5"])
-    with pytest.raises(detachnet.RecipeError, match="family.models.half.filters = .best.: it must be one of 'first' or 'important'"):
+    with pytest.raises(
+        detachnet.RecipeError,
+        match=r"family.models.half.filters = .best.: it must be one of 'first' or 'important'",
+    ):
         load_recipe(QUICKSTART, ["family.models.half.width=0.5", "family.models.half.filters=best"])
     with pytest.raises(detachnet.RecipeError, match="this is the base-model"):
         load_recipe(QUICKSTART, ["family.models.half.width=1"])

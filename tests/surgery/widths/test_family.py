@@ -321,7 +321,7 @@ def test_refused_fields(fields: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"width": 1.0}, {"drop": []}, {"filters": "important"}])
 def test_nothing_left_out(fields: dict[str, Any]) -> None:
-    with pytest.raises(detachnet.CutError, match="that is the base-model"):
+    with pytest.raises(detachnet.CutError, match="this is the base-model"):
         SubModel(**fields)
 
 
