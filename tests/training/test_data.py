@@ -196,7 +196,7 @@ def test_the_recipe_for_imagenet_on_a_little_folder(folder: Path, tmp_path: Path
 
 
 def test_outputs_are_those_of_the_classes(folder: Path, tmp_path: Path) -> None:
-    wrong = recipe(model__kwargs={"depth": 8, "width": 0.25})
+    wrong = recipe(model__kwargs={"depth": 8, "width": 0.25, "num_classes": 10})
     with pytest.raises(detachnet.RecipeError, match=r"has 10 outputs, but folder has 4 classes\n.*num_classes=4"):
         train(wrong, tmp_path / "run", data_root=folder)
     assert not (tmp_path / "run").exists()
