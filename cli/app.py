@@ -15,6 +15,7 @@ import typer
 from .cascade import cascade
 from .compare import compare
 from .console import show_tracebacks, show_warnings, show_what_is_said
+from .demo import demo
 from .detach import detach
 from .evaluate import evaluate
 from .export import export
@@ -37,7 +38,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(init, train, inspect, evaluate, compare, search, recalibrate, detach),
-    *(export, profile, cascade, predict, report, push, recipes),
+    *(export, profile, cascade, predict, report, demo, push, recipes),
 )
 PACKAGES = (
     *("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy", "pillow"),

@@ -211,7 +211,7 @@ def test_recipes_lists_every_shipped_one() -> None:
 
 COMMANDS = (
     *("init", "train", "inspect", "evaluate", "compare", "search", "recalibrate", "detach"),
-    *("export", "profile", "cascade", "predict", "report", "push", "recipes"),
+    *("export", "profile", "cascade", "predict", "report", "demo", "push", "recipes"),
 )
 
 
