@@ -3,8 +3,11 @@
 import functools
 import html
 import json
+import os
+import queue
 import re
 import shutil
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -34,30 +37,76 @@ export const InferenceSession = { create: async (url, options) => {
 """Answers with the strongest colour."""
 
 
-class Quiet(SimpleHTTPRequestHandler):
+REPORT = """<script>
+const waiting = setInterval(() => {
+  const said = document.getElementById("title").textContent + document.getElementById("chosen").textContent;
+  const done = document.body.dataset.state === (location.search ? "answered" : "ready");
+  if (!done && !/cannot be shown|no image that/.test(said)) return;
+  clearInterval(waiting);
+  fetch("/seen", { method: "POST", body: document.documentElement.outerHTML });
+}, 50);
+</script>"""
+"""Sends the page to the test when there is nothing more to come."""
+
+
+class Server(ThreadingHTTPServer):
+    """A folder's files, and what the browser made of its page."""
+
+    seen: "queue.Queue[str]"
+
+
+class Files(SimpleHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if self.path.partition("?")[0] != "/":
+            return super().do_GET()
+        page = Path(self.directory, "index.html").read_bytes() + REPORT.encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+        return None
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(204)
+        self.end_headers()
+        assert isinstance(self.server, Server)
+        self.server.seen.put(html.unescape(content.decode()))
+
     def log_message(self, *_: object) -> None:
         """Nothing."""
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path / "show")))
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(("127.0.0.1", 0), functools.partial(Files, directory=str(tmp_path / "show")))
+    server.seen = queue.Queue()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
+    yield server
     server.shutdown()
     server.server_close()
 
 
-def opened(address: str, folder: Path) -> str:
+def opened(server: Server, folder: Path, query: str = "") -> str:
     """The page as the browser has it in the end."""
     assert CHROMIUM is not None
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    command = [CHROMIUM, *options, "--virtual-time-budget=20000", "--dump-dom", address]
-    return html.unescape(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout)
+    address = f"http://127.0.0.1:{server.server_port}/{query}"
+    with subprocess.Popen(
+        [CHROMIUM, *options, "--remote-debugging-port=0", address],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as browser:
+        try:
+            return server.seen.get(timeout=300)
+        finally:
+            os.killpg(browser.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
-def test_a_family_answers_in_a_browser(tmp_path: Path, served: str) -> None:
+def test_a_family_answers_in_a_browser(tmp_path: Path, server: Server) -> None:
     pytest.importorskip("onnx")
     model = detachnet.create_model("detachnet:vgg16_cifar", width=0.05)
     net = detachnet.make_detachable(model, ["features.6"], check="none").eval()
@@ -74,16 +123,16 @@ def test_a_family_answers_in_a_browser(tmp_path: Path, served: str) -> None:
     assert len(list((tmp_path / "show" / "family").glob("*.onnx"))) == 2
     if CHROMIUM is None:
         pytest.skip("there is no chromium on this machine (Debian: apt-get install chromium)")
-    assert "run npm install in this folder" in opened(served, tmp_path)
+    assert "run npm install in this folder" in opened(server, tmp_path)
     place = tmp_path / "show" / "node_modules" / "onnxruntime-web" / "dist"
     place.mkdir(parents=True)
     (place / "ort.wasm.min.mjs").write_text(RUNTIME)
-    page = opened(served, tmp_path)
+    page = opened(server, tmp_path)
     assert 'data-state="ready"' in page
     assert "2 models, one set of weights" in page
     assert "Images of 3×32×32, 10 classes; accuracy on n = 9 test images" in page
     Image.new("RGB", (300, 200), (10, 200, 30)).save(tmp_path / "show" / "photo.png")
-    page = opened(served + "?image=photo.png", tmp_path)
+    page = opened(server, tmp_path, "?image=photo.png")
     assert 'data-state="answered"' in page
     assert '<p id="chosen" aria-live="polite">sub0: green</p>' in page  # the most accurate one
     rows = re.findall(r'<tr class="(\w*)"><th scope="row">(\w+)</th>.*?<div [^>]*>(\w+) ([\d.]+) %', page)
@@ -93,4 +142,4 @@ def test_a_family_answers_in_a_browser(tmp_path: Path, served: str) -> None:
     ]
     assert float(rows[0][3]) > 90
     (tmp_path / "show" / "photo.png").write_bytes(b"none")
-    assert "This is no image that the browser reads" in opened(served + "?image=photo.png", tmp_path)
+    assert "This is no image that the browser reads" in opened(server, tmp_path, "?image=photo.png")
