@@ -15,12 +15,15 @@ import typer
 from .cascade import cascade
 from .compare import compare
 from .console import show_tracebacks, show_warnings, show_what_is_said
+from .demo import demo
 from .detach import detach
 from .evaluate import evaluate
 from .export import export
+from .init import init
 from .inspect import inspect
 from .predict import predict
 from .profile import profile
+from .push import push
 from .recalibrate import recalibrate
 from .recipes import recipes
 from .report import report
@@ -34,8 +37,8 @@ app = typer.Typer(
     help="One CNN, many devices: train a network and its detachable sub-models in one file.",
 )
 COMMANDS = (
-    *(train, inspect, evaluate, compare, search, recalibrate, detach),
-    *(export, profile, cascade, predict, report, recipes),
+    *(init, train, inspect, evaluate, compare, search, recalibrate, detach),
+    *(export, profile, cascade, predict, report, demo, push, recipes),
 )
 PACKAGES = (
     *("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy", "pillow"),

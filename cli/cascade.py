@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .console import friendly, note, print_json, progress, show
 from .opening import fastest_device, known_root, open_family
 from .options import AsJson, Checkpoint, DataRoot, Download, ModelFile
+
+if TYPE_CHECKING:
+    from detachnet.data.datasets import Split
+    from detachnet.surgery.detachable import DetachableNet
+
+logger = logging.getLogger("detachnet")
+MOST = 2000
+"""Test images of a data set of image files that are looked at: they are held in memory."""
 
 
 @friendly
@@ -28,15 +38,16 @@ def cascade(
     model_file: ModelFile = None,
 ) -> None:
     """Run small models first and larger ones where those are not confident: what that costs and gains."""
-    from detachnet.data.datasets import load_data
+    from detachnet.data.datasets import is_files, load_data
     from detachnet.deploy.cascade import calibrate
     from detachnet.memory import keep_freed
 
     keep_freed()
     path, net = open_family(checkpoint, model_file)
     data = net.facts.known_data
-    test = load_data(data.name, known_root(checkpoint, data_root), download)[1]
+    root = known_root(checkpoint, data_root)
     with progress():
+        test = _test_files(net, root) if is_files(data.name) else load_data(data.name, root, download)[1]
         curve = calibrate(net, test, target_accuracy, target_macs, fastest_device())
     if as_json:
         beaten = [curve.better_single(point) for point in curve.points]
@@ -54,3 +65,14 @@ def cascade(
         note("An image that goes on costs all models it went through: they part at the image.")
     for line in curve.verdicts():
         note(line)
+
+
+def _test_files(net: DetachableNet, root: Path | None) -> Split:
+    """Test images of a data set of image files, as the family takes them in."""
+    from detachnet.training.data import hold, open_test_files
+
+    data, (_, height, width) = net.facts.known_data, net.plan.input_size
+    files = open_test_files(data, root)
+    if files.num_images > MOST:
+        logger.info("of %d test images %d are looked at, evenly spaced", files.num_images, MOST)
+    return hold(files, data, (height, width), MOST)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import typer
 
@@ -88,16 +88,18 @@ def show_warnings() -> None:
 
 
 def show(table: Table) -> None:
-    """Print a table and its notes."""
+    """Print a table and its notes; where there is little room, names of columns take several lines."""
     from rich.table import Table as Grid
 
-    grid = Grid(header_style="dim", box=None, pad_edge=False)
+    out = console()
+    narrow = max(map(len, table.lines()), default=0) > out.width
+    grid = Grid(header_style="dim", box=None, pad_edge=False, padding=(0, 1, 0, 0) if narrow else (0, 1))
     for i, name in enumerate(table.header):
-        left = i < table.left
-        grid.add_column(name, justify="left" if left else "right", no_wrap=i != table.left - 1 or i == 0)
+        words = name.replace(" ", "\n") if narrow else name
+        justify: Literal["left", "right"] = "left" if i < table.left else "right"
+        grid.add_column(words, justify=justify, no_wrap=i != table.left - 1 or i == 0, overflow="fold")
     for row in table.rows:
         grid.add_row(*map(_escape, row))
-    out = console()
     out.print(f"\n[bold]{_escape(table.title)}[/]", soft_wrap=True)
     out.print(grid)
     for line in table.notes:

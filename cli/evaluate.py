@@ -78,9 +78,8 @@ def evaluate(
 
 def _test_files(net: DetachableNet, name: str, data_root: Path | None, device: str) -> FileBatches:
     """The test images of a data set of image files, as the family takes them in."""
-    from detachnet.data.folders import open_files
-    from detachnet.training.data import evaluation_batches
+    from detachnet.training.data import evaluation_batches, open_test_files
 
     data, (_, height, width) = net.facts.known_data, net.plan.input_size
-    files = open_files(name, data_root, data.test_split or "validation", data.classes)
+    files = open_test_files(data, data_root, name)
     return evaluation_batches(files, data, (height, width), device, min(WORKERS, os.cpu_count() or 1))

@@ -31,6 +31,7 @@ from .evaluation import evaluate as evaluate
 from .facts import DataInfo as DataInfo, Facts as Facts
 from .losses import MultiModelLoss as MultiModelLoss
 from .memory import keep_freed as keep_freed
+from .report.publishing import push_to_hub as push_to_hub
 from .selection.front import Front as Front
 from .selection.searching import search as search
 from .surgery.cuts import CutPoint as CutPoint, find_cuts as find_cuts

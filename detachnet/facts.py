@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from detachnet.errors import CheckpointError, nearest
+from detachnet.errors import CheckpointError, DataError, nearest
+from detachnet.fields import Fields
 
 
-class DataInfo(BaseModel):
+class DataInfo(Fields):
     """What a family was trained on; kept in its checkpoint.
 
     Attributes:
@@ -21,11 +21,14 @@ class DataInfo(BaseModel):
         std: Standard deviation of each channel.
         num_test: Number of test images that accuracies are measured on.
         test_split: Where the test images are, in a data set of image files.
+        test_share: Share of each class that the test images are, where the data set is not divided: chosen by
+            `test_seed`. 0 where it is.
+        test_seed: Decides which ones.
         crop_pct: Share of the resized picture's side that is kept for an evaluation, as timm resizes and crops;
             None where pictures are brought to the input size directly.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    refused_as = {"": DataError}
 
     name: str
     classes: tuple[str, ...]
@@ -33,6 +36,8 @@ class DataInfo(BaseModel):
     std: tuple[float, ...]
     num_test: int = 0
     test_split: str = ""
+    test_share: float = 0.0
+    test_seed: int = 0
     crop_pct: float | None = None
 
 
@@ -42,7 +47,7 @@ def scale_and_shift(info: DataInfo) -> tuple[Tensor, Tensor]:
     return (1 / (255 * std)).float(), (mean / std).float()
 
 
-class Facts(BaseModel):
+class Facts(Fields):
     """What is known of a family's training; `DetachableNet.facts`, kept in its file.
 
     Attributes:
@@ -51,7 +56,7 @@ class Facts(BaseModel):
         accuracy: Model → its test accuracy, in [0, 1], when it was last measured.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    refused_as = {"": CheckpointError}
 
     data: DataInfo | None = None
     trained: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from detachnet.errors import CheckpointError, ExportError
+from detachnet.hub import fetched
 
 LAST = "last.safetensors"
 """The checkpoint in the folder of a run."""
@@ -83,12 +84,13 @@ class Place:
 
 
 def locate(path: str | Path) -> Place:
-    """Where a path leads: a family's file, the last checkpoint of the run in a folder, or an export folder.
+    """Where a path leads: a family's file, here or on the Hub, the last checkpoint of the run in a folder, or an
+    export folder.
 
     Raises:
         CheckpointError: A folder with neither.
     """
-    path = Path(path)
+    path = fetched(path)
     if not os.path.isdir(path):
         return Place(path, is_export=False)
     if (path / MANIFEST).exists():

@@ -212,13 +212,7 @@ def build_model(name: str, folder: Path | None = None, **kwargs: Any) -> nn.Modu
     if not is_own(name):
         return create_model(name, **kwargs)
     text, _, function = name.rpartition(":")
-    found = [path for path in (Path(text), *([folder / text] if folder else [])) if path.is_file()]
-    if not found:
-        raise ModelError(f"there is no file {text}", hint="path/to/file.py:FUNCTION")
-    with _importing_beside(found[0]):
-        make = getattr(_module(found[0]), function, None)
-        if not callable(make):
-            raise ModelError(f"{text} has no function {function!r} that makes a model")
+    with _own_function(name, folder) as make:
         try:
             model = make(**kwargs)
         except TypeError as error:
@@ -226,6 +220,32 @@ def build_model(name: str, folder: Path | None = None, **kwargs: Any) -> nn.Modu
     if not isinstance(model, nn.Module):
         raise ModelError(f"{function} of {text} returns a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+@contextmanager
+def _own_function(name: str, folder: Path | None) -> Iterator[Callable[..., Any]]:
+    """A function of a user's own file, which may import what is beside it."""
+    text, _, function = name.rpartition(":")
+    found = [path for path in (Path(text), *([folder / text] if folder else [])) if path.is_file()]
+    if not found:
+        raise ModelError(f"there is no file {text}", hint="path/to/file.py:FUNCTION")
+    with _importing_beside(found[0]):
+        make = getattr(_module(found[0]), function, None)
+        if not callable(make):
+            raise ModelError(f"{text} has no function {function!r} that makes a model")
+        yield make
+
+
+def takes_num_classes(name: str, folder: Path | None = None) -> bool:
+    """Whether a model can be told its number of classes: those of the zoo, and functions that have the argument.
+
+    Raises:
+        ModelError: As `build_model`.
+    """
+    if not is_own(name):
+        return True
+    with _own_function(name, folder) as make:
+        return "num_classes" in inspect.signature(make).parameters
 
 
 def _module(path: Path) -> Any:

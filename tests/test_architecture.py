@@ -13,6 +13,8 @@ GROUND = {
     "errors",
     "text",
     "facts",
+    "fields",
+    "hub",
     "storage",
     "machine",
     "memory",

@@ -1,9 +1,12 @@
-"""The scripts of examples/ run and print what they should."""
+"""The scripts and the notebook of examples/ run and show what they should."""
 
+import ast
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,3 +34,27 @@ def test_examples(name: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert all(text in done.stdout for text in PRINTED[name]), done.stdout
+
+
+@pytest.mark.slow
+def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cell after cell, as a notebook runs them; what a cell ends with is shown."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    shown = []
+    for cell in json.loads((EXAMPLES / "choose.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        assert cell["outputs"] == []
+        tree = ast.parse("".join(cell["source"]))
+        last = (
+            tree.body.pop() if isinstance(tree.body[-1], ast.Expr) and "print" not in cell["source"][-1] else None
+        )
+        exec(compile(tree, "choose.ipynb", "exec"), names)
+        if isinstance(last, ast.Expr):
+            shown.append(eval(compile(ast.Expression(last.value), "choose.ipynb", "eval"), names))
+    (net,) = shown
+    assert net._repr_html_().count('<svg class="bar"') == 3
+    printed = capsys.readouterr().out
+    for text in ("layer1.0:layer1", "loss ", "accuracy", "sub1 (64, 10)"):
+        assert text in printed

@@ -60,7 +60,7 @@ def run(whole: Path, tmp_path: Path) -> Path:
         ("a(b=1", "unknown key 'a(b' in the recipe"),
         ("a[b=1", "unknown key 'a[b' in the recipe"),
         ("train.(=1", r"unknown key '\(' in \[train\]"),
-        ("family.models.x.nothing=1", "a sub-model is SubModel"),
+        ("family.models.x.nothing=1", r"unknown key 'nothing' in \[family.models.x\]"),
         ("model.kwargs.float=[1]", "model.kwargs.float = "),
         ("train.seed=" + "9" * 5000, "cannot be read"),
         ("train.seed=0x" + "f" * 5000, "cannot be read"),

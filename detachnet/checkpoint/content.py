@@ -16,6 +16,7 @@ from torch import Tensor
 
 from detachnet.checkpoint.header import Header
 from detachnet.errors import CheckpointError, one_line
+from detachnet.hub import fetched
 from detachnet.storage import read_file, replace_file
 from detachnet.surgery.plan import BASE
 from detachnet.text import parse_json
@@ -39,7 +40,8 @@ def write_file(path: str | Path, header: Header, state: Mapping[str, Any], extra
 
 
 def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
-    """A file's header and tensors, both checked."""
+    """A file's header and tensors, both checked; it may be on the Hub."""
+    path = fetched(path)
     if os.path.isdir(path):
         raise CheckpointError(
             f"{path} is a folder", hint="of a run, give its last.safetensors or best.safetensors"

@@ -124,5 +124,6 @@ def _check_data(data: DataInfo | None) -> None:
         return
     values = (*data.mean, *data.std, data.crop_pct or 1.0)
     wrong = not all(map(math.isfinite, values)) or min(data.std, default=1.0) <= 0 or data.num_test < 0
-    if wrong or len(data.mean) != len(data.std) or not 0 < (data.crop_pct or 1.0) <= 1:
-        raise ValueError("mean, std, crop_pct or num_test is none of any images")
+    shares = 0 < (data.crop_pct or 1.0) <= 1 and 0 <= data.test_share < 1
+    if wrong or len(data.mean) != len(data.std) or not shares:
+        raise ValueError("mean, std, crop_pct, test_share or num_test is none of any images")

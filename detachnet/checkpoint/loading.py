@@ -45,7 +45,7 @@ def load(
     """Read a family from a file, or the one model that was written alone; on the CPU, in evaluation mode.
 
     Args:
-        path: What `save` wrote.
+        path: What `save` wrote; or `hf-hub:OWNER/NAME`, what `push_to_hub` put on the Hugging Face Hub.
         model: A user's own architecture, where the base-model is not one of the zoo's.
         stepdown: The user's own step-down, where the family was made with one.
         leaf_modules: As given to `make_detachable`.

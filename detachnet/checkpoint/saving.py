@@ -52,6 +52,11 @@ def save(net: DetachableNet, path: str | Path, which: str | None = None, *, own:
         write_file(path, _alone(header, which), module.state_dict(), {})
 
 
+def loads_alone(net: DetachableNet) -> bool:
+    """Whether loading what `save` writes needs no model: a user's own does."""
+    return _header(net).source is not None
+
+
 def check_storable(net: DetachableNet, own: bool = False) -> None:
     """Refuse a family whose file would not load, or load as another network.
 

@@ -84,8 +84,8 @@ def load_data(name: str, root: str | Path | None = None, download: bool = False)
 
 
 def is_files(name: str) -> bool:
-    """Whether a data set is one of image files, by timm's names for them: `folder`, `wds/NAME`, `hfds/NAME`."""
-    return name == "folder" or name.startswith(("wds/", "hfds/"))
+    """Whether a data set is one of image files: `folder`, `FILE.csv`, and timm's `wds/NAME` and `hfds/NAME`."""
+    return name == "folder" or name.endswith(".csv") or name.startswith(("wds/", "hfds/"))
 
 
 def select(splits: tuple[Split, Split], num_train: int = 0, holdout: int = 0) -> tuple[Split, Split]:

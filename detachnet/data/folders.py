@@ -1,24 +1,31 @@
-"""name, root, split -> images of files, opened through timm's data factory."""
+"""name, root, split -> images of files: listed here, or opened through timm's data factory."""
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from timm.data import create_dataset
+from timm.utils.misc import natural_key
 
 from detachnet.data.datasets import places_of
 from detachnet.data.images import SUFFIXES, read_image, to_mode
 from detachnet.errors import DataError, nearest
+from detachnet.storage import read_file
 
 _SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
 """Names of folders that stand for one another, as in timm's `create_dataset`."""
+_TEST = "test"
 CLASSES = "classes.txt"
 """Beside shards: the name of each class, one a line."""
 Sample = Mapping[str, Any]
@@ -26,11 +33,74 @@ Sample = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Held:
+    """How images that nobody has divided are: so many of each class, but one at least, are no training images.
+
+    Which ones depends on the seed and on their paths, not on their order or on what else there is.
+
+    Attributes:
+        split: The split that they are then.
+        share: Share of each class, in (0, 1).
+        seed: Decides which ones.
+    """
+
+    split: str
+    share: float
+    seed: int = 0
+
+    def part(self, samples: Sequence[tuple[str, int]], root: str, split: str) -> list[tuple[str, int]]:
+        """The samples of one of the two splits, in their order.
+
+        Raises:
+            DataError: A class has one image, which cannot be both.
+        """
+        of: dict[int, list[str]] = {}
+        for path, label in samples:
+            of.setdefault(label, []).append(path)
+        held: set[str] = set()
+        for paths in of.values():
+            if len(paths) < 2:
+                raise DataError(
+                    f"a class has one image, {paths[0]}, which cannot be in both splits",
+                    hint="add another image of it, or leave the class out",
+                )
+            count = min(len(paths) - 1, max(1, round(self.share * len(paths))))
+            held.update(sorted(paths, key=lambda path: self._place(os.path.relpath(path, root)))[:count])
+        return [sample for sample in samples if (sample[0] in held) == (split == self.split)]
+
+    def _place(self, path: str) -> bytes:
+        """Where an image comes in the order that the seed makes."""
+        return hashlib.sha256(f"{self.seed}/{Path(path).as_posix()}".encode()).digest()
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Images by their paths, as timm's readers have them.
+
+    Attributes:
+        samples: Path and label of each.
+        root: What the paths are below.
+    """
+
+    samples: Sequence[tuple[str, int]]
+    root: str
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        return open(path, "rb"), label
+
+    def filename(self, index: int, *, absolute: bool) -> str:
+        """The path of an image."""
+        path = self.samples[index][0]
+        return path if absolute else os.path.relpath(path, self.root)
+
+
+@dataclass(frozen=True)
 class Files:
     """One split of a data set of image files.
 
     Attributes:
-        name: `folder`, `wds/NAME` or `hfds/NAME`.
+        name: `folder`, `FILE.csv`, `wds/NAME` or `hfds/NAME`.
         split: Which split.
         classes: Name of each class.
         num_images: Images in the split.
@@ -38,6 +108,7 @@ class Files:
             read by its number.
         reader: timm's, of images that can be.
         labels: timm's labels to ours, where they differ.
+        held: How the data set is divided, where it does not say so itself.
     """
 
     name: str
@@ -47,6 +118,7 @@ class Files:
     shards: tuple[str, ...] = ()
     reader: Any = None
     labels: Mapping[int, int] = field(default_factory=dict)
+    held: Held | None = None
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """An image in colours, and its label.
@@ -102,28 +174,48 @@ class Files:
 
     def _name(self, index: int) -> str:
         """What errors call an image."""
-        if self.name == "folder":
+        if isinstance(self.reader, Listed) or self.name == "folder":
             return str(self.reader.filename(index, absolute=True))
         return f"image {index} of {self.name}, {self.split}"
 
+    def some(self, count: int) -> Iterator[tuple[Image.Image, int]]:
+        """Yield at most so many images in colours and their labels: evenly spaced ones; of shards the first.
 
-def open_files(name: str, root: str | Path | None, split: str, classes: Sequence[str] = ()) -> Files:
+        Raises:
+            DataError: One cannot be read.
+        """
+        count = min(count, self.num_images)
+        if self.shards:
+            yield from map(self.decode, islice(self.samples(self.shards), count))
+            return
+        yield from (self.read(i * self.num_images // count) for i in range(count))
+
+
+def open_files(
+    name: str, root: str | Path | None, split: str, classes: Sequence[str] = (), held: Held | None = None
+) -> Files:
     """Open one split of a data set of image files.
 
     Args:
-        name: `folder`: a folder per class; `wds/NAME`: WebDataset shards; `hfds/NAME`: a data set of Hugging
-            Face's, or the folder of one, which `datasets` fetches if it is not there.
+        name: `folder`: a folder per class; `FILE.csv`: a table of paths and labels; `wds/NAME`: WebDataset shards;
+            `hfds/NAME`: a data set of Hugging Face's, or the folder of one, which `datasets` fetches if it is not
+            there.
         root: Where to look first; then `$DETACHNET_DATA`, then `./data`. For `hfds/NAME` the folder in which
             `datasets` keeps what it has fetched; its own if none is given.
-        split: A folder's name or a synonym of it (`val` for `validation`), a split of the shards' `_info.json` or
-            `NAME-{0000..0127}.tar|COUNT`, or a split of the data set.
+        split: A folder's name or a synonym of it (`val` for `validation`), a value of the column `split`, a split
+            of the shards' `_info.json` or `NAME-{0000..0127}.tar|COUNT`, or a split of the data set.
         classes: Those of the training split, for another split of it.
+        held: How a folder of classes without splits, or a table without a column `split`, is divided.
 
     Raises:
         DataError: The data, one of its classes or a package is missing.
     """
-    scheme = name.partition("/")[0]
-    opened = {"folder": _folder, "wds": _shards, "hfds": _hub}[scheme](name, root, split)
+    if name.endswith(".csv"):
+        opened = _table(name, root, split, held)
+    elif name == "folder":
+        opened = _folder(name, root, split, held)
+    else:
+        opened = {"wds": _shards, "hfds": _hub}[name.partition("/")[0]](name, root, split)
     if not classes or opened.classes == tuple(classes):
         return opened
     if unknown := [c for c in opened.classes if c not in classes]:
@@ -132,20 +224,43 @@ def open_files(name: str, root: str | Path | None, split: str, classes: Sequence
             nearest=nearest(unknown[0], classes),
         )
     labels = {i: classes.index(c) for i, c in enumerate(opened.classes)}
-    return Files(name, split, tuple(classes), opened.num_images, opened.shards, opened.reader, labels)
+    return replace(opened, classes=tuple(classes), labels=labels)
 
 
-def _folder(name: str, root: str | Path | None, split: str) -> Files:
+def _synonyms(split: str) -> tuple[str, ...]:
+    """A split's name, and those that stand for it."""
+    return (split, *(s for group in _SYNONYMS if split in group for s in group if s != split))
+
+
+def _folder(name: str, root: str | Path | None, split: str, held: Held | None) -> Files:
     """A folder with a folder of images per class."""
-    names = (split, *(s for group in _SYNONYMS if split in group for s in group if s != split))
-    looked = [place / folder for place in places_of(root) for folder in names]
+    looked = [place / folder for place in places_of(root) for folder in _synonyms(split)]
     folder = next((path for path in looked if path.is_dir()), None)
+    if folder is None and held and (place := _undivided(root)):
+        whole = _classes_of(name, place, split)
+        samples = held.part(whole.reader.samples, str(place), split)
+        return replace(whole, num_images=len(samples), reader=Listed(samples, str(place)), held=held)
     if folder is None:
         raise DataError(
             f"there is no folder of {split} images",
             what="looked for " + ", ".join(map(str, looked)),
             hint="--data-root DIR or DETACHNET_DATA=DIR says where it is: DIR/train/CLASS/*.jpg",
         )
+    return _classes_of(name, folder, split)
+
+
+def _undivided(root: str | Path | None) -> Path | None:
+    """The first place with folders none of which is a split: those are classes."""
+    known = {_TEST, *(name for group in _SYNONYMS for name in group)}
+    for place in places_of(root):
+        if place.is_dir():
+            inside = {path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")}
+            return place if inside and not inside & known else None
+    return None
+
+
+def _classes_of(name: str, folder: Path, split: str) -> Files:
+    """A folder of classes."""
     reader = _create(name, str(folder), split, search_split=False).reader
     start = len(str(folder)) + 1
     full = {str(path)[start:].partition("/")[0] for path, _ in reader.samples}
@@ -159,6 +274,72 @@ def _folder(name: str, root: str | Path | None, split: str) -> Files:
             hint=f"put them in a folder per class: {folder}/CLASS/*.jpg",
         )
     return Files(name, split, tuple(reader.class_to_idx), len(reader), reader=reader)
+
+
+def _table(name: str, root: str | Path | None, split: str, held: Held | None) -> Files:
+    """A CSV file with the columns `path`, `label` and, where it says the splits, `split`."""
+    looked = [*(place / name for place in places_of(root)), Path(name)]
+    file = next((path for path in looked if path.is_file()), None)
+    if file is None:
+        raise DataError(
+            f"there is no file {name}",
+            what="looked for " + ", ".join(map(str, dict.fromkeys(looked))),
+            hint="--data-root DIR or DETACHNET_DATA=DIR says which folder it is in",
+        )
+    rows = _rows(file)
+    if missing := next((path for path, *_ in rows if not os.path.isfile(path)), None):
+        raise DataError(
+            f"{file} names an image that is not there: {missing}", hint=f"paths are relative to {file.parent}"
+        )
+    splits = {where for *_, where in rows}
+    if divided := splits != {""}:
+        rows = [row for row in rows if row[2] in _synonyms(split)]
+    if not rows or (not divided and held is None):
+        raise DataError(
+            f"{file} names no {split} images",
+            what=f"its splits are {', '.join(sorted(splits))}" if divided else "it has no column 'split'",
+            nearest=nearest(split, splits),
+        )
+    classes = tuple(sorted({label for _, label, _ in rows}, key=natural_key))
+    samples = [(path, classes.index(label)) for path, label, _ in rows]
+    if divided or held is None:
+        return Files(name, split, classes, len(samples), reader=Listed(samples, str(file.parent)))
+    samples = held.part(samples, str(file.parent), split)
+    return Files(name, split, classes, len(samples), reader=Listed(samples, str(file.parent)), held=held)
+
+
+def _rows(file: Path) -> list[tuple[str, str, str]]:
+    """The path, label and split of each image that a CSV file names.
+
+    Raises:
+        DataError: It is no such file, or a line lacks its path or its label, or repeats a path.
+    """
+    try:
+        lines = read_file(file).decode("utf-8-sig").splitlines()
+        table = csv.DictReader(lines, strict=True)
+        names = [name.strip().lower() for name in table.fieldnames or ()]
+        table.fieldnames = names
+        read = [(table.line_num, row) for row in table]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file} is no table", what=str(error), hint="save it as CSV, in UTF-8") from error
+    if lacking := [name for name in ("path", "label") if name not in names]:
+        raise DataError(
+            f"{file} has no column {lacking[0]!r}",
+            what=f"its first line is {lines[0] if lines else 'missing'}",
+            hint="the first line is path,label or path,label,split",
+        )
+    rows: list[tuple[str, str, str]] = []
+    line_of: dict[str, int] = {}
+    for number, row in read:
+        path, label, split = ((row.get(name) or "").strip() for name in ("path", "label", "split"))
+        if not path or not label or ("split" in names and not split):
+            lack = "path" if not path else "label" if not label else "split"
+            raise DataError(f"line {number} of {file} has no {lack}")
+        if (full := str(file.parent / path)) in line_of:
+            raise DataError(f"lines {line_of[full]} and {number} of {file} name the same image, {path}")
+        line_of[full] = number
+        rows.append((full, label, split))
+    return rows
 
 
 def _shards(name: str, root: str | Path | None, split: str) -> Files:

@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from detachnet.deploy.formats import MAX_BATCH, Format, Piece

@@ -2,5 +2,7 @@
 
 record                          all that a run's folder says
 comparison, fronts              several runs in one table, what a search found as a figure
-chart, figures -> page           drawings, and one HTML page
+chart -> page                    drawings, and one HTML page
+demo                             the family in a browser
+card -> publishing               what is said of a family on the Hugging Face Hub, and how it gets there
 """

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from detachnet.report.figures import svg
+from detachnet.surgery.figures import svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

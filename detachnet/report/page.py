@@ -23,11 +23,14 @@ from detachnet.errors import DataError
 from detachnet.evaluation import Prediction, predict
 from detachnet.progress import counted
 from detachnet.report.chart import Axis, Chart, Point, Series, key, on_page, percent
-from detachnet.report.figures import bar, describe_route
 from detachnet.report.record import RunRecord, read_run
+from detachnet.surgery.figures import bar, describe_route
 from detachnet.text import si
+from detachnet.training.data import hold, open_test_files
 from detachnet.training.tables import FilesTable
 
+SHOWN, LARGE = 192, 48
+"""Pixels of the sides of pictures that are shown, at most; those of pictures whose pixels are seen one by one."""
 NUM_PICTURES = 12
 """Test images that are shown; evenly spaced through the test images, so not chosen by what came out."""
 
@@ -256,17 +259,18 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _test_images(run: RunRecord, data_root: str | Path | None) -> Split:
-    """The images accuracies were measured on.
+    """The images accuracies were measured on; of image files as many as are shown.
 
     Raises:
         DataError: They are not on this machine.
     """
     data = run.recipe.data
-    if isinstance(data, FilesTable):
-        raise DataError(f"{data.name} is read image by image, and only images in memory are shown")
     told = run.info.get("data_root")
-    known = told if isinstance(told, str) and Path(told).is_dir() else None
-    return select(load_data(data.name, data_root or known), data.num_train, data.holdout)[1]
+    root = data_root or (told if isinstance(told, str) and Path(told).is_dir() else None)
+    if isinstance(data, FilesTable):
+        info, (_, height, width) = run.net.facts.known_data, run.net.plan.input_size
+        return hold(open_test_files(info, root), info, (height, width), NUM_PICTURES)
+    return select(load_data(data.name, root), data.num_train, data.holdout)[1]
 
 
 def _pictures(run: RunRecord, split: Split) -> list[dict[str, Any]]:
@@ -278,7 +282,8 @@ def _pictures(run: RunRecord, split: Split) -> list[dict[str, Any]]:
     answers = {name: predict(run.net, images, name, top=1) for name in run.recipe.models}
     return [
         {
-            "png": _png(part.images[i]),
+            "picture": _picture(part.images[i]),
+            "large": max(part.images.shape[2:]) > LARGE,
             "truth": split.classes[label],
             "answers": [_answer(name, said[i], split.classes[label]) for name, said in answers.items()],
         }
@@ -291,9 +296,12 @@ def _answer(model: str, answer: Prediction, truth: str) -> dict[str, Any]:
     return {"model": model, "right": answer.labels[0] == truth, "text": text}
 
 
-def _png(image: Tensor) -> str:
-    """A picture `(C, H, W)`, uint8, as a data URL."""
+def _picture(image: Tensor) -> str:
+    """A picture `(C, H, W)`, uint8, as a data URL; a larger one than is shown is made smaller."""
     array = image.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    kind = "JPEG" if max(picture.size) > LARGE else "PNG"
+    picture.thumbnail((SHOWN, SHOWN))
     file = io.BytesIO()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    picture.save(file, kind, quality=85)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -5,7 +5,7 @@ state, whole, listening                       what of a model is kept whole, and
 tracer -> graph, settle -> trace              a model's forward pass as a graph, with all shapes known
 cuts, spans, routes -> choice                 where it can be cut, and what is left out
 widths/                                       which filters go together, a choice of them, the narrower network
-plan                                          what a family will be
+plan, figures                                 what a family will be, and how it is drawn
 coupling, finding, statistics                 what joins the images of a batch, and which layers keep statistics
 ownership, legs -> rewrite                    whose layer a node runs with, where models part, and all graphs
 detachable -> making, enlarging               the family, what makes it of a model, and a larger one of it

@@ -467,6 +467,10 @@ class DetachableNet(nn.Module):
         size = by(self.plan.input_size)
         return f"DetachableNet({self.plan.model} on {size} images, {self.extra_repr()})"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the plan."""
+        return self.plan._repr_html_()
+
 
 def _in_turn(runs: Mapping[str, Run], copies: bool, net: DetachableNet, x: Tensor) -> dict[str, Any]:
     """The outputs of models that cannot share a pass."""

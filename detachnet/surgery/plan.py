@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, computed_field, model_validator
+from pydantic import computed_field, model_validator
 from torch import fx, nn
 
 from detachnet.errors import CutError, WidthError
+from detachnet.fields import Fields
 from detachnet.surgery.cuts import TOLD, CutAnalysis, choose_cuts, spread
+from detachnet.surgery.figures import drawn
 from detachnet.surgery.graph import TracedGraph, TracedModel
 from detachnet.surgery.routes import (
     HALF,
@@ -63,7 +65,7 @@ Head = Literal["private", "shared"]
 Cuts = Sequence[str] | Sequence[float] | Mapping[str, str | SubModel] | int | str
 
 
-class PlannedSpan(BaseModel):
+class PlannedSpan(Fields):
     """A part of the base-model that a sub-model leaves out.
 
     Attributes:
@@ -73,8 +75,6 @@ class PlannedSpan(BaseModel):
         begins: Multiply-accumulates of the base-model in front of it.
         ends: Multiply-accumulates of the base-model up to its end.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     start: str = ""
     end: str
@@ -86,7 +86,7 @@ class PlannedSpan(BaseModel):
         return f"{self.start}:{self.end}"
 
 
-class ModelPlan(BaseModel):
+class ModelPlan(Fields):
     """One model of a family.
 
     Attributes:
@@ -101,8 +101,6 @@ class ModelPlan(BaseModel):
         kept: Group of filters → how many of its units there are, the first; or which, as the bits of a hexadecimal
             number, the first unit the lowest. All of those that are not named.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     spans: tuple[PlannedSpan, ...] = ()
@@ -160,7 +158,7 @@ class ModelPlan(BaseModel):
         return shown + more + (f", {self.filters}" if self.filters != "first" else "")
 
 
-class DetachPlan(BaseModel):
+class DetachPlan(Fields):
     """A family: the base-model and its sub-models, in the order of their cuts through the network.
 
     Attributes:
@@ -175,8 +173,6 @@ class DetachPlan(BaseModel):
         checked: What was not compared with the model, and what was found to join the images of a batch; empty
             where everything was compared and nothing found.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     input_size: tuple[int, ...]
@@ -265,6 +261,10 @@ class DetachPlan(BaseModel):
 
     def __str__(self) -> str:
         return str(self.table)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return str(drawn(self))
 
 
 def make_plan(

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import PrivateAttr, field_validator, model_validator
 
 from detachnet.errors import CutError, WidthError
+from detachnet.fields import Fields
 from detachnet.surgery.cuts import CutAnalysis
 from detachnet.surgery.graph import TracedGraph
 
@@ -24,7 +25,7 @@ HALF = "half_"
 HINT = "a span is 'a:b': everything after a up to and including b; ':b' begins at the image"
 
 
-class SubModel(BaseModel):
+class SubModel(Fields):
     """What a sub-model leaves out of the base-model: spans of it, filters, or both.
 
     Attributes:
@@ -45,20 +46,12 @@ class SubModel(BaseModel):
         >>> detachnet.SubModel(width=0.5)
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    refused_as = {"": CutError, "width": WidthError, "filters": WidthError}
 
     drop: tuple[str, ...] = ()
     width: float | dict[str, float] = 1.0
     filters: Filters = "first"
     _kept: dict[str, int | str] = PrivateAttr(default_factory=dict)
-
-    def __init__(self, **fields: Any) -> None:
-        if isinstance(drop := fields.get("drop"), str):
-            raise CutError(f"drop is a list of spans, not a string: write drop=[{drop!r}]")
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise _refusal(error) from error
 
     @property
     def is_narrow(self) -> bool:
@@ -85,17 +78,26 @@ class SubModel(BaseModel):
         """What it leaves out, in words."""
         return (*self.drop, *([f"width={self.width}"] if self.is_narrow else []))
 
+    @field_validator("drop", mode="before")
+    @classmethod
+    def _are_spans(cls, drop: Any) -> Any:
+        if isinstance(drop, str):
+            raise ValueError(f"drop is a list of spans, not a string: write drop=[{drop!r}]")
+        return drop
+
     @field_validator("width")
     @classmethod
     def _are_shares(cls, width: float | dict[str, float]) -> float | dict[str, float]:
         if not all(0 < share <= 1 for share in (width.values() if isinstance(width, dict) else [width])):
-            raise ValueError("a width is a share of the filters, in (0, 1]")
+            raise ValueError(f"width={width!r}: a width is a share of the filters, in (0, 1]")
         return width
 
     @model_validator(mode="after")
     def _leaves_something_out(self) -> SubModel:
         if not self.drop and not self.is_narrow:
-            raise ValueError("drop is empty: that is the base-model")
+            raise ValueError(
+                "this is the base-model: a sub-model is SubModel(drop=['a:b', …]) or SubModel(width=0.5)"
+            )
         return self
 
 
@@ -117,16 +119,6 @@ def narrow_models(widths: Sequence[float]) -> dict[str, SubModel]:
         twice = next(share for share in widths if list(widths).count(share) > 1)
         raise WidthError(f"widths={list(widths)}: {twice:g} is there twice", hint="leave one of them out")
     return {f"sub{i}": SubModel(width=float(share)) for i, share in enumerate(widths)}
-
-
-def _refusal(error: ValidationError) -> CutError | WidthError:
-    """What is wrong with the fields of a sub-model."""
-    problem = error.errors()[0]
-    place, message = [str(part) for part in problem["loc"]], problem["msg"].removeprefix("Value error, ")
-    if place[:1] in (["width"], ["filters"]):
-        return WidthError(f"{place[0]}={problem['input']!r}: {message[:1].lower()}{message[1:]}")
-    what = f"{'.'.join(place)} = {problem['input']!r}: {message}" if place else message
-    return CutError("a sub-model is SubModel(width=0.5) or SubModel(drop=['a:b', …])", what=what)
 
 
 @dataclass(frozen=True)

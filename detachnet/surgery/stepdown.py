@@ -11,10 +11,11 @@ from functools import lru_cache
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from detachnet.errors import StepDownError
+from detachnet.fields import Fields
 from detachnet.text import Shape, by
 
 StepDownBuilder = Callable[[Shape, Shape], nn.Module]
@@ -24,7 +25,7 @@ MAX_PREFIX = 8
 """The most tokens besides a grid (class, distillation, registers) that are looked for."""
 
 
-class Stem(BaseModel):
+class Stem(Fields):
     """A deeper entry than one convolution: stages of 3×3 convolutions with batch norm and ReLU, halving the size.
 
     Attributes:
@@ -32,16 +33,14 @@ class Stem(BaseModel):
         width: Channels of all stages but the last, as a multiple of those that double up to the feature's.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    refused_as = {"": StepDownError}
 
     depth: Annotated[int, Field(gt=0, le=100)] = 1
     width: Annotated[float, Field(gt=0, le=64)] = 1.0
 
 
-class Convolution(BaseModel):
+class Convolution(Fields):
     """One convolution of a stem; kernel, stride and padding per spatial axis, in pixels."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_chs: int
     size: Shape
@@ -50,7 +49,7 @@ class Convolution(BaseModel):
     padding: Shape
 
 
-class StepDown(BaseModel):
+class StepDown(Fields):
     """What a step-down will be, before it is built.
 
     Attributes:
@@ -69,8 +68,6 @@ class StepDown(BaseModel):
         macs: Multiply-accumulates for one image.
         num_params: Number of parameters.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["conv", "stem", "linear", "identity", "custom"]
     image: Shape

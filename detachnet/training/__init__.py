@@ -7,4 +7,5 @@ processes                       who makes it, and the experiment tracker that is
 state, runs, results            what is kept of it, where, and the final table
 trainer                         all of it together
 preview                         what a run would be
+draft                           the text of a recipe for a model and images
 """

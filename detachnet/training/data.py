@@ -9,10 +9,12 @@ import torch
 
 from detachnet.data.batches import Batches, BatchSource
 from detachnet.data.datasets import Split, describe_data
-from detachnet.data.folders import Files, open_files
+from detachnet.data.folders import Files, Held, open_files
+from detachnet.data.images import evaluation_transform
 from detachnet.data.loader import EVAL_BATCH as FILES_EVAL_BATCH, Augmentation, FileBatches
 from detachnet.evaluation import EVAL_BATCH
 from detachnet.facts import DataInfo
+from detachnet.progress import counted
 from detachnet.training.tables import DataTable, FilesTable, TrainTable
 from detachnet.zoo import normalization
 
@@ -77,8 +79,9 @@ class FileSource:
 
     def __init__(self, table: FilesTable, root: str | Path | None, model: str) -> None:
         self.table = table
-        self.train = open_files(table.name, root, table.train_split)
-        self.test = open_files(table.name, root, table.val_split, self.train.classes)
+        held = Held(table.val_split, table.val_share, table.split_seed)
+        self.train = open_files(table.name, root, table.train_split, held=held)
+        self.test = open_files(table.name, root, table.val_split, self.train.classes, held)
         mean, std = normalization(model)
         self.info = DataInfo(
             name=table.name,
@@ -87,6 +90,8 @@ class FileSource:
             std=std,
             num_test=self.test.num_images,
             test_split=table.val_split,
+            test_share=table.val_share if self.test.held else 0.0,
+            test_seed=table.split_seed if self.test.held else 0,
             crop_pct=table.crop_pct,
         )
         self.input_size: tuple[int, ...] = (3, table.image_size, table.image_size)
@@ -123,3 +128,37 @@ def evaluation_batches(
     """The batches of an evaluation on image files, each image exactly once."""
     batch_size = FILES_EVAL_BATCH * share[1]
     return FileBatches(files, info, size, batch_size, device, num_workers=num_workers, share=share)
+
+
+def open_test_files(info: DataInfo, root: str | Path | None, name: str | None = None) -> Files:
+    """The test images of a family that was trained on image files, or those of another data set of such.
+
+    Args:
+        info: What the family was trained on.
+        root: Where to look first.
+        name: The other data set.
+
+    Raises:
+        DataError: As `open_files`.
+    """
+    held = Held(info.test_split, info.test_share, info.test_seed) if info.test_share else None
+    return open_files(name or info.name, root, info.test_split or "validation", info.classes, held)
+
+
+def hold(files: Files, info: DataInfo, size: tuple[int, int], count: int) -> Split:
+    """At most so many images of files in memory, as an evaluation takes them in.
+
+    Args:
+        files: The images.
+        info: How they are resized and cropped.
+        size: Height and width.
+        count: How many; evenly spaced ones.
+
+    Raises:
+        DataError: One cannot be read.
+    """
+    transform = evaluation_transform(size, info.crop_pct or 1.0)
+    count = min(count, files.num_images)
+    pairs = [(transform(image), label) for image, label in counted(files.some(count), count, "images read")]
+    images, labels = zip(*pairs, strict=True)
+    return Split(torch.stack(images), torch.tensor(labels), files.classes)

@@ -11,7 +11,7 @@ from detachnet.checkpoint.saving import check_storable
 from detachnet.facts import DataInfo
 from detachnet.surgery.plan import DetachPlan
 from detachnet.training.recipe import Recipe
-from detachnet.training.start import starting_family, with_routes
+from detachnet.training.start import decided, starting_family
 from detachnet.training.trainer import open_source
 
 
@@ -20,7 +20,7 @@ class Preview:
     """A run before it is started.
 
     Attributes:
-        recipe: The recipe, with the routes that were chosen.
+        recipe: The recipe, with what its images decide: the number of classes, and routes that were to be chosen.
         plan: The family.
         data: Its images.
         num_train: Number of training images.
@@ -50,7 +50,7 @@ def preview(recipe: Recipe, data_root: str | Path | None = None, download: bool 
         DetachNetError: As `train`.
     """
     source = open_source(recipe, data_root, download)
-    recipe = with_routes(recipe, source.input_size)
+    recipe = decided(recipe, source)
     device = torch.device("cpu")
     net = starting_family(recipe, source, device, several=False, resuming=False)
     check_storable(net)

@@ -11,6 +11,7 @@ from pydantic import (
 )
 
 from detachnet.errors import nearest
+from detachnet.fields import wanted
 from detachnet.training.tables import IN_FILES, IN_MEMORY, DataTable, FilesTable, RecipeTable
 
 Problem = tuple[str, list[str]]
@@ -50,10 +51,11 @@ def _explain(problem: dict[str, Any], tables: Mapping[str, Any], recipe: type[Re
         return f"{key} is missing", []
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"]), []
-    given = problem["input"]
-    if key == "data.name" and problem["type"] == "literal_error":
-        problem["msg"] += "; or 'folder', 'wds/NAME' or 'hfds/NAME'"
-    return f"{key} = {json.dumps(given, default=str)}: {problem['msg'][0].lower()}{problem['msg'][1:]}", []
+    said = f"{key} = {json.dumps(problem['input'], default=str)}: it must be"
+    if key == "data.name":
+        memory = f"{wanted(problem)}; or " if problem["type"] == "literal_error" else ""
+        return f"{said} {memory}'folder', 'FILE.csv', 'wds/NAME' or 'hfds/NAME'", []
+    return f"{said} {wanted(problem)}", []
 
 
 def _unknown_in_data(key: str, field: str, kind: str) -> Problem:

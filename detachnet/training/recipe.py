@@ -134,9 +134,16 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(name)
     try:
-        tables = _parse_toml(read_file(path).decode())
+        text = read_file(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}", what=str(error)) from error
+    return parse_text(text, path, overrides)
+
+
+def parse_text(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """`load_recipe` of what is, or will be, in a file."""
+    try:
+        tables = _parse_toml(text)
     except ValueError as error:
         raise RecipeError(f"{path} is not valid TOML", what=one_line(error)) from error
     for override in overrides:
@@ -144,6 +151,12 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = parse_recipe(tables, str(path))
     recipe._name, recipe._folder = path.stem, path.parent
     return recipe
+
+
+def recipe_schema() -> str:
+    """The JSON schema of recipes, for editors: a recipe's first line `#:schema FILE` names its file."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
 def _parse_toml(text: str) -> dict[str, Any]:

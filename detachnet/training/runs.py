@@ -82,10 +82,16 @@ class RunFolder:
             yield
 
     def as_started(self, recipe: Recipe) -> Recipe:
-        """The recipe with the routes that were chosen for the run in this folder, if it leaves them open."""
-        if not recipe.family.asked or not self.recipe.exists():
+        """The recipe with what the run in this folder decided, where it leaves that open: classes and routes."""
+        if not self.recipe.exists():
             return recipe
-        started = load_recipe(self.recipe).family
+        begun = load_recipe(self.recipe)
+        classes = {key: value for key, value in begun.model.kwargs.items() if key == "num_classes"}
+        model = recipe.model.model_copy(update={"kwargs": classes | recipe.model.kwargs})
+        recipe = recipe.model_copy(update={"model": model})
+        if not recipe.family.asked:
+            return recipe
+        started = begun.family
         if started.chosen != recipe.family.asked:
             return recipe
         chosen = {name: sub for name, sub in started.models.items() if name in recipe.family.names}

@@ -22,9 +22,28 @@ from detachnet.training.data import Source
 from detachnet.training.recipe import Recipe
 from detachnet.training.tables import FilesTable
 from detachnet.training.weights import OWN, Start, read_start
-from detachnet.zoo import WEIGHTS, build_model, new_layers
+from detachnet.zoo import WEIGHTS, build_model, new_layers, takes_num_classes
 
 logger = logging.getLogger("detachnet")
+
+
+def decided(recipe: Recipe, source: Source) -> Recipe:
+    """A recipe with all that its images decide: the number of classes, and routes that it leaves to be chosen.
+
+    Raises:
+        CutError: There are no such routes, with what to do.
+    """
+    model, info = recipe.model, source.info
+    if info.test_share:
+        logger.info(
+            "%s has no splits: %d images are tested on and not trained on, %g %% of each class",
+            *(info.name, info.num_test, 100 * info.test_share),
+        )
+    follows = isinstance(recipe.data, FilesTable) or not model.name.startswith("detachnet:")
+    if "num_classes" not in model.kwargs and follows and takes_num_classes(model.name, recipe.folder):
+        kwargs = model.kwargs | {"num_classes": len(info.classes)}
+        recipe = recipe.model_copy(update={"model": model.model_copy(update={"kwargs": kwargs})})
+    return with_routes(recipe, source.input_size)
 
 
 def with_routes(recipe: Recipe, input_size: tuple[int, ...]) -> Recipe:

@@ -6,7 +6,6 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Discriminator,
     Field,
@@ -14,6 +13,9 @@ from pydantic import (
     model_validator,
 )
 
+from detachnet.data.datasets import is_files
+from detachnet.errors import RecipeError
+from detachnet.fields import Fields
 from detachnet.models import MOST
 from detachnet.surgery.routes import SubModel, narrow_models
 from detachnet.surgery.stepdown import Stem
@@ -23,10 +25,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-class RecipeTable(BaseModel):
+class RecipeTable(Fields):
     """Keys that are all known, of the right types and frozen."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    refused_as = {"": RecipeError}
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelTable(RecipeTable):
@@ -43,7 +48,7 @@ class ModelTable(RecipeTable):
         for name, most in MOST.items() if self.name.startswith("detachnet:") else ():
             value = self.kwargs.get(name)
             if isinstance(value, int | float) and not 0 < value <= most:
-                raise ValueError(f"model.kwargs.{name} = {value}: it is above 0 and at most {most}")
+                raise ValueError(f"model.kwargs.{name} = {value}: it must be above 0 and at most {most}")
         return self
 
 
@@ -164,13 +169,18 @@ class DataTable(RecipeTable):
 class FilesTable(RecipeTable):
     """A data set of image files, read by worker processes, and how its images are augmented: all of it timm's."""
 
-    name: Annotated[str, Field(pattern=r"^(folder|wds/.+|hfds/.+)$")]
-    """`folder`: a folder of images per class. `wds/NAME`: WebDataset shards. `hfds/NAME`: Hugging Face's."""
+    name: Annotated[str, Field(pattern=r"^(folder|.*\.csv|wds/.+|hfds/.+)$")]
+    """`folder`: a folder of images per class. `FILE.csv`: paths and labels. `wds/NAME`: WebDataset shards.
+    `hfds/NAME`: Hugging Face's."""
     train_split: str = "train"
-    """The training images: a folder, a split that the shards' `_info.json` knows or `NAME-{0000..0127}.tar|COUNT`,
-    or a split of the data set."""
+    """The training images: a folder, a value of the column `split`, a split that the shards' `_info.json` knows or
+    `NAME-{0000..0127}.tar|COUNT`, or a split of the data set."""
     val_split: str = "validation"
     """The images accuracies are measured on."""
+    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of each class that they are, where a folder has no splits or a CSV file no column `split`."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides which images those are."""
     image_size: Annotated[int, Field(gt=0, le=4096)] = 224
     """Height and width in pixels of the images a family takes in; training images are cut out at random and
     brought to it."""
@@ -198,10 +208,9 @@ IN_MEMORY, IN_FILES = "(data sets in memory)", "(image files)"
 
 
 def _kind_of_data(table: Any) -> str:
-    """Which of the two tables a `[data]` is, by its name; as `data.is_files` has it."""
+    """Which of the two tables a `[data]` is, by its name."""
     name = table.get("name") if isinstance(table, dict) else getattr(table, "name", None)
-    files = isinstance(name, str) and (name == "folder" or name.startswith(("wds/", "hfds/")))
-    return IN_FILES if files else IN_MEMORY
+    return IN_FILES if isinstance(name, str) and is_files(name) else IN_MEMORY
 
 
 AnyData = Annotated[

@@ -36,7 +36,7 @@ from detachnet.training.processes import open_processes, start_tracking, track
 from detachnet.training.recipe import Recipe
 from detachnet.training.results import result_rows, result_table
 from detachnet.training.runs import RunFolder, default_folder
-from detachnet.training.start import starting_family, with_routes
+from detachnet.training.start import decided, starting_family
 from detachnet.training.state import RunState, new_state
 from detachnet.training.step import TrainingStep, sample_models
 from detachnet.training.tables import FilesTable
@@ -140,7 +140,7 @@ def _train(
     recipe = folder.as_started(recipe) if resume else recipe
     saved = folder.saved(recipe) if resume else None
     source = open_source(recipe, data_root, download)
-    recipe = with_routes(recipe, source.input_size)
+    recipe = decided(recipe, source)
     with _own_random_numbers_and_search(), open_processes(recipe, folder) as accelerator:
         several = accelerator.num_processes > 1
         net = starting_family(

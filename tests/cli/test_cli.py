@@ -228,8 +228,8 @@ def test_recipes_lists_every_shipped_one() -> None:
 
 
 COMMANDS = (
-    *("train", "inspect", "evaluate", "compare", "search", "recalibrate", "detach"),
-    *("export", "profile", "cascade", "predict", "report", "recipes"),
+    *("init", "train", "inspect", "evaluate", "compare", "search", "recalibrate", "detach"),
+    *("export", "profile", "cascade", "predict", "report", "demo", "push", "recipes"),
 )
 
 

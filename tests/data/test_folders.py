@@ -86,7 +86,7 @@ def test_recipes_and_commands_agree_on_what_is_read_from_files(name: str) -> Non
     if is_files(name) or name == "cifar10":
         assert load_recipe(recipe, [f"data.name={name}"]).data.name == name
     else:
-        with pytest.raises(detachnet.RecipeError, match="input should be 'cifar10'"):
+        with pytest.raises(detachnet.RecipeError, match="it must be one of 'cifar10'"):
             load_recipe(recipe, [f"data.name={name}"])
 
 

@@ -278,7 +278,7 @@ def test_refused_routes(routes: dict[str, list[str]], message: str) -> None:
 def test_refused_sub_models() -> None:
     with pytest.raises(detachnet.CutError, match=r"drop is a list of spans, not a string: write drop=\['a:b'\]"):
         SubModel(drop="a:b")
-    with pytest.raises(detachnet.CutError, match=r"SubModel\(drop=\['a:b', …\]\)\n.*that is the base-model"):
+    with pytest.raises(detachnet.CutError, match=r"this is the base-model: a sub-model is SubModel\(drop="):
         SubModel(drop=[])
 
 

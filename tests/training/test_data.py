@@ -143,8 +143,8 @@ def test_evaluate_and_predict(folder: Path, whole: Path, monkeypatch: pytest.Mon
     assert out.exit_code == 0, out.output
     assert {row["classes"][0]["name"] for row in json.loads(out.output)["images"]} <= set(CLASSES)
     out = runner.invoke(app, ["cascade", str(whole), "--data-root", str(folder)])
-    assert out.exit_code == 2
-    assert "folder is read image by image: it is not held in memory" in out.output
+    assert out.exit_code == 0, out.output
+    assert "on folder, n = 6" in out.output
 
 
 def test_a_report_of_a_run_on_files(folder: Path, whole: Path, tmp_path: Path) -> None:
@@ -152,7 +152,11 @@ def test_a_report_of_a_run_on_files(folder: Path, whole: Path, tmp_path: Path) -
         app, ["report", str(whole), "-o", str(tmp_path / "r.html"), "--data-root", str(folder)]
     )
     assert out.exit_code == 0, out.output
-    assert "share of it waiting for images" in (tmp_path / "r.html").read_text()
+    page = (tmp_path / "r.html").read_text()
+    assert "share of it waiting for images" in page
+    assert "No predictions" not in page
+    assert page.count('alt="A test image of class ') == 12
+    assert page.count("A test image of class cat") == 3
 
 
 def test_the_time_spent_waiting_is_measured(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +196,7 @@ def test_the_recipe_for_imagenet_on_a_little_folder(folder: Path, tmp_path: Path
 
 
 def test_outputs_are_those_of_the_classes(folder: Path, tmp_path: Path) -> None:
-    wrong = recipe(model__kwargs={"depth": 8, "width": 0.25})
+    wrong = recipe(model__kwargs={"depth": 8, "width": 0.25, "num_classes": 10})
     with pytest.raises(detachnet.RecipeError, match=r"has 10 outputs, but folder has 4 classes\n.*num_classes=4"):
         train(wrong, tmp_path / "run", data_root=folder)
     assert not (tmp_path / "run").exists()

@@ -310,7 +310,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"width": 1.5}, r"width=1\.5: .*in \(0, 1\]"),
     ({"width": {"conv1": -1}}, r"width=.*in \(0, 1\]"),
     ({"width": "wide"}, "width='wide': "),
-    ({"width": 0.5, "filters": "best"}, "filters='best': input should be 'first' or 'important'"),
+    ({"width": 0.5, "filters": "best"}, "filters='best'[)]: it must be one of 'first' or 'important'"),
 ]
 
 
@@ -322,7 +322,7 @@ def test_refused_fields(fields: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"width": 1.0}, {"drop": []}, {"filters": "important"}])
 def test_nothing_left_out(fields: dict[str, Any]) -> None:
-    with pytest.raises(detachnet.CutError, match="that is the base-model"):
+    with pytest.raises(detachnet.CutError, match="this is the base-model"):
         SubModel(**fields)
 
 

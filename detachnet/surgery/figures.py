@@ -1,13 +1,16 @@
-"""plan -> the bars of a family as inline SVG; colours are left to the page's style."""
+"""plan -> the bars of a family as inline SVG, in colours of the page around; table and bars for a notebook."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from detachnet.surgery.plan import DetachPlan, ModelPlan, PlannedSpan
 from detachnet.text import by
+
+if TYPE_CHECKING:
+    from detachnet.surgery.plan import DetachPlan, ModelPlan, PlannedSpan
 
 SHADES = 6
 """Number of shades of layers the page's style knows; a seventh looks like the first."""
@@ -38,6 +41,49 @@ def bar(plan: DetachPlan, model: ModelPlan) -> Markup:
     parts += [Markup('<path class="cut" d="M{0:.2f} 0V40"/>').format(at(edge)) for edge in edges[1:-1]]
     words = _bar_title(model), _bar_description(model, base)
     return svg(*words, "bar", (1000, 40), Markup("").join(parts), ' preserveAspectRatio="none"')
+
+
+_STYLE = Markup("""<style>
+.detachnet { font: 13px/1.5 system-ui, sans-serif; overflow-x: auto; }
+.detachnet table, .detachnet th, .detachnet td { color: inherit; font: inherit; }
+.detachnet table { border-collapse: collapse; margin: .3em 0; width: auto; font-variant-numeric: tabular-nums; }
+.detachnet th, .detachnet td { padding: .15em .6em; text-align: right; white-space: nowrap;
+  border: 0; border-bottom: 1px solid #8886; background: none; }
+.detachnet thead th { font-weight: 600; opacity: .75; }
+.detachnet .left { text-align: left; white-space: normal; }
+.detachnet .name { display: inline-block; width: 6em; overflow: hidden; text-overflow: ellipsis; }
+.detachnet .row { display: flex; align-items: center; max-width: 60em; }
+.detachnet .bar { flex: 1; height: 1.4em; }
+.detachnet .t0 { fill: #8fb4dd; } .detachnet .t1 { fill: #6f9fd3; } .detachnet .t2 { fill: #4f8ac9; }
+.detachnet .t3 { fill: #3d78b8; } .detachnet .t4 { fill: #34699f; } .detachnet .t5 { fill: #2f5c8c; }
+.detachnet .stepdown { fill: #d9722a; stroke: #d9722a; stroke-width: 3; vector-effect: non-scaling-stroke; }
+.detachnet .cut { stroke: #777c84; stroke-width: 1.5; stroke-dasharray: 3 3; fill: none;
+  vector-effect: non-scaling-stroke; }
+</style>""")
+"""Colours that can be read on white and on black; texts have the notebook's."""
+
+
+def drawn(plan: DetachPlan) -> Markup:
+    """A plan as a notebook shows it: its table, and the bars of its models."""
+    table = plan.table
+    left = [' class="left"' if i < table.left else "" for i in range(len(table.header))]
+
+    def cells(tag: str, row: tuple[str, ...]) -> Markup:
+        pairs = zip(left, row, strict=True)
+        one = Markup("<{0}{1}>{2}</{0}>")
+        return Markup("<tr>{}</tr>").format(
+            Markup("").join(one.format(Markup(tag), Markup(where), text) for where, text in pairs)
+        )
+
+    rows = Markup("").join(cells("td", row) for row in table.rows)
+    bars = Markup("").join(
+        Markup('<div class="row"><span class="name">{}</span>{}</div>').format(model.name, bar(plan, model))
+        for model in plan.models
+    )
+    notes = Markup("").join(Markup("<div>{}</div>").format(line) for line in table.notes)
+    return Markup(
+        '{}<div class="detachnet"><strong>{}</strong><table><thead>{}</thead><tbody>{}</tbody></table>{}{}</div>'
+    ).format(_STYLE, table.title, cells("th", table.header), rows, bars, notes)
 
 
 def _bar_title(model: ModelPlan) -> str:

@@ -1,0 +1,106 @@
+"""What is said of fields that do not fit, of every class with fields that people make."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+
+import detachnet
+from detachnet.fields import Fields
+from detachnet.training.tables import LossTable
+
+DATA = {"name": "x", "classes": ("a", "b"), "mean": (0.0,), "std": (1.0,)}
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "said"),
+    [
+        (
+            lambda: detachnet.SubModel(drop=["a:b"], head="private"),
+            detachnet.CutError,
+            r"SubModel has no field 'head'\n  nearest  'drop', 'width', 'filters'",
+        ),
+        (lambda: detachnet.SubModel(widht=0.5), detachnet.CutError, "has no field 'widht'\n  nearest  'width'$"),
+        (
+            lambda: detachnet.SubModel("a:b"),
+            detachnet.CutError,
+            r"takes its fields by name: SubModel\(drop=…, width",
+        ),
+        (lambda: detachnet.SubModel(drop="a:b"), detachnet.CutError, r"not a string: write drop=\['a:b'\]"),
+        (lambda: detachnet.SubModel(drop=[1]), detachnet.CutError, r"SubModel\(drop.0=1\): it must be a text"),
+        (lambda: detachnet.SubModel(), detachnet.CutError, "this is the base-model: a sub-model is SubModel"),
+        (
+            lambda: detachnet.SubModel(width="x"),
+            detachnet.WidthError,
+            r"SubModel\(width='x'\): it must be a number or a table",
+        ),
+        (lambda: detachnet.SubModel(width=2.0), detachnet.WidthError, r"width=2.0: a width is a share"),
+        (
+            lambda: detachnet.SubModel(width=0.5, filters="x"),
+            detachnet.WidthError,
+            "it must be one of 'first' or 'impor",
+        ),
+        (lambda: detachnet.Stem(depth=0), detachnet.StepDownError, r"Stem\(depth=0\): it must be above 0"),
+        (lambda: detachnet.Stem(deep=1), detachnet.StepDownError, "Stem has no field 'deep'\n  nearest  'depth'"),
+        (
+            lambda: detachnet.DataInfo(name="x", classes=("a",)),
+            detachnet.DataError,
+            r"DataInfo lacks 'mean'\n  try +DataInfo\(name=…, classes=…, mean=…, std=…\)",
+        ),
+        (
+            lambda: detachnet.DataInfo(**(DATA | {"std": 1})),
+            detachnet.DataError,
+            r"DataInfo\(std=1\): it must be a list",
+        ),
+        (
+            lambda: detachnet.Facts(acuracy={}),
+            detachnet.CheckpointError,
+            "has no field 'acuracy'\n  nearest  'acc",
+        ),
+        (
+            lambda: detachnet.Facts(accuracy={"base": "high"}),
+            detachnet.CheckpointError,
+            r"Facts\(accuracy.base='high'\): it must be a number",
+        ),
+        (
+            lambda: LossTable(distillation=-1.0),
+            detachnet.RecipeError,
+            r"distillation=-1.0\): it must be at least 0",
+        ),
+        (lambda: LossTable(hint="much"), detachnet.RecipeError, r"LossTable\(hint='much'\): it must be a number"),
+    ],
+)
+def test_fields_that_do_not_fit(make: Callable[[], object], kind: type[Exception], said: str) -> None:
+    with pytest.raises(kind, match=said) as error:
+        make()
+    for word in ("input should", "Input should", "xtra inputs", "validation error", "Value error"):
+        assert word not in str(error.value)
+
+
+def plan() -> detachnet.DetachPlan:
+    model = detachnet.create_model("detachnet:vgg16_cifar", width=0.05)
+    return detachnet.make_detachable(model, ["features.6"], check="none").plan
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (detachnet.SubModel(width=0.5), "width"),
+        (detachnet.Facts(), "accuracy"),
+        (detachnet.Stem(), "depth"),
+        (LossTable(), "hint"),
+        (detachnet.DataInfo(**DATA), "name"),
+    ],
+)
+def test_they_do_not_change(value: Fields, name: str) -> None:
+    with pytest.raises(
+        detachnet.DetachNetError, match=rf"does not change: '{name}' cannot be set\n  try +value.model"
+    ):
+        setattr(value, name, None)
+    assert copy.deepcopy(value) == pickle.loads(pickle.dumps(value)) == value
+
+
+def test_a_plan_does_not_change() -> None:
+    with pytest.raises(detachnet.ModelError, match="a DetachPlan does not change: 'hints' cannot be set"):
+        plan().hints = ()
