@@ -1,8 +1,8 @@
 """Whether a family is its network, and joint passes are separate ones, by rules that are not the library's.
 
-Outputs, gradients, weights and buffers of two training passes and one in evaluation mode are compared: of the
-network, of the base-model in a family of it, of joint passes and of separate ones. Random numbers are replaced by
-fixed ones: what a trace has baked in then shows, whatever the order in which it would draw.
+Outputs, gradients, weights and buffers of training passes and one in evaluation mode are compared: of the network,
+of the base-model in a family of it, of joint passes and of separate ones. Random numbers are replaced by fixed
+ones: what a trace has baked in then shows, whatever the order in which it would draw.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Rules:
         bound: Relative difference that rounding explains.
         draws: What stands for random numbers, one comparison each.
         images: Images of a batch.
+        modes: What is run, one after another: True is a training pass.
         patches: Network, draw → patches of what else it draws random numbers from.
         reset: Puts back what a network counts outside of itself.
     """
@@ -54,6 +55,7 @@ class Rules:
     bound: float = 1e-6
     draws: Sequence[float] = DRAWS[:1]
     images: int = 4
+    modes: Sequence[bool] = (True, True, False)
     patches: Callable[[nn.Module, float], list[Any]] = lambda net, draw: []
     reset: Callable[[nn.Module], None] = lambda net: None
 
@@ -152,10 +154,10 @@ def in_turn(net: Any, images: Tensor) -> dict[str, Any]:
 
 
 def steps(net: nn.Module, passes: Passes, draw: float, rules: Rules) -> Result:
-    """Outputs, gradients, weights and buffers of two training passes and one in evaluation mode."""
+    """Outputs, gradients, weights and buffers of some passes."""
     found: Result = {}
     rules.reset(net)
-    for i, training in enumerate((True, True, False)):
+    for i, training in enumerate(rules.modes):
         net.train(training)
         generator = torch.Generator().manual_seed(i)
         images = torch.randn(rules.images, *rules.size, dtype=torch.double, generator=generator)
@@ -220,7 +222,7 @@ _TORCHS = ("_modules", "_parameters", "_buffers", *(name for name in vars(nn.Mod
 @contextmanager
 def as_new(net: nn.Module) -> Iterator[nn.Module]:
     """A network that is afterwards as before, plain attributes too; a copy of a family would be traced again."""
-    parts = [part for part in net.modules() if not isinstance(part, detachnet.DetachableNet)]
+    parts = [part for part in net.modules() if not type(part).__module__.startswith("detachnet.")]
     plain = [(vars(p), copy.deepcopy({k: v for k, v in vars(p).items() if k not in _TORCHS})) for p in parts]
     held = [(part._buffers, dict(part._buffers)) for part in net.modules()]
     values = [(t, t.detach().clone()) for t in [*net.parameters(), *net.buffers()]]
