@@ -39,7 +39,7 @@ class Preparation:
     Attributes:
         steps: The operations that change its values, by name, front to back.
         layer: That first layer.
-        end: The cut behind which the image is prepared; empty where the values in between are no single tensor.
+        end: The cut behind which the image is prepared; empty where there is none that an image is the value of.
     """
 
     steps: tuple[str, ...] = ()
@@ -87,11 +87,18 @@ def find_preparation(graph: TracedGraph, cuts: Collection[fx.Node]) -> Preparati
         if _reads_weights(graph, node):
             names = tuple(map(graph.describe, steps))
             behind = raw[raw.index(steps[-1]) :] if steps else []
-            end = next((graph.name_of[n] for n in behind if n in cuts), "")
+            end = next((graph.name_of[n] for n in behind if n in cuts and _is_image(graph, n)), "")
             return Preparation(names, graph.describe(node), end)
         raw.append(node)
         steps += [] if _only_moves_pixels(graph, node, inputs) else [node]
     return Preparation()
+
+
+def _is_image(graph: TracedGraph, node: fx.Node) -> bool:
+    """Whether a value is laid out as the image is: of its channels or of its size, no patches or tokens."""
+    image, value = graph.image.shape[1:], graph.values[node]
+    shape = value.shape[1:] if isinstance(value, Spec) else ()
+    return len(shape) == len(image) and (shape[0] == image[0] or shape[1:] == image[1:])
 
 
 def _reads_weights(graph: TracedGraph, node: fx.Node) -> bool:

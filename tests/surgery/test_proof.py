@@ -522,15 +522,19 @@ def test_what_leaves_the_image_as_it_is_is_not_named(prepare: Any) -> None:
     assert detachnet.make_detachable(Prepared(prepare), ["net.pool"], (3, 8, 8)).plan.hints == ()
 
 
-def test_averaged_weights_get_their_statistics_by_recalibration() -> None:
+@pytest.mark.parametrize(
+    "average",
+    [AveragedModel, lambda net: AveragedModel(net, use_buffers=True), lambda net: net],
+    ids=["averaged", "with buffers", "itself"],
+)
+def test_averaged_weights_get_their_statistics_by_recalibration(average: Callable[[nn.Module], nn.Module]) -> None:
     """`update_bn` runs the active model alone and leaves the norms of the others empty."""
     net = detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8)).train()
     batches = [torch.randn(8, 3, 8, 8) + 1 for _ in range(4)]
-    averaged = AveragedModel(net)
+    averaged = average(net)
     update_bn(batches, averaged)
-    again = detachnet.recalibrate(averaged.module, batches)
-    assert not averaged.module.state_dict()["norms.sub0.bn2.running_mean"].any()
+    family = averaged.module if isinstance(averaged, AveragedModel) else averaged
+    again, before = detachnet.recalibrate(family, batches), family.state_dict()
+    assert not before["norms.sub0.bn2.running_mean"].any()
     assert again.state_dict()["norms.sub0.bn2.running_mean"].any()
-    torch.testing.assert_close(
-        again.state_dict()["base.bn2.running_mean"], averaged.module.state_dict()["base.bn2.running_mean"]
-    )
+    torch.testing.assert_close(again.state_dict()["base.bn2.running_mean"], before["base.bn2.running_mean"])

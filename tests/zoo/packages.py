@@ -222,11 +222,11 @@ def kornia() -> Networks:
     mean = {"mean": torch.tensor([0.4, 0.5, 0.6]), "std": torch.tensor([0.2, 0.2, 0.3])}
     patch = (1, 32, 32)
     return {
-        "HardNet": (of("kornia.feature", "HardNet"), patch),
-        "HyNet": (of("kornia.feature", "HyNet"), patch),
-        "SOSNet": (of("kornia.feature", "SOSNet"), patch),
-        "TFeat": (of("kornia.feature", "TFeat"), patch),
-        "KeyNet": (of("kornia.feature", "KeyNet"), (1, 48, 48)),
+        "HardNet": (of("kornia.feature", "HardNet", pretrained=False), patch),
+        "HyNet": (of("kornia.feature", "HyNet", pretrained=False), patch),
+        "SOSNet": (of("kornia.feature", "SOSNet", pretrained=False), patch),
+        "TFeat": (of("kornia.feature", "TFeat", pretrained=False), patch),
+        "KeyNet": (of("kornia.feature", "KeyNet", pretrained=False), (1, 48, 48)),
         "MobileViT": (of("kornia.contrib", "MobileViT", mode="xxs"), SMALL),
         "Normalize, resnet18": (behind(("kornia.enhance", "Normalize", mean)), SMALL),
         "augmentation.Normalize, resnet18": (behind(("kornia.augmentation", "Normalize", mean)), SMALL),
@@ -413,9 +413,8 @@ def main() -> None:
             try:
                 row = check(package, network, make, size, options.only or FAMILIES)
             except Exception as error:  # the network itself cannot be made or run
-                row = Row(
-                    package, version(package), network, said=f"{type(error).__name__}: {error}".splitlines()[0]
-                )
+                print(package, network, f"{type(error).__name__}: {error}".splitlines()[0][:300], flush=True)
+                continue
             print(" | ".join(asdict(row).values())[:600], flush=True)
             if options.write:
                 rest = [r for r in read() if (r.package, r.network) != (package, network)]
