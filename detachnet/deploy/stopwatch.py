@@ -12,8 +12,9 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from detachnet.deploy.backends import Runtime, num_threads
+from detachnet.deploy.backends import num_threads
 from detachnet.deploy.formats import Piece, check_installed
+from detachnet.deploy.measurement import Runtime
 from detachnet.deploy.onnx_session import onnx_session, run_onnx
 from detachnet.deploy.onnx_writer import onnx_model
 from detachnet.deploy.program import MainOutput

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from detachnet.data.datasets import Split
-from detachnet.deploy.backends import Runtime
+from detachnet.deploy.measurement import Runtime
 from detachnet.deploy.stopwatch import Stopwatch
 from detachnet.errors import BudgetError, CheckpointError, DataError, MeasurementError
 from detachnet.progress import tell

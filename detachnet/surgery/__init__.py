@@ -3,7 +3,7 @@
 modules, stepdown, norms, codegen, detached   layers, and modules that run without torch.fx
 state, whole, listening                       what of a model is kept whole, and how that is noticed
 tracer -> graph, settle -> trace              a model's forward pass as a graph, with all shapes known
-cuts, spans, routes -> choice                 where it can be cut, and what is left out
+preparation -> cuts, spans, routes -> choice  how the image is prepared, where it can be cut, what is left out
 widths/                                       which filters go together, a choice of them, the narrower network
 plan, figures                                 what a family will be, and how it is drawn
 coupling, finding, statistics                 what joins the images of a batch, and which layers keep statistics

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from detachnet.errors import CutError, StepDownError, nearest
-from detachnet.surgery.cuts import CutAnalysis, spread
+from detachnet.surgery.cuts import CutAnalysis, prepared_at, spread
 from detachnet.surgery.graph import TracedModel
 from detachnet.surgery.routes import SubModel
 from detachnet.surgery.spans import span_places
@@ -52,10 +52,13 @@ class _Chain:
     ) -> None:
         self.model = traced.class_name
         self.analysis = analysis = CutAnalysis(traced.eval)
+        first = prepared_at(traced, analysis)
         image = next(node for node in traced.eval.live if node.op == "placeholder")
-        self.places = [image, *span_places(analysis)]
-        self.names = ["", *(analysis.traced.name_of[node] for node in self.places[1:])]
-        self.shapes = [analysis.traced.image.shape[1:], *map(analysis.shape, self.places[1:])]
+        begin = analysis.find(first) if first else image
+        behind = [node for node in span_places(analysis) if analysis.position[node] > analysis.position[begin]]
+        self.places = [begin, *behind]
+        self.names = [first, *(analysis.traced.name_of[node] for node in behind)]
+        self.shapes = list(map(analysis.shape, self.places))
         self.stepdown = stepdown
         self.macs = self._steps_in_macs()
         steps = self.macs if costs is None else self._steps_in(costs)
@@ -94,7 +97,7 @@ class _Chain:
 
     def _known_losses(self, importance: Mapping[str, float]) -> list[float]:
         """Step -> measured loss of leaving it out; the largest of all where none was measured."""
-        index = {name: i for i, name in enumerate(self.names)}
+        index = {"": 0} | {name: i for i, name in enumerate(self.names)}
         worst = max([0.0, *importance.values()])
         lost = [worst] * len(self.places)
         for span, loss in importance.items():

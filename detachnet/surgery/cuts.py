@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from detachnet.errors import CutError, StepDownError, nearest
 from detachnet.surgery.graph import TracedGraph, TracedModel
 from detachnet.surgery.modules import unwrap
+from detachnet.surgery.preparation import Preparation, find_preparation
 from detachnet.surgery.stepdown import Stem, StepDown, plan_stepdown
 from detachnet.surgery.trace import trace
 from detachnet.surgery.tracer import PROBE_BATCH, Leaves, Spec
@@ -104,6 +105,11 @@ class CutAnalysis:
                 found.append(node)
             reach = max(reach, self.last_read[node])
         return found
+
+    @cached_property
+    def preparation(self) -> Preparation:
+        """What is done to the image in front of the first layer with weights."""
+        return find_preparation(self.traced, self.valid)
 
     def _is_batch(self, node: fx.Node) -> bool:
         """Whether a value is one tensor with the images along its first axis."""
@@ -317,10 +323,17 @@ def _is_stage(module: nn.Module) -> bool:
     return type(module) in (nn.Sequential, nn.ModuleList) or "Stage" in type(module).__name__
 
 
+def prepared_at(traced: TracedModel, analysis: CutAnalysis) -> str:
+    """The cut behind which the image is prepared for the first layer, in both modes; empty if nothing is done."""
+    end = analysis.preparation.end
+    return end if end in traced.train.names else ""
+
+
 def cut_points(traced: TracedModel, entry: str | Stem = "conv") -> list[CutPoint]:
     """Every valid cut of a traced model that a step-down exists for, front to back; `entry` is its kind."""
     analysis = CutAnalysis(traced.eval)
-    image = traced.eval.image.shape[1:]
+    prepared = prepared_at(traced, analysis)
+    image = analysis.shape(analysis.find(prepared)) if prepared else traced.eval.image.shape[1:]
     points = []
     for node in analysis.valid:
         try:

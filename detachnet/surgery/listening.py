@@ -123,6 +123,15 @@ def _noted_setattr(original: Callable[..., None]) -> Callable[..., None]:
     return set_attribute
 
 
+def _noted_register(original: Callable[..., None]) -> Callable[..., None]:
+    def register_buffer(self: nn.Module, name: str, tensor: Any, *args: Any, **kwargs: Any) -> None:
+        if watch := _current():
+            watch.assigned(self, name, tensor)
+        original(self, name, tensor, *args, **kwargs)
+
+    return register_buffer
+
+
 def _traced_script(original: Callable[..., Any]) -> Callable[..., Any]:
     """A script function of a traced value is one node."""
 
@@ -147,6 +156,7 @@ _REPLACED: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (torch.autocast, "__init__", _told_device),
     (torch.autocast, "__enter__", _noted_autocast),
     (nn.Module, "__setattr__", _noted_setattr),
+    (nn.Module, "register_buffer", _noted_register),
     (torch.jit.ScriptFunction, "__call__", _traced_script),
 ]
 _PATCHES = _Patches()

@@ -11,11 +11,11 @@ from typing import Any, Literal
 from pydantic import computed_field, model_validator
 from torch import fx, nn
 
-from detachnet.errors import CutError, WidthError
+from detachnet.errors import CutError, StepDownError, WidthError
 from detachnet.fields import Fields
-from detachnet.surgery.cuts import TOLD, CutAnalysis, choose_cuts, spread
+from detachnet.surgery.cuts import TOLD, CutAnalysis, choose_cuts, prepared_at, spread
 from detachnet.surgery.figures import drawn
-from detachnet.surgery.graph import TracedGraph, TracedModel
+from detachnet.surgery.graph import TracedModel
 from detachnet.surgery.routes import (
     HALF,
     Filters,
@@ -43,23 +43,6 @@ from detachnet.text import Table, by, si
 
 BASE = "base"
 _EMPTY = nn.Module()
-_MOVING = {
-    *(
-        "Dropout",
-        "Flatten",
-        "Identity",
-        "Unflatten",
-        "chunk",
-        "clone",
-        "contiguous",
-        "dropout",
-        "expand",
-        "flatten",
-    ),
-    *("float", "getitem", "movedim", "pad", "permute", "reshape", "split", "squeeze", "to", "transpose", "type"),
-    *("type_as", "unflatten", "unfold", "unsqueeze", "view", "pixel_unshuffle", "PixelUnshuffle", "ZeroPad2d"),
-}
-"""Operations on an image that leave its values as they are."""
 Norm = Literal["private", "shared"]
 Head = Literal["private", "shared"]
 Cuts = Sequence[str] | Sequence[float] | Mapping[str, str | SubModel] | int | str
@@ -71,6 +54,7 @@ class PlannedSpan(Fields):
     Attributes:
         start: It begins behind this cut; empty for the image.
         end: The last cut that is left out.
+        prepared: Whether it begins where the image is prepared for the first layer with weights.
         bridge: What stands for it; None where both ends have the same shape, so that nothing does.
         begins: Multiply-accumulates of the base-model in front of it.
         ends: Multiply-accumulates of the base-model up to its end.
@@ -78,6 +62,7 @@ class PlannedSpan(Fields):
 
     start: str = ""
     end: str
+    prepared: bool = False
     bridge: StepDown | None = None
     begins: int = 0
     ends: int = 0
@@ -128,7 +113,8 @@ class ModelPlan(Fields):
     @property
     def cut(self) -> str | None:
         """Everything up to and including this node is dropped; None if the front is not."""
-        return self.spans[0].end if self.spans and not self.spans[0].start else None
+        first = self.spans[0] if self.spans else None
+        return first.end if first and (not first.start or first.prepared) else None
 
     @property
     def stepdown(self) -> StepDown | None:
@@ -297,7 +283,8 @@ def make_plan(
     cut_at = {name: cut for name, cut in chosen.items() if isinstance(cut, str)}
     if len(cut_at) == len(chosen):
         _check_order(analysis, cut_at, {name: analysis.find(cut) for name, cut in cut_at.items()})
-    asked = {name: SubModel(drop=[f":{sub}"]) if isinstance(sub, str) else sub for name, sub in chosen.items()}
+    begin = prepared_at(traced, analysis)
+    asked = {name: _asked(analysis, sub, begin) for name, sub in chosen.items()}
     kin, of, kept = _by_width(analysis, asked, narrowing or Narrowing(traced))
     ends, words = dict[str, list[tuple[str, str]]](), {name: sub.parts for name, sub in asked.items()}
     for name, sub in asked.items():
@@ -308,13 +295,16 @@ def make_plan(
     models = [_model_plan(kin[0], BASE, (), norm)]
     for name, sub in asked.items():
         spans = tuple(
-            _span(analysis, of[name], name, i, pair, stepdown, modules) for i, pair in enumerate(ends[name])
+            _span(analysis, of[name], name, i, pair, stepdown, modules, prepared=pair[0] == begin != "")
+            for i, pair in enumerate(ends[name])
         )
         width = {"width": sub.width, "filters": sub.filters, "kept": kept[name]} if name in kept else {}
         models.append(_model_plan(of[name], name, spans, norm).model_copy(update=width))
-    enters_behind = any(not model.kept or model.cut is not None for model in models[1:])
-    raw = _preprocessing_hint(traced.eval) if enters_behind else []
-    hints = [*raw, *_all_hints(analysis, models), *_missed_shares(models, cuts)]
+    first = [model.spans[0] for model in models[1:] if model.cut is not None]
+    raw, prepared = any(not span.start for span in first), any(span.prepared for span in first)
+    in_training = CutAnalysis(traced.train).preparation
+    prepares = analysis.preparation.hints(in_training, raw=raw, prepared=prepared)
+    hints = [*prepares, *_all_hints(analysis, models), *_missed_shares(models, cuts)]
     plan = DetachPlan(
         model=traced.class_name,
         input_size=traced.eval.image.shape[1:],
@@ -347,6 +337,14 @@ class _Kin:
         return image if self.is_narrow else parting((), self.routes[name])
 
 
+def _asked(analysis: CutAnalysis, sub: str | SubModel, prepared: str) -> SubModel:
+    """A cut as what it leaves out: it begins behind what prepares the image, unless it is in there itself."""
+    if isinstance(sub, SubModel):
+        return sub
+    behind = prepared and analysis.position[analysis.find(prepared)] < analysis.position[analysis.find(sub)]
+    return SubModel(drop=[f"{prepared if behind else ''}:{sub}"])
+
+
 def _by_width(
     analysis: CutAnalysis, asked: Mapping[str, SubModel], narrowing: Narrowing
 ) -> tuple[list[_Kin], dict[str, _Kin], dict[str, dict[str, int | str]]]:
@@ -371,6 +369,8 @@ def _span(
     ends: tuple[str, str],
     stepdown: str | Stem | StepDownBuilder,
     modules: dict[str, nn.Module],
+    *,
+    prepared: bool,
 ) -> PlannedSpan:
     """A span with its bridge; the module goes to `modules`, unless another model has it already."""
     start, end = ends
@@ -380,16 +380,22 @@ def _span(
     place = bridge_place(analysis.traced, kin.routes, name, number)
     total, tail = sum(full.traced.macs.values()), full.tail_macs(full.find(end))
     begins = total - full.tail_macs(full.find(start)) if start else 0
-    if start and before == after:
+    inside = bool(start) and not prepared
+    if not start and not analysis.traced.image.dtype.is_floating_point:
+        raise StepDownError(
+            f"no step-down takes in images of {analysis.traced.image.dtype}",
+            hint=f"begin behind what makes numbers of them: drop=['{full.preparation.end or '…'}:{end}']",
+        )
+    if inside and before == after:
         return PlannedSpan(start=start, end=end, begins=begins, ends=total - tail)
     if isinstance(stepdown, str | Stem):
-        bridge = plan_bridge(image, before, after) if start else plan_stepdown(image, after, stepdown)
+        bridge = plan_bridge(image, before, after) if inside else plan_stepdown(before, after, stepdown)
         assert bridge is not None  # shapes differ
         module = build_stepdown(bridge)
     else:
         bridge, module = build_custom(stepdown, before, after)
     modules.setdefault(place, module)
-    return PlannedSpan(start=start, end=end, bridge=bridge, begins=begins, ends=total - tail)
+    return PlannedSpan(start=start, end=end, prepared=prepared, bridge=bridge, begins=begins, ends=total - tail)
 
 
 def _model_plan(kin: _Kin, name: str, spans: tuple[PlannedSpan, ...], norm: Norm) -> ModelPlan:
@@ -518,34 +524,6 @@ def _hints(analysis: CutAnalysis, name: str, cut: str) -> list[str]:
     if analysis.splits_norm(analysis.find(cut)):
         hints.append(f"{name} is cut between {cut!r} and its batch norm")
     return hints
-
-
-def _preprocessing_hint(graph: TracedGraph) -> list[str]:
-    """Name what the base-model does to the image in front of its first layer with weights."""
-    raw, done = set[fx.Node](), list[str]()
-    for node in graph.live:
-        inputs = [n for n in node.all_input_nodes if n in graph.data]
-        reads = graph.parameters_of(node) or any(graph.parameters_of(n) for n in node.all_input_nodes)
-        if node.op == "output" or node not in graph.data or not raw.issuperset(inputs):
-            continue
-        if not reads:
-            raw.add(node)
-            done += [] if _only_moves_pixels(graph, node) else [graph.describe(node)]
-        elif done:
-            front = ", ".join(done[:4]) + (f" and {len(done) - 4} more" if len(done) > 4 else "")
-            return [f"sub-models get the raw image, without {front} in front of {graph.describe(node)}"]
-        else:
-            return []
-    return []
-
-
-def _only_moves_pixels(graph: TracedGraph, node: fx.Node) -> bool:
-    """Whether an operation leaves the values of an image as they are."""
-    target: object = node.target
-    if node.op == "call_module":
-        target = type(graph.module.get_submodule(str(target)))
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return node.op == "placeholder" or name in _MOVING
 
 
 def _check_order(analysis: CutAnalysis, named: dict[str, str], nodes: dict[str, fx.Node]) -> None:

@@ -229,7 +229,7 @@ class Tracer(fx.Tracer):
             return False, None
         finally:
             self.probing = False
-        plain = not any(isinstance(value, torch.Tensor) for value in values)
+        plain = not any(isinstance(value, torch.Tensor | fx.Proxy) for value in values)
         return plain and all(value == values[0] for value in values), values[0]
 
     def class_of(self, obj: fx.Proxy) -> type:

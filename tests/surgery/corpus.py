@@ -4,9 +4,9 @@
 
 A network is written as source: a stem, a few parts (blocks with children, layers without) and a head. Lines
 of a small grammar are put into the forward passes of the network and its parts: shapes, arithmetic along an axis,
-assignments in place, contexts, random numbers, state. A family of it is compared with a copy of the network by the
-rules here, not by the library's: outputs, gradients and buffers of two training passes and one in evaluation mode.
-Random numbers are replaced by fixed ones, in two ways: what a trace has baked in then shows, whatever the order.
+assignments in place, contexts, random numbers, state, layers of many kinds, features that are given out. Its
+sub-models are cuts, inner spans and widths. A family of it is compared with a copy of the network by the rules of
+`tests.same`, not by the library's.
 """
 
 from __future__ import annotations
@@ -21,26 +21,19 @@ import sys
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 import detachnet
+from tests.same import DRAWS, FixedGenerator, Rules, alone, compared, is_told, steps
 
 SIZE = (3, 16, 16)
-DRAWS = (0.3, 0.7)
-"""What stands for random numbers; decisions by a half fall either way."""
-SAID = re.compile(r"the family does without|in another order|all models share|does not run the hooks")
-"""Sentences of a plan that tell of a difference."""
-SAID_JOINT = re.compile(rf"{SAID.pattern}|the model gives other outputs each time")
 RANDOM_WORDS = re.compile(
     r"rand|normal\(|normal_|uniform|bernoulli|choice|sample\(|permutation|dropout|RANDOM|NUMPY"
+    r"|Dropout|Stochastic|DropBlock|Normalize\(True"
 )
 
 HEADER = '''
@@ -48,7 +41,9 @@ import contextlib, math, random
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 STATE = {"calls": 0}
@@ -93,12 +88,130 @@ def center(h):
 
 def norm(h, axes):
     return (h - h.mean(axes, keepdim=True)) / (h.var(axes, keepdim=True) + 1e-5).sqrt()
+
+def mixed_style(h, share, order):
+    mean, std = h.mean((2, 3), keepdim=True), h.std((2, 3), keepdim=True) + 1e-5
+    other, spread = mean[order], std[order]
+    return (h - mean) / std * (share * std + (1 - share) * spread) + share * mean + (1 - share) * other
+
+class OwnNorm(nn.Module):
+    """A batch norm that is none of torch's."""
+
+    def __init__(self, act=None):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+        self.register_buffer("running", torch.zeros(8))
+        self.register_buffer("spread", torch.ones(8))
+        if act is not None:
+            self.act = act
+
+    def forward(self, x):
+        out = F.batch_norm(x, self.running, self.spread, self.weight, self.bias, self.training)
+        return self.act(out) if hasattr(self, "act") else out
+
+class VarMean(nn.Module):
+    """A norm of one's own, with and without children, that follows what it sees."""
+
+    def __init__(self, deep=False):
+        super().__init__()
+        self.register_buffer("running", torch.zeros(1, 8, 1, 1))
+        self.act = nn.ReLU() if deep else None
+
+    def forward(self, x):
+        var, mean = torch.var_mean(x, (0, 2, 3), keepdim=True)
+        if self.training:
+            with torch.no_grad():
+                self.running.lerp_(mean, 0.1)
+        else:
+            mean = self.running
+        out = (x - mean) / (var + 1e-5).sqrt()
+        return out if self.act is None else self.act(out)
+
+class GhostNorm(nn.Module):
+    """A batch norm over halves of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return torch.cat([self.inner(part) for part in x.chunk(2)]) if self.training else self.inner(x)
+
+class OverTheBatch(nn.Module):
+    """Attention, or a recurrent layer, over the images of a batch."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        v = x.mean((2, 3))[:, None]
+        v = self.layer(v)[0] if isinstance(self.layer, nn.LSTM) else self.layer(v, v, v)[0]
+        return x + v[:, 0, :, None, None]
+
+class Cached(nn.Module):
+    """Keeps what it gave in a dict."""
+
+    def __init__(self, key):
+        super().__init__()
+        self.cache, self.key, self.conv = {}, key, nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        self.cache[self.key] = out = self.conv(x)
+        return out
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight):
+        return weight * 2
+
+class Masked(nn.Conv2d):
+    """Changes its own weight at each pass."""
+
+    def forward(self, x):
+        self.weight.data[:, :2] = 0
+        return super().forward(x)
+
+class Normalize(nn.Module):
+    """Prepares the image, as layers in front of a network do."""
+
+    def __init__(self, flips=False):
+        super().__init__()
+        self.register_buffer("shift", torch.full((1, 3, 1, 1), 0.3))
+        self.flips = flips
+
+    def forward(self, x):
+        if self.flips and self.training:
+            x = torch.where(torch.rand(x.shape[0], 1, 1, 1) < 0.5, x.flip(-1), x)
+        return (x - self.shift.to(x)) / 2
+
+class Parametrized(nn.Conv2d):
+    def __init__(self):
+        super().__init__(8, 8, 3, 1, 1)
+        torch.nn.utils.parametrize.register_parametrization(self, "weight", Doubled())
+
+def pruned():
+    conv = nn.Conv2d(8, 8, 3, 1, 1)
+    torch.nn.utils.prune.l1_unstructured(conv, "weight", 0.5)
+    return conv
+
+def hooked():
+    conv = nn.Conv2d(8, 8, 3, 1, 1)
+    conv.register_forward_pre_hook(lambda m, args: m.weight.data.mul_(0.9) and None)
+    return conv
+
+def tied(conv):
+    other = nn.Conv2d(8, 8, 3, 1, 1)
+    other.weight = conv.weight
+    return other
 '''
 PART = """
 class {name}(nn.Module):
     def __init__(self):
         super().__init__()
         {children}
+        {extra}
         self.weight = nn.Parameter(nn.Conv2d(8, 8, 3).weight.detach())
         self.gain = nn.Parameter(torch.ones(1, 8, 1, 1))
         self.register_buffer("mean", torch.zeros(1, 8, 1, 1))
@@ -109,7 +222,7 @@ class {name}(nn.Module):
         {hooks}
 
     def forward(self, {taken}):
-{body}
+{taps}{body}
 """
 SHAPES = (
     "h = h.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)",
@@ -192,6 +305,38 @@ MIXED = (
     "h = h + F.softmax(h.flatten(1).sum(1), dim=0)[:, None, None, None]",
     "h = h.gather(1, h.argsort(1))",
     "h = torch.vmap(lambda one: one - one.mean())(h)",
+    "h = mixed_style(h, 0.4, torch.randperm(h.shape[0]))",
+    "h = mixed_style(h, torch.rand(h.shape[0], 1, 1, 1).to(h), torch.arange(h.shape[0]).flip(0))",
+    "h = 0.4 * h + 0.6 * torch.flip(h, dims=[0])",
+    "h = h + torch.roll(h, shifts=1, dims=0)",
+    "h = h + torch.roll(h, (1, 1), (0, 2))",
+    "var, mean = torch.var_mean(h, (0, 2, 3), keepdim=True)\nh = (h - mean) / (var + 1e-5).sqrt()",
+    "std, mean = torch.std_mean(h, dim=(1, 2, 3), keepdim=True)\nh = (h - mean) / (std + 1e-5)",
+    "h = torch.cat([norm(part, (0, 2, 3)) for part in h.chunk(2)])",
+    "h = torch.cat([part - part.mean(0, keepdim=True) for part in torch.split(h, 2)])",
+    "h = norm(h.view(2, -1, *h.shape[1:]), (1, 3, 4)).flatten(0, 1)",
+    "h = h.repeat(2, 1, 1, 1)[: h.shape[0]] * 2",
+    "h = h.repeat_interleave(2, 0)[::2] + h",
+    "h = torch.cat([h, h.flip(0)])[h.shape[0] :]",
+    "v = h.mean((2, 3))\nh = h * torch.tensordot(v, v, ([0], [0])).diagonal()[:, None, None].tanh()",
+    "v = h.mean((2, 3))[None]\nh = h + F.scaled_dot_product_attention(v, v, v)[0][:, :, None, None]",
+    "h = h.unflatten(0, (-1, 1)).flip(0).flatten(0, 1)",
+    "h = h[:, torch.arange(7, -1, -1)]",
+    "h = h - h[::2].mean(0)",
+    "h = h + h.mean((1, 2, 3)).cumsum(0)[:, None, None, None]",
+    "h = h * (h.flatten(1).norm(dim=1) / h.norm())[:, None, None, None]",
+    "i = torch.arange(h.shape[0]) // 2 * 2\nh = h + 0.5 * h[i]",
+    "h = h.movedim(0, -1).softmax(-1).movedim(-1, 0) + h",
+    "h = h.swapaxes(0, 1).cumsum(1).swapaxes(0, 1)",
+    "h = h + h.T.mean(-1, keepdim=True).T",
+    "m = h.flatten(2)\nh = h + torch.bmm(m, m.transpose(1, 2)).softmax(-1).mean(2)[..., None, None]",
+    "m = h.flatten(2).transpose(0, 1)\nh = h + torch.bmm(m, m.transpose(1, 2)).mean((0, 2))[:, None, None, None]",
+    "h = torch.stack([h, h.flip(0)]).mean(0)",
+    "h = torch.where(torch.arange(h.shape[0])[:, None, None, None] < 2, h, h * 2)",
+    "h = h * torch.linspace(1, 2, h.shape[0]).to(h)[:, None, None, None]",
+    "h = h.masked_fill(h > h.amax(0, keepdim=True) * 0.5, 0.5)",
+    "h = h - h.quantile(0.5)",
+    "h = h + F.unfold(h, 1).view_as(h).roll(1, -1)",
 )
 IN_PLACE = (
     "h += 1",
@@ -224,6 +369,63 @@ IN_PLACE = (
     "h = h * 1\nh.relu_().mul_(2)",
     "w = self.weight * 1\nw[:, :4] = 0\nh = F.conv2d(h, w, padding=1)",
     "h = h.contiguous()\nh.view(-1)[::7] *= 1.0 if h.requires_grad else 1.0",
+    "taps.append(h)\nh = h * 2\nh += 1",
+    "taps.append(h)\nh += 1",
+    "taps.append(h[:, :4])\nh[:, 2:] *= 0.5",
+    "taps.append(F.relu(h))\nh = F.relu(h, inplace=True)",
+    "t = h * 1\ntaps.append(t)\nh = F.leaky_relu(t, 0.1, inplace=True)",
+    "t = h.view(h.shape[0], -1)\ntaps.append(t.mean(1))\nt -= t.mean(1, keepdim=True).detach()",
+    "h = h * 1\nv = h.flatten(2)\nw = v[..., ::2]\nw.mul_(0.5)\nh = h + v.view_as(h)",
+    "h = h * 1\nh.select(1, 0).zero_()",
+    "h = h * 1\none, two = h.chunk(2, 1)\none.add_(two)",
+    "h = h * 1\nfor part in h.unbind(1)[:3]:\n    part += 1",
+    "h = h * 1\nh.diagonal(dim1=2, dim2=3).mul_(2)",
+    "h = h * 1\nh.narrow(0, 0, 1).mul_(2)",
+    "h = h * 1\ntorch.add(h, 1, out=h.detach())",
+    "h = h * 1\nh[torch.arange(h.shape[0]), 0] = 1",
+    "h = h * 1\nh.expand_as(h).mul_(2)",
+    "h = h * 1\ntwice = h.unsqueeze(1).squeeze(1)\ntwice **= 2",
+    "h = h * 1\nh[..., 0].copy_(h[..., 1])",
+    "h = h * 1\nh.index_copy_(1, torch.tensor([0]), h[:, 1:2].clone())",
+    "h = h * 1\nh.scatter_(1, torch.zeros_like(h[:, :1], dtype=torch.long), 0.5)",
+    "h = h * 1\nh.T.mul_(2)",
+    "h = h * 1\nF.dropout(h, 0.0, self.training, inplace=True).add_(1)",
+)
+LAYERS = (
+    *("OwnNorm()", "OwnNorm(nn.ReLU())", "VarMean()", "VarMean(True)", "GhostNorm()", "Masked(8, 8, 3, 1, 1)"),
+    *("nn.BatchNorm2d(8, momentum=None)", "nn.BatchNorm2d(8, track_running_stats=False)", "hooked()", "pruned()"),
+    *("nn.InstanceNorm2d(8, affine=True, track_running_stats=True)", "nn.InstanceNorm2d(8)", "nn.GroupNorm(2, 8)"),
+    *("nn.Sequential(OwnNorm(), nn.ReLU(inplace=True))", "nn.Softmax(0)", "nn.Softmax2d()", "nn.LayerNorm(8)"),
+    *("nn.utils.spectral_norm(nn.Conv2d(8, 8, 1))", "nn.utils.weight_norm(nn.Conv2d(8, 8, 1))", "Parametrized()"),
+    *("parametrizations.spectral_norm(nn.Conv2d(8, 8, 1))", "parametrizations.weight_norm(nn.Conv2d(8, 8, 1))"),
+    *("nn.Dropout(0.5)", "nn.Dropout2d(0.3, inplace=True)", "nn.AlphaDropout(0.2)", "nn.LocalResponseNorm(3)"),
+    *("nn.ReLU6(inplace=True)", "nn.PReLU(8)", "nn.ChannelShuffle(2)", "nn.Hardtanh(inplace=True)"),
+    *("OverTheBatch(nn.MultiheadAttention(8, 2))", "OverTheBatch(nn.LSTM(8, 8))", "Cached('a')", "nn.Identity()"),
+    *("OverTheBatch(nn.MultiheadAttention(8, 2, batch_first=True))", "nn.DataParallel(nn.Conv2d(8, 8, 3, 1, 1))"),
+    *("torchvision.ops.StochasticDepth(0.5, 'row')", "torchvision.ops.StochasticDepth(0.5, 'batch')"),
+    *("torchvision.ops.FrozenBatchNorm2d(8)", "torch.jit.script(nn.Hardswish())", "tied(CONVOLUTION)"),
+    *("CONVOLUTION", "nn.Sequential(CONVOLUTION, nn.BatchNorm2d(8))", "torchvision.ops.DropBlock2d(0.2, 3)"),
+    *(
+        "nn.ModuleList([nn.Conv2d(8, 8, 1), OwnNorm()])[1]",
+        "nn.utils.parametrizations.orthogonal(nn.Conv2d(8, 8, 1))",
+    ),
+    *(
+        "nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8).requires_grad_(False)).eval()",
+        "nn.Upsample(scale_factor=1)",
+    ),
+)
+"""Layers with eight channels; CONVOLUTION is one that is there already."""
+PREPARED = (
+    "Normalize()",
+    "Normalize(True)",
+    "nn.BatchNorm2d(3, affine=False)",
+    "nn.InstanceNorm2d(3)",
+    "nn.Identity()",
+)
+OUTPUTS = (
+    *("return out",) * 12,
+    *("return out, *taps", "return {'out': out, 'taps': taps}", "return out, h", "return [out, h * 2]"),
+    *("return (out.softmax(1), out) if not self.training else out", "return out, h.mean()"),
 )
 IMAGE = (
     "x = (x - 0.5) / 2",
@@ -346,6 +548,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "contexts": CONTEXTS,
     "random": RANDOM,
     "state": STATE,
+    "layers": ("h = self.extra(h)", "h = self.extra(h) + h", "h = self.extra(self.extra(h))"),
     "axes": (),
     "reduced": (),
 }
@@ -365,10 +568,6 @@ def normalized(h, axis):
 def top(h, axis):
     return h - h.topk(1, axis)[0]
 """
-DRAWN = (
-    *("bernoulli", "bernoulli_", "normal", "normal_", "rand", "rand_like", "randint", "randint_like", "randn"),
-    *("randn_like", "random_", "randperm", "uniform_", "exponential_", "native_dropout"),
-)
 
 
 class Writer:
@@ -380,20 +579,22 @@ class Writer:
     def module(self) -> str:
         """The source of a network."""
         parts = [self.part(f"Part{i}") for i in range(self.rng.randint(1, 2))]
-        takes_image = self.rng.random() < 0.15
-        body = [self.rng.choice(IMAGE)] if takes_image else []
+        body = [self.rng.choice(IMAGE)] if self.rng.random() < 0.15 else []
+        body += ["x = self.prepare(x)"] if self.rng.random() < 0.15 else []
         body += ["h = self.stem(x)"]
         for i in range(len(parts)):
             body += self.statements(self.rng.choice((0, 0, 1)), "self.conv")
             body += [f"h = self.part{i}(h)"]
         body += self.statements(self.rng.choice((0, 0, 1)), "self.conv")
-        body += ["return self.fc(self.conv(h).mean((2, 3)))"]
+        body += ["out = self.fc(self.conv(h).mean((2, 3)))", self.rng.choice(OUTPUTS)]
         children = [
             "self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))",
             "self.conv, self.fc = nn.Conv2d(8, 8, 3, 1, 1), nn.Linear(8, 5)",
             *(f"self.part{i} = Part{i}()" for i in range(len(parts))),
         ]
-        net = self.text("Net", children, body, "x", hooks=self.rng.random() < 0.03)
+        if "x = self.prepare(x)" in body:
+            children.append(f"self.prepare = {self.rng.choice(PREPARED)}")
+        net = self.text("Net", children, body, "x", "self.conv", hooks=self.rng.random() < 0.03)
         return HEADER + HELPERS + "".join(parts) + net
 
     def part(self, name: str) -> str:
@@ -404,16 +605,20 @@ class Writer:
         body = self.statements(self.rng.randint(1, 3), conv)
         if opened:
             body.insert(self.rng.randint(0, len(body)), "h = self.norm(self.inner(h))")
-        return self.text(name, children, [*body, "return h"], "h", hooks=self.rng.random() < 0.05)
+        inner = "self.inner" if opened else "nn.Conv2d(8, 8, 3, 1, 1)"
+        return self.text(name, children, [*body, "return h"], "h", inner, hooks=self.rng.random() < 0.05)
 
-    def text(self, name: str, children: list[str], body: list[str], taken: str, hooks: bool) -> str:
+    def text(self, name: str, children: list[str], body: list[str], taken: str, conv: str, hooks: bool) -> str:
         lines = [f"        {line}" for statement in body for line in statement.splitlines()]
         hook = self.rng.choice(("self.register_forward_hook(tenfold)", "self.register_forward_pre_hook(halved)"))
+        extra = self.rng.choice(LAYERS).replace("CONVOLUTION", conv)
         return PART.format(
             name=name,
             children="\n        ".join(children) or "pass",
+            extra=f"self.extra = {extra}" if any("self.extra" in line for line in lines) else "pass",
             hooks=hook if hooks else "pass",
             taken=taken,
+            taps="        taps = []\n" if any("taps" in line for line in lines) else "",
             body="\n".join(lines),
         )
 
@@ -467,193 +672,67 @@ def build(source: str, name: str) -> nn.Module:
     return model
 
 
-class _Fixed(TorchDispatchMode):
-    """Random numbers of torch are fixed ones."""
-
-    def __init__(self, draw: float) -> None:
-        super().__init__()
-        self.draw = draw
-
-    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        if name not in DRAWN:
-            return func(*args, **kwargs)
-        with torch.random.fork_rng(devices=[]):
-            out = func(*args, **kwargs)
-        if name == "randperm":
-            fixed = torch.arange(len(out)).flip(0) if self.draw < 0.5 else torch.arange(len(out)).roll(1)
-            return out.copy_(fixed)
-        if "bernoulli" in name:
-            p = args[1] if len(args) > 1 else args[0] if name == "bernoulli" else 0.5
-            return out.copy_((torch.as_tensor(p, dtype=out.dtype) > self.draw).expand_as(out))
-        if "randint" in name:
-            low, high = (args[0], args[1]) if len(args) > 2 else (0, args[0])
-            return out.fill_(int(low + self.draw * (high - low)))
-        return out.fill_(self.draw)
-
-
-class _FixedGenerator:
-    """Stands for an object that draws random numbers."""
-
-    def __init__(self, draw: float) -> None:
-        self.draw = draw
-
-    def random(self) -> float:
-        return self.draw
-
-
-@contextmanager
-def fixed(draw: float, *nets: nn.Module) -> Iterator[None]:
-    """All random numbers are one number."""
-    names = {
-        (random, "random"): lambda: draw,
-        (random, "uniform"): lambda low, high: low + draw * (high - low),
-        (random, "choice"): lambda of: of[int(draw * len(of))],
-        (random, "sample"): lambda of, n: list(of)[::-1] if draw < 0.5 else list(of)[1:] + list(of)[:1],
-        (np.random, "rand"): lambda: draw,
-        (np.random, "uniform"): lambda low, high: low + draw * (high - low),
-        (np.random, "permutation"): lambda n: (
-            np.arange(n)[::-1].copy() if draw < 0.5 else np.roll(np.arange(n), 1)
-        ),
-    }
-    patches = [mock.patch.object(owner, name, replaced) for (owner, name), replaced in names.items()]
-    for part in {id(part): part for net in nets for part in net.modules()}.values():
+def patches_of(net: nn.Module, draw: float) -> list[Any]:
+    """What a network draws random numbers from besides the common ones, replaced."""
+    made = []
+    for part in net.modules():
         module = sys.modules[type(part).__module__]
+        generator = FixedGenerator(draw)
         if hasattr(module, "RANDOM") and hasattr(module, "Net"):
-            both = {"RANDOM": _FixedGenerator(draw), "NUMPY": _FixedGenerator(draw)}
-            patches.append(mock.patch.dict(vars(module), both))
+            made.append(mock.patch.dict(vars(module), {"RANDOM": generator, "NUMPY": generator}))
         if "meter" in vars(part):
-            for name in ("rng", "numpy"):
-                vars(part)[name] = _FixedGenerator(draw)
-            vars(part)["meter"].rng = _FixedGenerator(draw)
-    for patch in patches:
-        patch.start()
-    try:
-        with _Fixed(draw):
-            yield
-    finally:
-        for patch in reversed(patches):
-            patch.stop()
+            made.append(mock.patch.dict(vars(part), {"rng": generator, "numpy": generator}))
+            made.append(mock.patch.object(part.meter, "rng", generator))
+    return made
 
 
-Result = dict[str, Tensor]
-Passes = Callable[[Any, Tensor], dict[str, Tensor]]
-
-
-def alone(model: Any, images: Tensor) -> dict[str, Tensor]:
-    """A model's own output."""
-    return {"": model(images.clone())}
-
-
-def steps(net: nn.Module, passes: Passes, draw: float) -> Result:
-    """Outputs, gradients and buffers of two training passes and one in evaluation mode."""
-    found: Result = {}
+def reset(net: nn.Module) -> None:
+    """Put back what a network counts outside of itself."""
     module = next(sys.modules[type(m).__module__] for m in net.modules() if type(m).__name__ == "Net")
     module.STATE["calls"] = 0
     for part in net.modules():
         if hasattr(type(part), "calls") and hasattr(part, "meter"):
             del type(part).calls
-    for i, training in enumerate((True, True, False)):
-        net.train(training)
-        generator = torch.Generator().manual_seed(i)
-        images = torch.randn(4, *SIZE, dtype=torch.double, generator=generator)
-        with fixed(draw, net), torch.set_grad_enabled(training):
-            outputs = passes(net, images)
-        terms = [(out * (torch.arange(out.numel()).view_as(out) % 7 - 3)).sum() for out in outputs.values()]
-        if training and terms and sum(terms).requires_grad:  # type: ignore[union-attr]
-            sum(terms).backward()  # type: ignore[union-attr]
-        found |= {f"output {i} {name}": out.detach() for name, out in outputs.items()}
-    found |= {f"gradient {n}": p.grad for n, p in net.named_parameters() if p.grad is not None}
-    found |= {f"value {n}": p.detach().clone() for n, p in net.named_parameters()}
-    found |= {f"buffer {n}": b.clone() for n, b in net.named_buffers(remove_duplicate=False)}
-    return found
 
 
-def unlike(one: Result, two: Result, bound: float) -> str:
-    """The first thing that is not the same; empty if nothing is."""
-    largest = max((float(v.abs().max()) for n, v in one.items() if n.startswith("gradient")), default=0.0)
-    for name in [*one, *(name for name in two if name not in one)]:
-        a, b = one.get(name), two.get(name)
-        if a is None or b is None:
-            there = b if a is None else a
-            if name.startswith("gradient") and there is not None and not there.any():
-                continue
-            return f"{name} is missing"
-        if a.shape != b.shape:
-            return f"{name} has another shape"
-        scale = max(float(a.abs().nan_to_num().max()), 0.01 * largest if name.startswith("gradient") else 0, 1e-9)
-        if not torch.allclose(a, b, rtol=bound, atol=bound * scale, equal_nan=True):
-            return name
-    return ""
+def judge(source: str, name: str, asked: dict[str, Any]) -> tuple[str, str]:
+    """What became of one network, and what is to be said of it: equal, refused, named, silent, broken or unfit.
 
-
-def of_base(found: Result) -> Result:
-    """What concerns the base-model in a family, by the model's names."""
-    ours = {}
-    for name, value in found.items():
-        kind, _, rest = name.partition(" ")
-        if kind == "output":
-            ours[name] = value
-        elif rest.startswith("base."):
-            ours[f"{kind} {rest.removeprefix('base.')}"] = value
-    return ours
-
-
-def in_turn(net: Any, images: Tensor) -> dict[str, Tensor]:
-    """Each model alone, as a joint pass has them."""
-    outputs = {}
-    for name in net.names:
-        with net.in_turn(name, net.names):
-            outputs[name] = net(images.clone(), which=name)
-    return outputs
-
-
-def prepare(net: detachnet.DetachableNet) -> None:
-    """Write all passes, so that none is written while random numbers are fixed."""
-    for training in (True, False):
-        net.train(training)
-        for models in (*((name,) for name in net.names), net.names):
-            net.prepare(models)
-
-
-_TORCHS = ("_modules", "_parameters", "_buffers", *(name for name in vars(nn.Module()) if "hooks" in name))
-
-
-@contextmanager
-def as_new(net: nn.Module) -> Iterator[nn.Module]:
-    """A network that is afterwards as before, plain attributes too; a copy of a family would be traced again."""
-    parts = [part for part in net.modules() if not isinstance(part, detachnet.DetachableNet)]
-    plain = [(vars(p), copy.deepcopy({k: v for k, v in vars(p).items() if k not in _TORCHS})) for p in parts]
-    held = [(part._buffers, dict(part._buffers)) for part in net.modules()]
-    values = [(t, t.detach().clone()) for t in [*net.parameters(), *net.buffers()]]
-    try:
-        yield net
-    finally:
-        for own, kept in [*plain, *held]:
-            for name in [name for name in own if name not in kept and name not in _TORCHS]:
-                del own[name]
-            own.update(kept)
-        for tensor, value in values:
-            tensor.data.copy_(value)
-        net.zero_grad()
-
-
-def judge(source: str, name: str, cuts: Any) -> tuple[str, str]:
-    """What became of one network, and what is to be said of it: equal, refused, named, silent, broken or unfit."""
+    Args:
+        source: Its text.
+        name: What its module is called.
+        asked: Arguments of `make_detachable`.
+    """
     draws = DRAWS if RANDOM_WORDS.search(source.replace(HEADER, "")) else DRAWS[:1]
+    bound = 5e-2 if "bfloat16" in source.replace(HEADER, "") else 1e-6
+    rules = Rules(SIZE, bound, draws, patches=patches_of, reset=reset)
     try:
         model = build(source, name)
         for draw in draws:
-            steps(copy.deepcopy(model), alone, draw)
+            steps(copy.deepcopy(model), alone, draw, rules)
     except Exception as error:  # the network itself does not run
         return "unfit", f"{type(error).__name__}: {error}".splitlines()[0]
     pristine, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     try:
-        net = detachnet.make_detachable(model, cuts, SIZE)
+        net = detachnet.make_detachable(model, input_size=SIZE, **asked)
     except detachnet.DetachNetError as error:
         return "refused", str(error)
     except Exception as error:
         return "broken", f"{type(error).__name__}: {error}".splitlines()[0]
+    if changed := _changed(model, pristine, before):
+        return "silent", f"make_detachable changed {changed}"
+    try:
+        said = compared(pristine, net, rules)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+    if not said:
+        return "equal", ""
+    told = " | ".join([*net.plan.hints, net.plan.checked])
+    return "named" if is_told(said, net.plan) else "silent", f"{said} | {told}"
+
+
+def _changed(model: nn.Module, pristine: nn.Module, before: dict[str, Any]) -> str:
+    """What is no longer as it was in a model; empty if nothing."""
     changed = [n for n, v in model.state_dict().items() if not torch.equal(v, before[n])]
     changed += [
         f"{path}.{key}"
@@ -661,47 +740,31 @@ def judge(source: str, name: str, cuts: Any) -> tuple[str, str]:
         for key in ("steps", "scale", "seen")
         if getattr(one, key, 0) != getattr(two, key, 0)
     ]
-    if changed:
-        return "silent", f"make_detachable changed {changed[0]}"
-    bound = 5e-2 if "bfloat16" in source else 1e-6
-    try:
-        said = compared(pristine, net, bound, draws)
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-    if not said:
-        return "equal", ""
-    told = [*net.plan.hints, net.plan.checked]
-    known = SAID_JOINT if said.startswith("joint") else SAID
-    return "named" if any(map(known.search, told)) else "silent", f"{said} | {' | '.join(told)}"
+    return changed[0] if changed else ""
 
 
-def compared(pristine: nn.Module, net: detachnet.DetachableNet, bound: float, draws: Sequence[float]) -> str:
-    """How a family differs from its model, or joint passes from separate ones; empty if in nothing."""
-    prepare(net)
-    ways: tuple[Passes, ...] = (
-        lambda net, x: {"": net(x.clone(), which="base")},
-        lambda net, x: net(x.clone(), which="all"),
-        in_turn,
-    )
-    for draw in draws:
-        model = steps(copy.deepcopy(pristine), alone, draw)
-        found = []
-        for way in ways:
-            with as_new(net):
-                found.append(steps(net, way, draw))
-        base, joint, apart = found
-        if difference := unlike(model, of_base(base), bound):
-            return f"base: {difference} at {draw}"
-        if difference := unlike(apart, joint, bound):
-            return f"joint: {difference} at {draw}"
-    return ""
+CUTS: tuple[Any, ...] = (
+    *(["stem"], ["stem"], ["stem", "conv"], ["part0"], ["conv"]),
+    {"sub0": detachnet.SubModel(drop=["stem:part0"])},
+    {"sub0": detachnet.SubModel(drop=["part0:conv"])},
+    {"sub0": "stem", "sub1": detachnet.SubModel(drop=["stem:part0"])},
+    {"sub0": "part0", "sub1": detachnet.SubModel(drop=[":stem", "part0:conv"])},
+    {"sub0": detachnet.SubModel(width=0.5)},
+    {"sub0": "stem", "sub1": detachnet.SubModel(drop=["stem:part0"], width=0.5)},
+    {"sub0": detachnet.SubModel(width=0.5), "sub1": detachnet.SubModel(drop=[":stem"], width=0.5)},
+)
 
 
-def written(seed: int) -> tuple[str, list[str]]:
-    """A network's source and the cuts to try."""
+def written(seed: int) -> tuple[str, dict[str, Any]]:
+    """A network's source and what to ask for."""
     writer = Writer(seed)
     source = writer.module()
-    return source, writer.rng.choice((["stem"], ["stem"], ["stem", "conv"], ["part0"], ["conv"]))
+    asked: dict[str, Any] = {"cuts": writer.rng.choice(CUTS)}
+    if writer.rng.random() < 0.15:
+        asked["norm"] = "shared"
+    if writer.rng.random() < 0.15:
+        asked["head"] = "private"
+    return source, asked
 
 
 def main() -> None:
@@ -714,17 +777,17 @@ def main() -> None:
     logging.getLogger("detachnet").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     if options.only is not None:
-        source, cuts = written(options.only)
-        print(source.replace(HEADER + HELPERS, ""), cuts)
-        print(*judge(source, f"corpus_{options.only}", cuts))
+        source, asked = written(options.only)
+        print(source.replace(HEADER + HELPERS, ""), asked)
+        print(*judge(source, f"corpus_{options.only}", asked))
         return
     counts, seed = Counter[str](), options.seed
     while counts.total() - counts["unfit"] < options.nets:
-        source, cuts = written(seed)
-        verdict, said = judge(source, f"corpus_{seed}", cuts)
+        source, asked = written(seed)
+        verdict, said = judge(source, f"corpus_{seed}", asked)
         counts[verdict] += 1
         if verdict in ("silent", "broken", "named"):
-            print(seed, verdict, cuts, said[:400], flush=True)
+            print(seed, verdict, asked, said[:400], flush=True)
         elif verdict == "refused":
             print(seed, verdict, said.splitlines()[0], flush=True)
         sys.modules.pop(f"corpus_{seed}", None)

@@ -14,8 +14,8 @@ from tests.surgery import corpus
 def test_a_family_is_the_network_or_says_that_it_is_not(first: int) -> None:
     """Ten networks each; `python -m tests.surgery.corpus` tries a thousand."""
     for seed in range(first, first + 10):
-        source, cuts = corpus.written(seed)
-        verdict, said = corpus.judge(source, f"corpus_{seed}", cuts)
+        source, asked = corpus.written(seed)
+        verdict, said = corpus.judge(source, f"corpus_{seed}", asked)
         assert verdict in ("equal", "refused", "named", "unfit"), (seed, said)
 
 
@@ -34,7 +34,9 @@ def test_the_comparison_sees_what_is_lost(statement: str, seen: str, monkeypatch
     body = "\n".join(
         f"        {line}" for line in ("h = self.stem(x)", statement, "return self.fc(h.mean((2, 3)))")
     )
-    net = corpus.PART.format(name="Net", children=children, hooks="pass", taken="x", body=body)
-    verdict, said = corpus.judge(corpus.HEADER + corpus.HELPERS + net, "corpus_seen", ["stem"])
+    net = corpus.PART.format(
+        name="Net", children=children, extra="pass", hooks="pass", taken="x", taps="", body=body
+    )
+    verdict, said = corpus.judge(corpus.HEADER + corpus.HELPERS + net, "corpus_seen", {"cuts": ["stem"]})
     assert verdict == ("silent" if seen else "equal"), said
     assert said.startswith(seen)

@@ -3,6 +3,7 @@
 import copy
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 import detachnet
 from detachnet.surgery import proof
+from detachnet.surgery.choice import _Chain
 from detachnet.surgery.plan import DetachPlan
+from detachnet.surgery.trace import trace
 from tests import models
 from tests.helpers import assert_joint_equals_separate
 
@@ -442,18 +445,76 @@ class Normalize(nn.Module):
         return (x - self.mean) / 58
 
 
-@pytest.mark.parametrize(
-    ("prepare", "named"),
-    [
-        (lambda x: (x - 118.0) / 58.0, "'sub', 'truediv'"),
-        (Normalize(), "'prepare'"),
-        (nn.BatchNorm2d(3, affine=False), "'prepare'"),
-        (lambda x: F.interpolate(x, scale_factor=1.0), "'interpolate'"),
-    ],
-)
-def test_what_sub_models_miss_in_front_of_the_first_layer_is_named(prepare: Any, named: str) -> None:
-    plan = detachnet.make_detachable(Prepared(prepare), ["net.pool"], (3, 8, 8)).plan
-    assert plan.hints[0] == f"sub-models get the raw image, without {named} in front of 'net.conv1'"
+def flipped(x: Tensor) -> Tensor:
+    return torch.where(torch.rand(x.shape[0], 1, 1, 1) < 0.5, x.flip(-1), x)
+
+
+PREPARING: list[Any] = [
+    (lambda x: (x - 118.0) / 58.0, "'sub', 'truediv'", "truediv"),
+    (Normalize(), "'prepare'", "prepare"),
+    (nn.BatchNorm2d(3, affine=False), "'prepare'", "prepare"),
+    (lambda x: F.interpolate(x, size=(8, 8)) * 2, "'interpolate', 'mul'", "mul"),
+    (nn.Sequential(Normalize(), nn.Identity()), "'prepare.0'", "prepare.0"),
+]
+
+
+@pytest.mark.parametrize(("prepare", "named", "end"), PREPARING)
+def test_what_prepares_the_image_prepares_it_for_all_models(prepare: Any, named: str, end: str) -> None:
+    model = Prepared(prepare)
+    net = detachnet.make_detachable(model, ["net.pool"], (3, 8, 8))
+    assert net.plan.hints[0] == f"{named} in front of 'net.conv1': all models get the image so prepared"
+    sub = net.plan["sub0"]
+    assert (str(sub.spans[0]), sub.cut, sub.is_cut) == (f"{end}:net.pool", "net.pool", True)
+    inner = detachnet.make_detachable(model.net, ["pool"], (3, 8, 8))
+    images = torch.randn(4, 3, 8, 8) * 58 + 118
+    prepared, seen = prepare.eval()(images) if isinstance(prepare, nn.Module) else prepare(images), []
+    net.bridges.get_submodule("sub0.0").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    net.eval()(images, which="all")
+    torch.testing.assert_close(seen[0], prepared)
+    assert inner.plan["sub0"].stepdown == sub.stepdown
+    again = detachnet.make_detachable(Prepared(prepare).double(), ["net.pool"], (3, 8, 8))
+    assert_joint_equals_separate(again, images.double())
+
+
+def test_a_sub_model_takes_in_the_raw_image_where_it_is_asked_to(tmp_path: Path) -> None:
+    cuts = {"a": "net.pool", "b": detachnet.SubModel(drop=[":net.pool"])}
+    net = detachnet.make_detachable(Prepared(Normalize()), cuts, (3, 8, 8)).eval()
+    assert net.plan.hints[:2] == (
+        "'prepare' in front of 'net.conv1': all models get the image so prepared",
+        "sub-models get the raw image, without 'prepare' in front of 'net.conv1'",
+    )
+    assert [str(model.spans[0]) for model in net.plan.models[1:]] == ["prepare:net.pool", ":net.pool"]
+    detachnet.save(net, tmp_path / "family.safetensors")
+    again = detachnet.load(tmp_path / "family.safetensors", Prepared(Normalize())).eval()
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(again(images, which="all"), net(images, which="all"))
+    torch.testing.assert_close(net.detach("a")(images), net(images, which="a"))
+    assert _Chain(trace(Prepared(Normalize()), (3, 8, 8)), "conv", None, None).names[0] == "prepare"
+
+
+def test_what_prepares_the_image_in_training_only_is_named() -> None:
+    class Augmented(Prepared):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(flipped(x) if self.training else x)
+
+    plan = detachnet.make_detachable(Augmented(nn.Identity()), ["net.pool"], (3, 8, 8)).plan
+    assert plan.hints[0].startswith("in training mode sub-models do without")
+    assert "'where' in front of 'net.conv1'" in plan.hints[0]
+    assert [str(span) for span in plan["sub0"].spans] == [":net.pool"]
+
+
+def test_bytes_are_taken_in_behind_what_makes_numbers_of_them() -> None:
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    for prepare in (lambda x: x.float() / 255, lambda x: x.float()):
+        model = Prepared(prepare)
+        net = detachnet.make_detachable(model, ["net.pool"], example_input=images).eval()
+        torch.testing.assert_close(net(images, which="all")["base"], model.eval()(images))
+        begin = net.plan["sub0"].spans[0].start
+        raw = {"a": detachnet.SubModel(drop=[":net.pool"])}
+        with pytest.raises(
+            detachnet.StepDownError, match=rf"takes in images of torch\.uint8[\s\S]*drop=\['{begin}:net\.pool'\]"
+        ):
+            detachnet.make_detachable(model, raw, example_input=images)
 
 
 @pytest.mark.parametrize("prepare", [nn.Identity(), nn.Dropout(0.1), lambda x: x.contiguous().clone()])
@@ -461,15 +522,19 @@ def test_what_leaves_the_image_as_it_is_is_not_named(prepare: Any) -> None:
     assert detachnet.make_detachable(Prepared(prepare), ["net.pool"], (3, 8, 8)).plan.hints == ()
 
 
-def test_averaged_weights_get_their_statistics_by_recalibration() -> None:
+@pytest.mark.parametrize(
+    "average",
+    [AveragedModel, lambda net: AveragedModel(net, use_buffers=True), lambda net: net],
+    ids=["averaged", "with buffers", "itself"],
+)
+def test_averaged_weights_get_their_statistics_by_recalibration(average: Callable[[nn.Module], nn.Module]) -> None:
     """`update_bn` runs the active model alone and leaves the norms of the others empty."""
     net = detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8)).train()
     batches = [torch.randn(8, 3, 8, 8) + 1 for _ in range(4)]
-    averaged = AveragedModel(net)
+    averaged = average(net)
     update_bn(batches, averaged)
-    again = detachnet.recalibrate(averaged.module, batches)
-    assert not averaged.module.state_dict()["norms.sub0.bn2.running_mean"].any()
+    family = averaged.module if isinstance(averaged, AveragedModel) else averaged
+    again, before = detachnet.recalibrate(family, batches), family.state_dict()
+    assert not before["norms.sub0.bn2.running_mean"].any()
     assert again.state_dict()["norms.sub0.bn2.running_mean"].any()
-    torch.testing.assert_close(
-        again.state_dict()["base.bn2.running_mean"], averaged.module.state_dict()["base.bn2.running_mean"]
-    )
+    torch.testing.assert_close(again.state_dict()["base.bn2.running_mean"], before["base.bn2.running_mean"])

@@ -391,6 +391,32 @@ def test_variables_outside_of_a_model_count_and_are_left_as_they_are() -> None:
     assert not torch.equal(net.eval()(images), net(images))
 
 
+def registered(module: Any, x: Tensor) -> Tensor:
+    module.register_buffer("mean", module.mean + 1)
+    return x + module.mean
+
+
+class Registering(nn.Module):
+    """Registers a buffer anew at each pass, in a layer without children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return registered(self, x)
+
+
+def test_a_layer_that_registers_a_buffer() -> None:
+    for cuts in (["a"], {"half": detachnet.SubModel(width=0.5)}):
+        model = Net(Registering())
+        net = detachnet.make_detachable(model, cuts, SIZE)
+        assert_is_the_model(model, net)
+        assert all(isinstance(buffer, Tensor) for buffer in net.traced(True).root.buffers())
+    net = detachnet.make_detachable(Net(Block(registered)), ["a"], SIZE)
+    assert net.plan.whole["middle"].startswith("'mean' assigned at test_whole.py:")
+
+
 def test_weights_changed_in_place_are_kept_in_their_module() -> None:
     def masked(module: Any, x: Tensor) -> Tensor:
         weight = module.conv.weight * 1
@@ -810,6 +836,8 @@ def test_what_is_inside_a_wrapper_can_be_cut() -> None:
     assert net.base.state_dict().keys() == model.state_dict().keys()
     assert "norms.sub0.middle.module.norm.weight" in net.state_dict()
     assert_is_the_model(model, net)
+    twice = Net(nn.Sequential(nn.DataParallel(nn.DataParallel(Block(lambda m, x: m.norm(m.conv(x)))))))
+    assert_is_the_model(twice, detachnet.make_detachable(twice, ["middle.0.module.module.conv"], SIZE))
     compiled = Net(torch.compile(Block(lambda m, x: m.norm(m.conv(x))), backend="eager"))  # type: ignore[arg-type]
     assert "middle._orig_mod.conv" in [point.name for point in detachnet.find_cuts(compiled, SIZE)]
 

@@ -320,7 +320,10 @@ and Qwen3-ViT, at a smaller size, and for MViT): joint and separate passes in tr
 a route without an inner span; and a network of half the width (`SubModel(width=0.5)`), which must give what the
 model gives when the filters that were left out are zero. *Half width* is its share of the MACs: a quarter where
 every filter can go; what stays whole is below. Norms that compute in float32 whatever they are given are equal to
-its precision."""
+its precision.
+
+Networks of packages that detachnet knows nothing of are in `tests/zoo/packages.csv`: `python -m
+tests.zoo.packages` compares them with their families, in an environment of its own. CI does not."""
 COLUMNS = (
     "| family | models | work | cuts | left out | run | joint = separate | half width | narrow = zeroed |",
     "| --- | ---: | ---: | ---: | ---: | --- | --- | ---: | --- |",

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 from detachnet.surgery.graph import Root, TracedGraph
-from detachnet.surgery.modules import random_states_kept
+from detachnet.surgery.modules import copy_model, random_states_kept
 from detachnet.surgery.tracer import PREFIX, PROBE_BATCH, Leaves, Spec, Tracer, leaves_of
 
 
@@ -76,7 +76,7 @@ def _forward(traced: TracedGraph, node: fx.Node, module: nn.Module, leaves: Leav
         return None
     if _may_assign(module):
         return None
-    root, tracer = Root(module), Tracer(Leaves(leaves.classes, leaves.functions), spec)
+    root, tracer = Root(copy_model(module)), Tracer(Leaves(leaves.classes, leaves.functions), spec)
     try:
         forward = tracer.trace(root)
     except Exception:  # whatever a forward pass raises that cannot be traced
