@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from detachnet.deploy.stopwatch import now
 from detachnet.errors import MeasurementError
 from detachnet.machine import find_device
-from detachnet.surgery.cuts import CutAnalysis
+from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.making import make_detachable
 from detachnet.surgery.modules import evaluating
 from detachnet.surgery.spans import span_places

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from detachnet.errors import CutError, StepDownError, WidthError
 from detachnet.selection.candidate import PARTS, Candidate
-from detachnet.surgery.cuts import CutAnalysis
+from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.enlarging import enlarged, plan_enlarged
 from detachnet.surgery.plan import BASE, ModelPlan

@@ -3,9 +3,10 @@
 modules, stepdown, norms, codegen, detached   layers, and modules that run without torch.fx
 state, whole, listening                       what of a model is kept whole, and how that is noticed
 tracer -> graph, settle -> trace              a model's forward pass as a graph, with all shapes known
-preparation -> cuts, spans, routes -> choice  how the image is prepared, where it can be cut, what is left out
+preparation -> analysis -> cuts, spans        how the image is prepared, where a network can be cut
+routes -> choice                              what is left out
 widths/                                       which filters go together, a choice of them, the narrower network
-plan, figures                                 what a family will be, and how it is drawn
+plan, figures, hints -> planning              what a family will be, how it is drawn, what is odd about it
 coupling, finding, statistics                 what joins the images of a batch, and which layers keep statistics
 ownership, legs -> rewrite                    whose layer a node runs with, where models part, and all graphs
 detachable -> making, enlarging               the family, what makes it of a model, and a larger one of it

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from detachnet.errors import CutError, StepDownError, nearest
-from detachnet.surgery.cuts import CutAnalysis, prepared_at, spread
+from detachnet.surgery.analysis import CutAnalysis
+from detachnet.surgery.cuts import prepared_at, spread
 from detachnet.surgery.graph import TracedModel
 from detachnet.surgery.routes import SubModel
 from detachnet.surgery.spans import span_places

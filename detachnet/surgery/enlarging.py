@@ -11,7 +11,8 @@ from torch import nn
 from detachnet.errors import CutError
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.modules import copies_of_computed_tensors, copy_model
-from detachnet.surgery.plan import BASE, DetachPlan, make_plan
+from detachnet.surgery.plan import BASE, DetachPlan
+from detachnet.surgery.planning import make_plan
 from detachnet.surgery.routes import SubModel, folder
 from detachnet.surgery.widths.storing import Narrowing
 

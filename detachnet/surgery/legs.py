@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from detachnet.surgery.cuts import CutAnalysis
+from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.ownership import ViewSource
 from detachnet.surgery.plan import DetachPlan
 from detachnet.surgery.routes import parting

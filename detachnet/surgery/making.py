@@ -13,7 +13,8 @@ from detachnet.surgery.choice import choose_models
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.graph import TracedModel
 from detachnet.surgery.modules import copy_model, unwrap
-from detachnet.surgery.plan import Cuts, DetachPlan, Head, Norm, make_plan
+from detachnet.surgery.plan import Cuts, DetachPlan, Head, Norm
+from detachnet.surgery.planning import make_plan
 from detachnet.surgery.proof import Check, UnlikeError, prove
 from detachnet.surgery.routes import narrow_models
 from detachnet.surgery.state import generators_kept, generators_of

@@ -15,7 +15,7 @@ from pydantic import PrivateAttr, field_validator, model_validator
 
 from detachnet.errors import CutError, WidthError
 from detachnet.fields import Fields
-from detachnet.surgery.cuts import CutAnalysis
+from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.graph import TracedGraph
 
 STEPDOWNS = "stepdowns"

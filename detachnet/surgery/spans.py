@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from detachnet.errors import StepDownError
-from detachnet.surgery.cuts import CutAnalysis
+from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.graph import TracedModel
 from detachnet.surgery.modules import unwrap
 from detachnet.surgery.stepdown import StepDown, plan_bridge

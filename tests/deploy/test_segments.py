@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 import detachnet
-from detachnet.surgery.cuts import CutAnalysis
+from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.spans import span_places
 from detachnet.surgery.trace import trace
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import detachnet
-from detachnet.surgery.cuts import CutAnalysis, cut_points
+from detachnet.surgery.analysis import CutAnalysis
+from detachnet.surgery.cuts import cut_points
 from detachnet.surgery.trace import trace
 from tests.helpers import slow_but
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import detachnet
 from detachnet import CutError
+from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.choice import choose_routes
-from detachnet.surgery.cuts import CutAnalysis
 from detachnet.surgery.spans import span_places
 from detachnet.surgery.trace import trace
 

@@ -34,9 +34,10 @@ from torch import nn
 
 import detachnet
 from detachnet.losses import logits
-from detachnet.surgery.cuts import CutAnalysis, choose_cuts, cut_points
+from detachnet.surgery.analysis import CutAnalysis
+from detachnet.surgery.cuts import choose_cuts, cut_points
 from detachnet.surgery.graph import TracedModel
-from detachnet.surgery.plan import make_plan
+from detachnet.surgery.planning import make_plan
 from detachnet.surgery.routes import SubModel
 from detachnet.surgery.spans import SpanPoint, span_places, span_points
 from detachnet.surgery.trace import trace

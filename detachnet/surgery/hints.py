@@ -1,0 +1,55 @@
+"""What is legal about a family but worth a second thought."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from detachnet.surgery.analysis import CutAnalysis
+from detachnet.surgery.cuts import TOLD
+from detachnet.surgery.plan import Cuts, ModelPlan
+
+
+def all_hints(analysis: CutAnalysis, models: Sequence[ModelPlan]) -> list[str]:
+    """What is legal about a family but worth a second thought."""
+    hints = []
+    for before, model in pairwise(models):
+        for span in model.spans:
+            hints += _hints(analysis, model.name, span.end)
+        if model.filters == "important":
+            hints.append(
+                f"{model.name} answers at chance until its norms are recalibrated or it is trained: "
+                "no accuracy before that means anything"
+            )
+        entry = model.stepdown
+        if entry is None or not model.is_cut:
+            continue
+        if entry.stem and model.macs >= before.macs:
+            hints.append(f"{model.name} costs no less than {before.name}: its stem wants less width")
+        elif caution := analysis.caution(analysis.find(model.spans[0].end), entry):
+            hints.append(f"{model.name}: {caution}")
+    return hints
+
+
+def missed_shares(models: Sequence[ModelPlan], cuts: Cuts) -> list[str]:
+    """Where shares of MACs were asked for, which sub-models have clearly more or less."""
+    if isinstance(cuts, str | int | Mapping):
+        return []
+    shares = [cut for cut in cuts if isinstance(cut, float)]
+    got = [(model.name, model.macs / max(1, models[0].macs)) for model in models[1:]]
+    return [
+        f"{name} keeps {100 * share:.0f} % of the MACs, not {100 * wanted:.0f} %: no better cut is nearer; "
+        "sub_models= takes the same shares and leaves out blocks inside"
+        for (name, share), wanted in zip(got, shares, strict=False)
+        if abs(share - wanted) > TOLD
+    ]
+
+
+def _hints(analysis: CutAnalysis, name: str, cut: str) -> list[str]:
+    """What is legal about the end of a span but worth a second thought."""
+    hints = []
+    if (calls := analysis.call_count(cut)) > 1:
+        hints.append(f"{cut!r} is called {calls} times; the first call is meant, '{cut}_1' is the next")
+    if analysis.splits_norm(analysis.find(cut)):
+        hints.append(f"{name} is cut between {cut!r} and its batch norm")
+    return hints
