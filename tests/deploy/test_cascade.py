@@ -135,6 +135,17 @@ def test_running_a_cascade_is_what_was_calculated(net: detachnet.DetachableNet) 
             torch.testing.assert_close(answer.output[i], family.run(images[i], name).output, rtol=1e-3, atol=1e-3)
 
 
+def test_as_confident_as_the_threshold_is_confident_enough(net: detachnet.DetachableNet) -> None:
+    """Thresholds are confidences of images, so that it happens."""
+    images = (split_of(net).images / 255 - 0.5) / 0.2
+    family = Family(TorchBackend(net), "f", None)
+    confidence = family.resumable(images).run("sub1").output.softmax(1).amax(1)
+    threshold = float(confidence[7])
+    answer = Cascade(family, ("sub1", "base"), threshold).run(images)
+    assert answer.models[7] == "sub1"
+    assert answer.models.count("sub1") == int((confidence >= threshold).sum())
+
+
 def routes() -> detachnet.DetachableNet:
     """A family that shares its front."""
     torch.manual_seed(0)
