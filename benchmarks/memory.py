@@ -28,6 +28,8 @@ import torch
 import detachnet
 from common import Row, Target, arguments, begin, report, time_in_turn
 from detachnet.deploy.backends import OnnxBackend
+from detachnet.deploy.cache import optimized_folder
+from detachnet.deploy.manifest import read_manifest
 from detachnet.memory import give_back
 
 CASES: tuple[tuple[str, str, tuple[str, ...], int, dict[str, Any]], ...] = (
@@ -66,17 +68,16 @@ def export(folder: Path, model: str, cuts: tuple[str, ...], size: int, **kwargs:
 
 def measure(label: str, folder: Path, options: argparse.Namespace) -> Row:
     """A row of a family: memory and loading in processes of their own, then the latency of the base-model."""
-    shared = OnnxBackend(folder, options.threads, shared_memory=True)  # makes the graphs
-    default = OnnxBackend(folder, options.threads)
-    images = torch.randn(1, *default.input_size)
-    name = default.names[0]
-    runs = {"default": partial(default.run, name, images), "shared": partial(shared.run, name, images)}
-    timing = time_in_turn(runs, options.device, seconds=3 if options.quick else 20)
-    row: Row = {"model": label, "models": len(default.names)}
-    for way in WAYS:
+    optimized_folder(folder, read_manifest(folder))
+    row: Row = {"model": label}
+    for way in WAYS:  # before anything is open here: pages that two processes map count half in each
         command = [sys.executable, __file__, "--alone", way, str(folder)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         row |= {f"{way}_{key}": value for key, value in found.items()}
+    backends = {way: OnnxBackend(folder, options.threads, shared_memory=WAYS[way]) for way in WAYS}
+    name, images = backends["default"].names[0], torch.randn(1, *backends["default"].input_size)
+    runs = {way: partial(backend.run, name, images) for way, backend in backends.items()}
+    timing = time_in_turn(runs, options.device, seconds=3 if options.quick else 20)
     return row | {"latency_ratio": timing.ratio("shared", "default"), "n": timing.n}
 
 
