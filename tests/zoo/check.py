@@ -323,8 +323,8 @@ model gives when the filters that were left out are zero. *Half width* is its sh
 every filter can go; what stays whole is below. Norms that compute in float32 whatever they are given are equal to
 its precision.
 
-Networks of packages that detachnet knows nothing of are in `tests/zoo/packages.csv`: `python -m
-tests.zoo.packages` compares them with their families, in an environment of its own. CI does not."""
+Networks of packages that detachnet knows nothing of are in `tests/zoo/packages.csv`:
+`python -m tests.zoo.packages` compares them with their families, in an environment of its own. CI does not."""
 COLUMNS = (
     "| family | models | work | cuts | left out | run | joint = separate | half width | narrow = zeroed |",
     "| --- | ---: | ---: | ---: | ---: | --- | --- | ---: | --- |",

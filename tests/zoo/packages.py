@@ -262,7 +262,7 @@ def resnest() -> Networks:
 
     def small(**more: Any) -> Callable[[], nn.Module]:
         def build() -> nn.Module:
-            package: Any = importlib.import_module("resnest.torch.models.resnet")
+            package: Any = importlib.import_module("resnest.torch.resnet")
             made: nn.Module = package.ResNet(
                 package.Bottleneck, [1, 1, 1, 1], bottleneck_width=64, avd=True, **options, **more
             )
