@@ -84,7 +84,7 @@ class CutAnalysis:
         return self._count([node for node, at in self.position.items() if runs(at)], set())
 
     def _count(self, pending: list[fx.Node], counted: set[object]) -> tuple[int, int]:
-        """MACs and parameters of nodes and what they need that no pixels go into, but for what is counted already."""
+        """MACs and parameters of nodes and what they need that no pixels go into, without what is counted."""
         macs = num_params = 0
         while pending:
             node = pending.pop()
