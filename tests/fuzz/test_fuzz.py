@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 import detachnet
-from detachnet import checkpoint
+from detachnet.checkpoint import content as checkpoint
 from detachnet.deploy import manifest as manifests
 from detachnet.deploy.profile import read_profile, write_profile
 from detachnet.errors import LONGEST, DetachNetError
