@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate
 from torch.utils.flop_counter import FlopCounterMode
 
 from detachnet.errors import TraceError
-from detachnet.surgery.modules import attribute
+from detachnet.surgery.modules import attribute, random_states_kept
 from detachnet.surgery.tracer import NO_LEAVES, PROBE_BATCH, Leaves, Spec, leaves_of, thaw
 from detachnet.surgery.whole import Reason
 
@@ -166,7 +166,8 @@ class TracedGraph:
         propagator = _Propagator(self.module)
         node = "the input"
         try:
-            with torch.device("meta"), propagator.counter, torch.no_grad(), warnings.catch_warnings():
+            quiet = warnings.catch_warnings()
+            with random_states_kept(), torch.device("meta"), propagator.counter, torch.no_grad(), quiet:
                 warnings.simplefilter("ignore")  # what a layer has to say of a pass without values or gradients
                 propagator.run(self.image.example(batch))
         except Exception as error:

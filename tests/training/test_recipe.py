@@ -207,7 +207,8 @@ def test_sub_models_with_fewer_filters() -> None:
 
 def test_widths() -> None:
     recipe = load_recipe(
-        QUICKSTART, ["family.cuts=[]", "family.widths=[0.75, 0.5]", "family.models.both.width=0.3"]
+        QUICKSTART,
+        ["family.cuts=[]", "family.models={}", "family.widths=[0.75, 0.5]", "family.models.both.width=0.3"],
     )
     assert recipe.family.names == recipe.models == ("base", "sub0", "sub1", "both")
     assert recipe.family.routes == {
@@ -223,8 +224,8 @@ def test_widths() -> None:
     [
         (["family.widths=[0.5]"], "give either family.cuts, family.sub_models or family.widths"),
         (["family.cuts=[]", "family.widths=[0.5, 0.5]"], r"family\.widths = \[0\.5, 0\.5\]: each width once"),
-        (["family.cuts=[]", "family.widths=[1.5]"], r"family\.widths\.0 = 1\.5: input should be less than 1"),
-        (["family.cuts=[]", "family.widths=0.5"], r"family\.widths = 0\.5: input should be a valid array"),
+        (["family.cuts=[]", "family.widths=[1.5]"], r"family\.widths\.0 = 1\.5: it must be below 1"),
+        (["family.cuts=[]", "family.widths=0.5"], r"family\.widths = 0\.5: it must be a list"),
         (
             ["family.cuts=[]", "family.widths=[0.5]", "family.models.sub0.width=0.3"],
             r"sub0 is in family\.widths and in family\.models",
