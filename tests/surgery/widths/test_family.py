@@ -309,7 +309,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"width": 0.0}, r"width=0\.0: .*a width is a share of the filters, in \(0, 1\]"),
     ({"width": 1.5}, r"width=1\.5: .*in \(0, 1\]"),
     ({"width": {"conv1": -1}}, r"width=.*in \(0, 1\]"),
-    ({"width": "wide"}, "width='wide': "),
+    ({"width": "wide"}, "width='wide'[)]: it must be a number or a table"),
     ({"width": 0.5, "filters": "best"}, "filters='best'[)]: it must be one of 'first' or 'important'"),
 ]
 
