@@ -58,6 +58,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (f"{name}.{alias.name}" for alias in node.names) if is_folder else [name]
 
 
+@pytest.mark.slow
 def test_imports_go_down() -> None:
     wrong = [
         f"{name} imports {other}"
@@ -68,6 +69,7 @@ def test_imports_go_down() -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 def test_every_file_is_in_a_wing_or_on_the_ground() -> None:
     assert {wing(name) for name in modules()} == set(MAY)
 
@@ -77,6 +79,7 @@ def as_one(module: str) -> str:
     return module if module.count(".") < 2 else module.rpartition(".")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name_of", [str, as_one])
 def test_no_circles(name_of: Callable[[str], str]) -> None:
     """Of imports at the top of files."""

@@ -68,6 +68,7 @@ def test_exporting(tmp_path: Path) -> None:
         assert hidden(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("little_data")
 @pytest.mark.parametrize("for_good", [False, True])
 @pytest.mark.parametrize("number", [1, 4, 6, 9, 12, 14])
@@ -88,6 +89,7 @@ def test_training_goes_on_after_any_failure(
     assert hidden(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("little_data")
 def test_a_report(tmp_path: Path) -> None:
     train(recipe("train.epochs=1", "schedule.warmup_epochs=0"), tmp_path / "run")
@@ -111,6 +113,7 @@ def test_equal_families_are_equal_files(tmp_path: Path) -> None:
     assert torch.equal(next(detachnet.load(tmp_path / "0.safetensors").parameters()), next(net.parameters()))
 
 
+@pytest.mark.slow
 def test_several_savers_and_readers_of_one_path(tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
     nets = [make(), make()]
@@ -150,6 +153,7 @@ def test_planted_links_are_not_followed(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "f").is_symlink()
 
 
+@pytest.mark.slow
 def test_a_folder_is_complete_or_not_there(tmp_path: Path) -> None:
     detachnet.export(make(), tmp_path / "out", models=["sub0"])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {MANIFEST, "sub0.onnx", "weights.bin"}

@@ -29,6 +29,7 @@ def modes(net: detachnet.DetachableNet) -> dict[str, bool]:
     return {name: module.training for name, module in net.named_modules()}
 
 
+@pytest.mark.slow
 def test_every_submodule_keeps_its_mode(net: detachnet.DetachableNet, images: Split) -> None:
     before = modes(net)
     assert len(set(before.values())) == 2
@@ -36,6 +37,7 @@ def test_every_submodule_keeps_its_mode(net: detachnet.DetachableNet, images: Sp
     assert modes(net) == before
 
 
+@pytest.mark.slow
 def test_every_submodule_keeps_its_mode_after_a_failure(net: detachnet.DetachableNet, images: Split) -> None:
     before = modes(net)
     labels = torch.full_like(images.labels, 99)
@@ -44,6 +46,7 @@ def test_every_submodule_keeps_its_mode_after_a_failure(net: detachnet.Detachabl
     assert modes(net) == before
 
 
+@pytest.mark.slow
 def test_looking_for_the_classes_keeps_modes(net: detachnet.DetachableNet) -> None:
     before = modes(net)
     check_classes(net)

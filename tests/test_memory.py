@@ -36,6 +36,7 @@ def resident(*words: str) -> list[int]:
     return [int(word) for word in done.stdout.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GLIBC, reason="only glibc can be told")
 def test_memory_is_kept_until_it_is_given_back() -> None:
     held, freed, given_back = resident("keep")
@@ -44,6 +45,7 @@ def test_memory_is_kept_until_it_is_given_back() -> None:
     assert given_back < 20e6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GLIBC, reason="only glibc can be told")
 def test_without_it_memory_goes_back() -> None:
     held, freed, _ = resident()

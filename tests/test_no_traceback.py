@@ -101,6 +101,7 @@ VALUES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in VALUES.items() for text in texts])
 def test_damaged_files_of_a_run(run: Path, name: str, text: str) -> None:
     (run / name).write_text(text, encoding="latin-1")
@@ -108,6 +109,7 @@ def test_damaged_files_of_a_run(run: Path, name: str, text: str) -> None:
     assert name in told(*command)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "run.json", "last.profile.json"])
 def test_flipped_bits_are_refused_or_harmless(run: Path, name: str) -> None:
     from detachnet.report.comparison import compare
@@ -146,6 +148,7 @@ def test_names_that_are_none(words: list[str]) -> None:
     assert "Error: " in told(*words)
 
 
+@pytest.mark.slow
 def test_other_names_that_are_none(run: Path) -> None:
     assert "Skipped: " in told("predict", str(run), LONG)
     assert "Error: " in told("report", str(run), "-o", LONG + ".html")

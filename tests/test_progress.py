@@ -23,6 +23,7 @@ def test_things_are_counted_and_come_out_as_they_are() -> None:
     assert len(heard) == 3
 
 
+@pytest.mark.slow
 def test_evaluations_and_measurements_tell() -> None:
     net, heard = families.make(), set[str]()
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)

@@ -42,6 +42,7 @@ def test_the_table_has_every_name() -> None:
     assert set(TABLE) == set(every_name())
 
 
+@pytest.mark.slow
 @of_this_timm
 @pytest.mark.parametrize("name", slow_but(SAMPLE[:1], SAMPLE))
 def test_a_sample_of_the_table(name: str) -> None:
@@ -62,6 +63,7 @@ def killed(name: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_check() -> None:  # as where memory is short: not a wait without end
     with pytest.raises(BrokenProcessPool):
         list(in_processes(killed, ["a", "b", "c"], 2))
@@ -71,6 +73,7 @@ def name_and_process(name: str) -> tuple[str, int]:
     return name, os.getpid()
 
 
+@pytest.mark.slow
 def test_processes_are_new_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.zoo.check.FRESH", 3)
     names = [f"model{i}" for i in range(20)]
@@ -146,6 +149,7 @@ def test_names_as_others_write_them(name: str) -> None:
     assert error.value.candidates[0] == "timm:resnet18.a1_in1k"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layer"), [("resnet18", "fc"), ("googlenet", "fc")])
 def test_published_weights_with_other_classes(
     name: str, layer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path

@@ -96,6 +96,7 @@ def test_training_step(
     assert (of_separate.limit, of_base.limit) == (0.80, row["mac_ratio"])
 
 
+@pytest.mark.slow
 def test_what_a_route_shares_is_counted_once(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_step, "added_memory", lambda *_: None)
     drop = training_step.ROUTES[0].drop
@@ -155,6 +156,7 @@ def test_cases() -> None:
     assert smaller_first == [32, 128] * 6  # `left_out` goes by the smaller batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [detached_inference.vgg(0.03), detached_inference.resnet()], ids=lambda c: c.label
 )
@@ -216,6 +218,7 @@ def test_image_files_of_detachnet_and_of_timm(options: argparse.Namespace, tmp_p
     assert rows[2]["to_timm"] == 1
 
 
+@pytest.mark.slow
 def test_operators_of_a_step_are_counted_without_views() -> None:
     case = training_step.VGG("tiny", kwargs={"width": 0.05}, batch=2)
     row = kernels.measure(case, compiled=False)

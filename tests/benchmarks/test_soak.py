@@ -14,6 +14,7 @@ from detachnet.deploy.family import Family
 from tests.families import make, profile_of
 
 
+@pytest.mark.slow
 def test_what_becomes_of_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "LOADS", (0.5, 1000.0))
     net = make()

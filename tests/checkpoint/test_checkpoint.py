@@ -37,6 +37,7 @@ def assert_same(
         assert torch.equal(one(images, which=name), other(images, which=name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "head"), [("private", "shared"), ("shared", "private"), ("private", "private")])
 def test_round_trip(tmp_path: Path, norm: Norm, head: Head) -> None:
     model = detachnet.create_model("timm:mobilenetv3_small_050", num_classes=7)
@@ -47,12 +48,14 @@ def test_round_trip(tmp_path: Path, norm: Norm, head: Head) -> None:
     assert_same(detachnet.load(tmp_path / "family.safetensors"), net, torch.randn(2, 3, 64, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes(net: detachnet.DetachableNet, tmp_path: Path, dtype: torch.dtype) -> None:
     detachnet.save(net.to(dtype), tmp_path / "family.safetensors")
     assert_same(detachnet.load(tmp_path / "family.safetensors"), net, IMAGES.to(dtype))
 
 
+@pytest.mark.slow
 def test_loading_leaves_the_random_state_alone(net: detachnet.DetachableNet, tmp_path: Path) -> None:
     detachnet.save(net, tmp_path / "family.safetensors")
     before = torch.get_rng_state()
@@ -115,6 +118,7 @@ def test_leaf_modules_are_given_again(tmp_path: Path) -> None:
     assert_same(again, net, torch.randn(2, 3, 8, 8))
 
 
+@pytest.mark.slow
 def test_another_model(net: detachnet.DetachableNet, tmp_path: Path) -> None:
     path = tmp_path / "family.safetensors"
     detachnet.save(net, path)
@@ -128,6 +132,7 @@ def test_missing_file(tmp_path: Path) -> None:
         detachnet.load(tmp_path / "nothing.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0, 4, 1000, -1])
 def test_truncated_file(net: detachnet.DetachableNet, tmp_path: Path, keep: int) -> None:
     path = tmp_path / "family.safetensors"
@@ -137,6 +142,7 @@ def test_truncated_file(net: detachnet.DetachableNet, tmp_path: Path, keep: int)
         detachnet.load(path)
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_noticed(net: detachnet.DetachableNet, tmp_path: Path) -> None:
     path = tmp_path / "family.safetensors"
     detachnet.save(net, path)
@@ -151,6 +157,7 @@ def test_any_flipped_bit_is_noticed(net: detachnet.DetachableNet, tmp_path: Path
             detachnet.load(path)
 
 
+@pytest.mark.slow
 def test_a_folder_where_a_file_is_meant(net: detachnet.DetachableNet, tmp_path: Path) -> None:
     with pytest.raises(detachnet.CheckpointError, match=r"is a folder[\s\S]*last.safetensors"):
         detachnet.load(tmp_path)
@@ -172,6 +179,7 @@ def rewrite(path: Path, change: dict[str, object]) -> None:
     save_file(tensors, path, metadata)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -221,6 +229,7 @@ def test_arguments_that_cannot_be_stored(net: detachnet.DetachableNet, tmp_path:
         detachnet.save(net, tmp_path / "family.safetensors")
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_old_checkpoint(net: detachnet.DetachableNet, tmp_path: Path) -> None:
     path = tmp_path / "family.safetensors"
     detachnet.save(net, path)
@@ -234,11 +243,13 @@ def test_full_disk_leaves_the_old_checkpoint(net: detachnet.DetachableNet, tmp_p
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_unwritable_folder(net: detachnet.DetachableNet, tmp_path: Path) -> None:
     with pytest.raises(detachnet.CheckpointError, match="cannot write"):
         detachnet.save(net, tmp_path / "nowhere" / "family.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", "sub0", "sub1"])
 def test_one_model_alone(net: detachnet.DetachableNet, tmp_path: Path, name: str) -> None:
     net.facts = net.facts.updated(accuracy={"base": 0.5, "sub1": 0.25}, trained=("base", "sub1"))
@@ -315,6 +326,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", slow_but([Swap.stride], CHANGES))
 def test_a_changed_model_of_the_zoo_is_saved_as_ones_own(
     tmp_path: Path, change: Callable[[nn.Module], None]
@@ -397,6 +409,7 @@ def test_what_loading_refuses_is_refused_before(kwargs: dict[str, object], messa
     check_storable(net, own=True)
 
 
+@pytest.mark.slow
 def test_what_timm_made_loads_without_its_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     net = detachnet.make_detachable(
         timm.create_model("resnet10t", num_classes=7, in_chans=1), ["layer2"], (1, 32, 32)

@@ -33,6 +33,7 @@ def run(*args: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+@pytest.mark.slow
 def test_train_evaluate_resume(tmp_path: Path) -> None:
     code, out = run("train", "quickstart", *OPTIONS, "--max-minutes", "0")
     assert code == 0
@@ -50,6 +51,7 @@ def test_train_evaluate_resume(tmp_path: Path) -> None:
     assert "n = 100" in run("evaluate", "runs/quickstart/best.safetensors")[1]
 
 
+@pytest.mark.slow
 def test_detach_and_export(tmp_path: Path) -> None:
     run("train", "quickstart", *OPTIONS, "--max-minutes", "0")
     code, out = run("detach", "runs/quickstart", "--model", "sub1", "-o", "sub1.safetensors")
@@ -72,6 +74,7 @@ def test_detach_and_export(tmp_path: Path) -> None:
     assert sorted(file.name for file in Path("out").iterdir()) == ["manifest.json", "sub1.pt2"]
 
 
+@pytest.mark.slow
 def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "recipes" / "quickstart.toml").read_text()
     (tmp_path / "mine.toml").write_text(text)
@@ -112,6 +115,7 @@ def test_traceback_on_request() -> None:
     assert isinstance(result.exception, detachnet.CheckpointError)
 
 
+@pytest.mark.slow
 def test_inspect() -> None:
     out = run("inspect", "torchvision:resnet18")[1]
     assert "torchvision:resnet18: 22 valid cuts, 12 behind modules" in out
@@ -142,6 +146,7 @@ def test_inspect_a_route() -> None:
     assert (code, "ask for one of --cut, --sub-models, and --drop or --width" in out) == (2, True)
 
 
+@pytest.mark.slow
 def test_inspect_prices_widths() -> None:
     out = run(
         "inspect", "torchvision:resnet18", "--width", "0.75", "--width", "0.5", "--drop", "layer3.0:layer3.1"
@@ -159,6 +164,7 @@ def test_inspect_prices_widths() -> None:
     assert (code, "a width is a share of the filters, in (0, 1]" in text) == (2, True)
 
 
+@pytest.mark.slow
 def test_inspect_chooses_routes() -> None:
     out = run("inspect", "torchvision:resnet18", "--sub-models", "0.8,0.5")[1]
     assert "[family.models.sub1]" in out
@@ -273,6 +279,7 @@ def test_show_a_recipe() -> None:
     assert "nearest  'quickstart'" in out
 
 
+@pytest.mark.slow
 def test_dry_run_trains_nothing(tmp_path: Path) -> None:
     options = ["--set", "family.cuts=[]", "--set", "family.sub_models=[0.7]"]
     code, out = run("train", "quickstart", *OPTIONS, *options, "--dry-run")
@@ -285,6 +292,7 @@ def test_dry_run_trains_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_through_every_command(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from detachnet.models import VGG16Cifar\n\n\nclass Net(VGG16Cifar):\n    pass\n\n\n"
@@ -312,6 +320,7 @@ def test_a_model_of_ones_own_through_every_command(tmp_path: Path) -> None:
     assert "is no FILE.py:FUNCTION" in out
 
 
+@pytest.mark.slow
 def test_what_the_library_says_is_shown(tmp_path: Path) -> None:
     state = detachnet.create_model("detachnet:vgg16_cifar", width=0.05, num_classes=3).state_dict()
     torch.save(state, tmp_path / "weights.pth")
@@ -320,6 +329,7 @@ def test_what_the_library_says_is_shown(tmp_path: Path) -> None:
     assert re.search(r"Note: weights.pth: '\S+' stays new, with 10 outputs; the file has 3 outputs", out)
 
 
+@pytest.mark.slow
 def test_where_the_data_is_need_not_be_said_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 

@@ -101,6 +101,7 @@ def test_only_trained_models_answer(net: detachnet.DetachableNet) -> None:
         net.facts.model(net.names, "sub9")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["base", "sub0"])
 def test_files_and_folders(checkpoint: Path, model: str) -> None:
     Path("more/deep").mkdir(parents=True)
@@ -118,6 +119,7 @@ def test_files_and_folders(checkpoint: Path, model: str) -> None:
         torch.testing.assert_close(torch.tensor([found[name] for name in CLASSES]), shares)
 
 
+@pytest.mark.slow
 def test_a_table_for_people(checkpoint: Path) -> None:
     code, out, _ = run(str(checkpoint), "red.png", "green.png", "--top", "2")
     assert code == 0
@@ -129,12 +131,14 @@ def test_a_table_for_people(checkpoint: Path) -> None:
     assert len(rows) == 2
 
 
+@pytest.mark.slow
 def test_a_long_name_is_not_cut(checkpoint: Path) -> None:
     name = "x" * 200 + ".png"
     Path("red.png").rename(name)
     assert name in run(str(checkpoint), name)[1]
 
 
+@pytest.mark.slow
 def test_many_pictures_run_in_batches(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(str(checkpoint), *[f"{c}.png" for c in CLASSES], "--json")[1]
     monkeypatch.setattr(command, "BATCH", 2)
@@ -144,6 +148,7 @@ def test_many_pictures_run_in_batches(checkpoint: Path, monkeypatch: pytest.Monk
         assert one["classes"][0]["probability"] == pytest.approx(other["classes"][0]["probability"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_standard_input(checkpoint: Path) -> None:
     code, out, _ = run(str(checkpoint), "-", "--json", stdin=Path("red.png").read_bytes())
     expected = json.loads(run(str(checkpoint), "red.png", "--json")[1])["images"][0]
@@ -151,6 +156,7 @@ def test_standard_input(checkpoint: Path) -> None:
     assert json.loads(out)["images"] == [expected | {"image": "-"}]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_named_and_skipped(checkpoint: Path) -> None:
     Path("half.png").write_bytes(Path("red.png").read_bytes()[:60])
     Image.fromarray(np.full((2, 2), 2, np.float32)).save("deep.tif")
@@ -166,6 +172,7 @@ def test_what_cannot_be_read_is_named_and_skipped(checkpoint: Path) -> None:
     assert "Skipped: there is no image in the folder empty" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -182,6 +189,7 @@ def test_mistakes_get_a_message_and_exit_code_2(checkpoint: Path, args: list[str
     assert message in err
 
 
+@pytest.mark.slow
 def test_a_budget_chooses_by_what_was_measured(checkpoint: Path) -> None:
     net = detachnet.load(checkpoint)
     net.facts = net.facts.updated(accuracy={"base": 0.9, "sub0": 0.8})
@@ -205,6 +213,7 @@ def test_half_precision(net: detachnet.DetachableNet) -> None:
     assert predict(net.to(torch.bfloat16), image, "base")[0].labels[0] == "green"
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_run(checkpoint: Path) -> None:
     code, _, err = run(str(checkpoint.parent), "red.png")
     assert code == 2
@@ -212,6 +221,7 @@ def test_a_folder_that_is_no_run(checkpoint: Path) -> None:
     assert f"nearest  '{checkpoint}'" in err
 
 
+@pytest.mark.slow
 def test_a_family_that_takes_no_pictures(tmp_path: Path, checkpoint: Path) -> None:
     net = family()
     net.facts = net.facts.updated(data=INFO.model_copy(update={"mean": (0.0,), "std": (1.0,)}))

@@ -187,6 +187,7 @@ def test_shards_that_cannot_be_made(folder: Path, tmp_path: Path) -> None:
         shards.make_shards(folder, folder)
 
 
+@pytest.mark.slow
 def test_a_data_set_of_hugging_faces(folder: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     out = tmp_path / "hub"

@@ -82,6 +82,7 @@ def test_pairs_stay_together() -> None:
     assert shares == [[0, 3, 8, 11], [1, 4, 7, 10], [2, 5, 6, 9]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_an_evaluation_counts_every_image_once(folder: Path, tmp_path: Path, workers: int, count: int) -> None:
@@ -150,6 +151,7 @@ def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(folder, tmp_path_factory.mktemp("wds") / "shards", 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("start", [1, 2])
 def test_shards_go_on_exactly(shards: Path, workers: int, start: int) -> None:

@@ -118,6 +118,7 @@ def split_of(net: detachnet.DetachableNet, n: int = 60) -> Split:
     return Split(images, labels, ("a", "b"))
 
 
+@pytest.mark.slow
 def test_running_a_cascade_is_what_was_calculated(net: detachnet.DetachableNet) -> None:
     split = split_of(net)
     scores = score(net, split)
@@ -157,6 +158,7 @@ def routes() -> detachnet.DetachableNet:
     return net
 
 
+@pytest.mark.slow
 def test_a_cascade_goes_on_from_where_models_part(monkeypatch: pytest.MonkeyPatch) -> None:
     net = routes()
     scores, images = score(net, split_of(net)), (split_of(net).images / 255 - 0.5) / 0.2
@@ -182,6 +184,7 @@ def test_a_cascade_goes_on_from_where_models_part(monkeypatch: pytest.MonkeyPatc
             torch.testing.assert_close(answer.output[i], family.run(images[i], name).output, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_table_says_what_going_on_saves() -> None:
     net = routes()
     curve = calibrate(net, split_of(net))
@@ -308,6 +311,7 @@ def test_the_family_comes_back_as_it_was(net: detachnet.DetachableNet) -> None:
     net.eval()
 
 
+@pytest.mark.slow
 def test_command(net: detachnet.DetachableNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detachnet.data.datasets.load_data", lambda *_: (split_of(net), split_of(net)))
     detachnet.save(net, tmp_path / "last.safetensors")

@@ -182,6 +182,7 @@ def gate(family: Family, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.
     event.set()
 
 
+@pytest.mark.slow
 def test_runner_answers_what_the_family_answers(family: Family) -> None:
     images = list(torch.randn(20, 3, 32, 32))
     with DeadlineRunner(family, target_ms=10_000) as runner:
@@ -203,6 +204,7 @@ def test_first_runs_do_not_count(family: Family, monkeypatch: pytest.MonkeyPatch
         assert runner.policy.expect_s("base", 0, 0) != pytest.approx(family.latency_s("base")[1])
 
 
+@pytest.mark.slow
 def test_runner_counts_the_wait(family: Family, gate: threading.Event) -> None:
     now = {"time": 0.0}
     runner = DeadlineRunner(family, target_ms=3_000, clock=lambda: now["time"])
@@ -216,6 +218,7 @@ def test_runner_counts_the_wait(family: Family, gate: threading.Event) -> None:
     assert first.result(0).service_s in (0.0, 2.0)
 
 
+@pytest.mark.slow
 def test_a_long_queue_goes_to_a_faster_model(family: Family, gate: threading.Event) -> None:
     with DeadlineRunner(family, target_ms=100, clock=lambda: 0.0) as runner:
         futures = [runner.submit(torch.zeros(3, 32, 32)) for _ in range(60)]
@@ -386,6 +389,7 @@ def test_a_wait_is_no_slowness_of_a_model(monkeypatch: pytest.MonkeyPatch) -> No
     assert runner.policy.expect_s("base", 0, 0) == pytest.approx(0.010 * (1 + 4 * 0.05 * 31 / 32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "stall_s"), [(200, 0), (200, 3), (400, 1), (400, 3), (900, 0)])
 def test_what_is_answered_is_in_time_whatever_happens(
     monkeypatch: pytest.MonkeyPatch, rate: float, stall_s: float
@@ -483,6 +487,7 @@ def late_family(**accuracy: float) -> Family:
     return Family(TorchBackend(net, 1), "family.safetensors", measured.model_copy(update={"rows": tuple(rows)}))
 
 
+@pytest.mark.slow
 def test_only_what_parted_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     family, told, legs = late_family(), list[Served](), list[str]()
     run_leg = family._backend.run_leg
@@ -502,6 +507,7 @@ def test_only_what_parted_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(answer.output, family.run(image, name).output, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_listens_to_answers_fails_its_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detachnet.deploy.deadline.measure_rests", lambda *_: {("sub1", "base"): 0.7})
     with DeadlineRunner(late_family(), target_ms=10_000, refine=True) as runner:
@@ -537,6 +543,7 @@ def test_what_fits() -> None:
     assert not policy.fits(0.0, 29)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, ValueError])
 def test_a_run_that_ends_the_program_fails_its_request_only(
     family: Family, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
@@ -556,6 +563,7 @@ def test_a_run_that_ends_the_program_fails_its_request_only(
     assert (runner.counts.answered, runner.counts.failed) == (3, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_an_image_that_is_not_finite_gets_no_answer(family: Family, value: float) -> None:
     image = torch.zeros(3, 32, 32)
@@ -577,6 +585,7 @@ def test_an_image_that_changes_afterwards(family: Family, gate: threading.Event)
     assert torch.equal(served.output, family.run(torch.zeros(3, 32, 32), served.model).output)
 
 
+@pytest.mark.slow
 def test_closing_beside_submitting_loses_no_future(family: Family) -> None:
     for _ in range(5):
         runner = DeadlineRunner(family, target_ms=10_000, models=["sub1"])
@@ -596,6 +605,7 @@ def test_closing_beside_submitting_loses_no_future(family: Family) -> None:
         assert all(future.done() for future in futures)
 
 
+@pytest.mark.slow
 def test_the_end_is_behind_whatever_was_accepted(family: Family) -> None:
     """`close` in the midst of a `submit`, made certain: it waits."""
     runner = DeadlineRunner(family, target_ms=10_000)
@@ -618,6 +628,7 @@ def test_the_end_is_behind_whatever_was_accepted(family: Family) -> None:
     assert future.result(10).output.shape == (10,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -82,6 +82,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["vgg"], FAMILIES))
 def test_pytorch_detached_reloaded_onnx_runtime_and_torch_export_agree(name: str, tmp_path: Path) -> None:
     net = family(name)
@@ -104,6 +105,7 @@ def test_pytorch_detached_reloaded_onnx_runtime_and_torch_export_agree(name: str
     assert weights <= 1.02 * everything  # what models share is there once, batch norms are not folded
 
 
+@pytest.mark.slow
 def test_legs_join_to_models(tmp_path: Path) -> None:
     torch.manual_seed(0)
     subs = {"late": ["layer3.0:layer3.1"], "early": ["layer1.0:layer1.1"], "front": [":layer1"]}
@@ -140,6 +142,7 @@ def test_legs_join_to_models(tmp_path: Path) -> None:
     close(part.run("late").output, work.run("late").output[[0, 2]])
 
 
+@pytest.mark.slow
 def test_a_changed_leg_is_noticed(tmp_path: Path) -> None:
     model = detachnet.create_model("detachnet:vgg16_cifar", width=0.05)
     net = detachnet.make_detachable(model, {"late": detachnet.SubModel(drop=["features.16:features.22"])}).eval()
@@ -161,6 +164,7 @@ def test_a_family_is_hardly_larger_than_its_base(tmp_path: Path) -> None:
     assert sizes["family"] <= 1.02 * sizes["alone"]
 
 
+@pytest.mark.slow
 def test_manifest(toy: detachnet.DetachableNet, exported: Path) -> None:
     manifest = read_manifest(exported)
     assert manifest.names == ("base", "sub0", "sub1")
@@ -180,6 +184,7 @@ def test_manifest(toy: detachnet.DetachableNet, exported: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_graphs_say_what_they_are_and_nothing_about_the_machine(tmp_path: Path) -> None:
     net = family("vgg")
     info = describe_data("cifar10-mini", load_data("cifar10-mini"))
@@ -218,6 +223,7 @@ def test_some_models_and_their_latency(toy: detachnet.DetachableNet, tmp_path: P
     assert read_manifest(tmp_path / "out") == manifest
 
 
+@pytest.mark.slow
 def test_the_family_comes_back_as_it_was(toy: detachnet.DetachableNet, tmp_path: Path) -> None:
     net = detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8)).train()
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -233,6 +239,7 @@ def test_the_name_stays_a_function() -> None:
     assert detachnet.export is exporting.export
 
 
+@pytest.mark.slow
 def test_int8(tmp_path: Path) -> None:
     splits = load_data("cifar10-mini")
     few = Split(splits[1].images[:64], splits[1].labels[:64], splits[1].classes)
@@ -317,6 +324,7 @@ def wrong(*_: object) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda images: torch.zeros(len(images), 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stand_in", "error", "message"),
     [
@@ -340,6 +348,7 @@ def test_nothing_is_left_of_an_export_that_failed(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk(toy: detachnet.DetachableNet, tmp_path: Path) -> None:
     with disk_of(1000), pytest.raises(detachnet.ExportError, match="cannot write"):
         export(toy, tmp_path / "out")
@@ -501,6 +510,7 @@ def test_manifest_is_its_own_json(exported: Path) -> None:
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", slow_but(["timm:test_efficientnet"], ["timm:test_efficientnet", "timm:test_convnext"])
 )

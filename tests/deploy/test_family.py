@@ -27,6 +27,7 @@ def family(net: detachnet.DetachableNet) -> Family:
     return Family(TorchBackend(net, 1), "family.safetensors", profile_of(net))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limits", "model"),
     [
@@ -45,6 +46,7 @@ def test_choose(family: Family, limits: dict[str, float], model: str) -> None:
     assert family.choose(**limits) == model
 
 
+@pytest.mark.slow
 def test_models_go_on_from_where_another_parted() -> None:
     torch.manual_seed(0)
     model = detachnet.create_model("detachnet:vgg16_cifar", width=0.05)
@@ -108,6 +110,7 @@ def test_of_equally_accurate_models_the_cheaper() -> None:
     assert choose([Candidate("large", 0.8, 100), Candidate("small", 0.8, 10)], {}) == "small"
 
 
+@pytest.mark.slow
 def test_models_of_unknown_accuracy_are_not_chosen(net: detachnet.DetachableNet) -> None:
     other = make()
     other.facts = other.facts.updated(accuracy={"sub1": 0.6})
@@ -184,6 +187,7 @@ def test_what_cannot_be_run(family: Family) -> None:
         family.run("nothing.png")
 
 
+@pytest.mark.slow
 def test_load(tmp_path: Path, net: detachnet.DetachableNet) -> None:
     path = tmp_path / "last.safetensors"
     detachnet.save(net, path)
@@ -203,6 +207,7 @@ def storage_bytes(*tensors: torch.Tensor) -> int:
     return sum(storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["shared", "private"])
 def test_all_models_in_memory_cost_the_base_and_the_stepdowns(norm: str, tmp_path: Path) -> None:
     model = detachnet.create_model("detachnet:vgg16_cifar", width=0.25)
@@ -273,6 +278,7 @@ def test_what_an_export_refuses(exported: tuple[Path, detachnet.DetachableNet], 
         assert (done.exit_code, message in done.output) == (2, True)
 
 
+@pytest.mark.slow
 def test_only_onnx_graphs_are_run(exported: tuple[Path, detachnet.DetachableNet], tmp_path: Path) -> None:
     detachnet.export(make(), tmp_path / "pt2", "pt2", models=["sub1"])
     with pytest.raises(detachnet.ExportError, match=r"holds graphs of format 'pt2'[\s\S]*--format onnx"):

@@ -34,6 +34,7 @@ def test_models_are_run_in_turn_and_each_run_is_timed_alone() -> None:
     assert seconds == {"a": [1, 1, 1], "b": [1, 1, 1]}
 
 
+@pytest.mark.slow
 def test_percentiles_and_throughput(net: detachnet.DetachableNet, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = [0.1] * 50 + [0.2] * 45 + [1.0] * 5
     monkeypatch.setattr(measure, "alternate", lambda runs, n, warmup: dict.fromkeys(runs, seconds))
@@ -121,6 +122,7 @@ def test_cuda(net: detachnet.DetachableNet) -> None:
         assert row.peak_memory_bytes > row.num_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux only")
 def test_memory_that_is_made_and_memory_that_is_used_count() -> None:
     def prepare() -> peak.Run:
@@ -188,6 +190,7 @@ def checkpoint(net: detachnet.DetachableNet, tmp_path: Path) -> Path:
     return tmp_path / "last.safetensors"
 
 
+@pytest.mark.slow
 def test_command(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "resident_peaks", lambda *_: ({"base": 5_000_000}, "how"))
     done = CliRunner().invoke(app, ["profile", str(checkpoint.parent), "--n", "3", "--threads", "1"])

@@ -10,6 +10,7 @@ from detachnet.surgery.spans import span_places
 from detachnet.surgery.trace import trace
 
 
+@pytest.mark.slow
 def test_every_place_is_timed_and_the_model_left_alone() -> None:
     model = torchvision.models.resnet18(num_classes=5).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

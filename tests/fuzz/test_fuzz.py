@@ -139,6 +139,7 @@ RECIPE = json.loads(load_recipe(QUICKSTART).model_dump_json())
 KEYS = [f"{table}.{key}" for table, keys in RECIPE.items() if isinstance(keys, dict) for key in keys]
 
 
+@pytest.mark.slow
 @fuzz(250)
 @given(altered(RECIPE))
 def test_tables_of_a_recipe(tables: Any) -> None:
@@ -191,6 +192,7 @@ def sub_model(value: Any) -> Any:
     return detachnet.SubModel(drop=value[0], width=value[1]) if isinstance(value, tuple) else value
 
 
+@pytest.mark.slow
 @fuzz(50)
 @given(CUTS, st.sampled_from(["conv", "stem", "identity"]), st.sampled_from(["private", "shared"]))
 def test_cuts_and_spans(cuts: Any, stepdown: Any, norm: Any) -> None:
@@ -213,6 +215,7 @@ SIZES = (
 )
 
 
+@pytest.mark.slow
 @fuzz(40)
 @given(SIZES)
 def test_sizes(size: Any) -> None:
@@ -238,6 +241,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], di
     return json.loads(header.model_dump_json()), tensors
 
 
+@pytest.mark.slow
 @fuzz(60)
 @given(st.data())
 def test_headers(
@@ -254,6 +258,7 @@ def test_headers(
     harmless(lambda: detachnet.load(path, models.Plain()))
 
 
+@pytest.mark.slow
 @fuzz(150)
 @given(st.data())
 def test_manifests(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
@@ -299,6 +304,7 @@ def profile_text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_profile(profile_of(make()), folder / LAST).read_text()
 
 
+@pytest.mark.slow
 @fuzz(150)
 @given(st.data())
 def test_files_of_a_run(tmp_path_factory: pytest.TempPathFactory, profile_text: str, data: st.DataObject) -> None:

@@ -115,6 +115,7 @@ def test_names_are_text(tmp_path: Path) -> None:
         assert text.count(f">{name}</text>") == 2  # beside the point, in the legend
 
 
+@pytest.mark.slow
 def test_nothing_of_matplotlib_is_loaded_before_it_draws_and_no_state_is_shared() -> None:
     code = (
         "import sys; from detachnet.report.chart import key\n"

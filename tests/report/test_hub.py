@@ -150,6 +150,7 @@ def family(model: torch.nn.Module | None = None) -> detachnet.DetachableNet:
     return net
 
 
+@pytest.mark.slow
 def test_what_is_pushed_loads_again(hub: type[Hub]) -> None:
     net = family()
     assert detachnet.push_to_hub(net, "me/family", license="apache-2.0", private=True).endswith(COMMIT)
@@ -167,6 +168,7 @@ def test_what_is_pushed_loads_again(hub: type[Hub]) -> None:
     assert b'license: "mit"' in hub.repos["me/family"]["README.md"]
 
 
+@pytest.mark.slow
 def test_what_is_fetched_once_needs_no_network(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     detachnet.push_to_hub(family(), "me/family", license="mit")
     detachnet.load("hf-hub:me/family")
@@ -205,6 +207,7 @@ def test_a_model_of_ones_own_is_never_run_from_there(hub: type[Hub]) -> None:
     assert detachnet.load("hf-hub:me/own", model=Net(width=0.05)).names == ("base", "sub0")
 
 
+@pytest.mark.slow
 def test_the_command(hub: type[Hub], tmp_path: Path) -> None:
     net = family()
     (tmp_path / "run").mkdir()

@@ -20,6 +20,7 @@ FOUND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("models", [(), ("base", "sub1")])
 def test_a_recipe_for_what_was_found(tmp_path: Path, models: tuple[str, ...]) -> None:
     chosen = recipe(*([f"train.models={list(models)}"] if models else []))

@@ -29,6 +29,7 @@ def judge() -> Iterator[Judge]:
     worth._here.clear()
 
 
+@pytest.mark.slow
 def test_a_judge_is_unpacked_once(judge: Judge) -> None:
     sent = pickle.dumps(judge)
     there = pickle.loads(sent)

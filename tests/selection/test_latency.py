@@ -163,6 +163,7 @@ def test_milliseconds_are_no_shares() -> None:
         checked([4], "latency_ms", 3.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["torch", "onnx"])
 def test_a_stopwatch(runtime: Any) -> None:
     """It runs the module through the runtime, so many times, and leaves the number of threads."""

@@ -65,6 +65,7 @@ def test_sub_models_within_budgets(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.detach(name)(some), loaded(some, which=name))
 
 
+@pytest.mark.slow
 def test_what_is_a_sub_model_already_is_chosen_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     judge: Callable[..., Any] = Judge.__call__
 
@@ -129,6 +130,7 @@ def test_another_network_does_not_go_on(tmp_path: Path) -> None:
         search(folder=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("budgets", "said"),
     [
@@ -194,6 +196,7 @@ def test_images_that_a_run_was_not_trained_on(tmp_path: Path, monkeypatch: pytes
         run_images(tmp_path, 12)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipe.toml").write_text(load_recipe(QUICKSTART).to_toml())
     detachnet.save(trained(), tmp_path / "last.safetensors", own=True)

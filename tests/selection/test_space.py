@@ -59,6 +59,7 @@ def test_the_smallest_is_the_smallest() -> None:
         assert least == min(cost(candidate) or 0 for candidate in everything(space, cost))
 
 
+@pytest.mark.slow
 def test_filters_at_both_ends_of_a_span_go_together() -> None:
     """In a chain without skip connections: what is before the span then goes into what was behind it."""
     model = detachnet.create_model("detachnet:vgg16_cifar", width=0.25)

@@ -85,6 +85,7 @@ def test_which_call_of_a_module_is_meant() -> None:
     assert [plan["sub0"].stepdown.feature for plan in (first, second)] == [(4, 8, 8), (5, 4, 4)]  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_stem_that_costs_more_than_it_saves() -> None:
     with torch.device("meta"):
         model = detachnet.create_model("torchvision:resnet50")
@@ -158,6 +159,7 @@ def test_parametrized_and_frozen_layers(change: object) -> None:
         assert_joint_equals_separate(net, IMAGES.double())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
 def test_wrapped_models(wrap: object) -> None:
     model = models.Plain().eval()
@@ -193,6 +195,7 @@ def test_auto_cuts_are_spread_over_the_macs_behind_activations() -> None:
     assert detachnet.make_detachable(model, "auto").plan == detachnet.make_detachable(model, 2).plan
 
 
+@pytest.mark.slow
 def test_shares_of_macs() -> None:
     plan = detachnet.make_detachable(detachnet.create_model("torchvision:vgg16_bn"), [0.7, 0.3]).plan
     assert [round(model.macs / plan.models[0].macs, 1) for model in plan.models] == [1.0, 0.7, 0.3]

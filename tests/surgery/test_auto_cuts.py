@@ -67,6 +67,7 @@ def planned(name: str, cuts: int, stepdown: str) -> detachnet.DetachPlan | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stepdown", ["conv", "stem"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("name", slow_but(FAST, CONVOLUTIONAL))
@@ -105,6 +106,7 @@ def test_a_cut_that_does_not_pay_says_why() -> None:
     assert points["features.9"].caution == ""
 
 
+@pytest.mark.slow
 def test_shares_that_cannot_be_reached_are_said() -> None:
     model = detachnet.create_model("torchvision:shufflenet_v2_x1_0")
     plan = detachnet.make_detachable(model, [0.55], check="none").plan
@@ -115,11 +117,13 @@ def test_shares_that_cannot_be_reached_are_said() -> None:
     assert "sub-models that drop the front keep 97, 93, 89" in str(error.value)
 
 
+@pytest.mark.slow
 def test_ends_of_blocks_are_preferred() -> None:
     plan = detachnet.make_detachable(detachnet.create_model("timm:efficientnet_b0"), [0.7, 0.4], check="none").plan
     assert [model.cut for model in plan.models[1:]] == ["blocks.3.0", "blocks.4"]
 
 
+@pytest.mark.slow
 def test_a_cut_by_name_that_does_not_pay_is_said() -> None:
     model = detachnet.create_model("torchvision:mobilenet_v3_large")
     plan = detachnet.make_detachable(model, ["avgpool"], check="none").plan

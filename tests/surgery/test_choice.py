@@ -37,6 +37,7 @@ def chosen(
     return [route.drop for route in choose_routes(trace(model, size), shares, **options)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -73,6 +74,7 @@ def test_what_is_left_out_is_spread_over_the_stages() -> None:
     assert len({span[:6] for span in route}) == len(route) >= 3
 
 
+@pytest.mark.slow
 def test_each_sub_model_is_another() -> None:
     routes = chosen(torchvision.models.densenet121(), 0.5, 0.4, 0.35, size=(3, 64, 64))  # with few places
     assert len(set(routes)) == 3
@@ -124,6 +126,7 @@ def test_costs_say_what_is_worth_leaving_out() -> None:
     assert [r.drop for r in choose_routes(traced, [0.5], costs=slow)] == [("layer2.0:layer2",)]
 
 
+@pytest.mark.slow
 def test_the_least_important_span_goes() -> None:
     model = torchvision.models.resnet18(num_classes=5)
     spans = [span.name for span in detachnet.find_spans(model, (3, 64, 64)) if span.bridge is None]
@@ -132,6 +135,7 @@ def test_the_least_important_span_goes() -> None:
         assert chosen(model, 0.9, size=(3, 64, 64), importance=lost) == [(least,)]
 
 
+@pytest.mark.slow
 def test_importance_is_the_loss_without_a_block() -> None:
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=5).train()
@@ -160,6 +164,7 @@ def test_importance_needs_images_and_spans() -> None:
         )
 
 
+@pytest.mark.slow
 def test_auto_is_two() -> None:
     model = torchvision.models.resnet18(num_classes=5)
     make: Callable[..., detachnet.DetachableNet] = detachnet.make_detachable

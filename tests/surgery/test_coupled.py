@@ -114,6 +114,7 @@ def family(model: nn.Module) -> detachnet.DetachableNet:
     return detachnet.make_detachable(model.double(), ["conv1"], (3, 8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*VECTORS, *MAPS])
 def test_joint_equals_separate(name: str) -> None:
     net = family(Mixed(copy.deepcopy(VECTORS.get(name)), MAPS.get(name)))
@@ -189,6 +190,7 @@ COMMON = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["torchvision:resnet18"], COMMON))
 def test_of_common_networks_only_batch_norms_run_model_by_model(name: str) -> None:
     size = 224 if name.startswith("timm:") else 64

@@ -133,6 +133,7 @@ def test_outputs_without_a_batch_axis() -> None:
     assert_joint_equals_separate(net, torch.randn(4, 3, 8, 8, dtype=torch.double))
 
 
+@pytest.mark.slow
 def test_auxiliary_heads_have_private_norms_too() -> None:
     model = detachnet.create_model("torchvision:googlenet", init_weights=False, aux_logits=True)
     net = detachnet.make_detachable(model, ["inception3a"], (3, 96, 96)).train()

@@ -27,6 +27,7 @@ def test_a_cut_point_knows_its_sub_model() -> None:
     assert point.num_params == (3 * 2 * 2 * 4 + 4) + (4 * 9 * 8 + 8) + 2 * 8 + (8 * 5 + 5)
 
 
+@pytest.mark.slow
 def test_counts_agree_with_the_detached_model() -> None:
     model = detachnet.create_model("torchvision:resnet18")
     net = detachnet.make_detachable(model, ["layer1", "layer3.0"], (3, 64, 64))
@@ -99,6 +100,7 @@ def test_a_cut_in_front_of_a_batch_norm_gets_a_hint() -> None:
     assert "sub0 is cut between 'conv2' and its batch norm" in str(cut(models.Plain(), "conv2").plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["torchvision:vgg16"], ["torchvision:vgg16", "torchvision:vgg16_bn"]))
 def test_the_design_brief_example(name: str) -> None:
     model = detachnet.create_model(name, num_classes=10)
@@ -107,6 +109,7 @@ def test_the_design_brief_example(name: str) -> None:
     assert features == ([(128, 16, 16), (512, 4, 4)] if name.endswith("vgg16") else [(64, 16, 16), (256, 8, 8)])
 
 
+@pytest.mark.slow
 def test_the_papers_cuts() -> None:
     plan = detachnet.make_detachable(
         detachnet.create_model("detachnet:vgg16_cifar"), ["features.6", "features.23"]
@@ -141,6 +144,7 @@ def test_impossible_input_size(size: tuple[int, ...]) -> None:
         detachnet.find_cuts(models.Plain(), size)
 
 
+@pytest.mark.slow
 def test_declared_input_sizes() -> None:
     for name, size in (
         ("torchvision:inception_v3", 299),

@@ -33,6 +33,7 @@ def test_base_has_the_models_own_keys(net: detachnet.DetachableNet) -> None:
     assert torch.equal(net(IMAGES), model.eval()(IMAGES))
 
 
+@pytest.mark.slow
 def test_which_and_active(net: detachnet.DetachableNet) -> None:
     every = net(IMAGES, which="all")
     assert list(every) == ["base", "sub0", "sub1"]

@@ -27,6 +27,7 @@ print(detachnet.train(recipe, sys.argv[2]).status)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widest_instructions", ["AVX2", "DEFAULT"])
 def test_a_thin_resnet_is_trained(tmp_path, widest_instructions: str) -> None:
     """In a process of its own: where the layout is wrong the heap is corrupted, with AVX2 within a few steps."""
@@ -39,6 +40,7 @@ def test_a_thin_resnet_is_trained(tmp_path, widest_instructions: str) -> None:
     assert "'layer2.0.downsample.0' is a strided 1×1 convolution" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kwargs", "cut"),
     [

@@ -75,6 +75,7 @@ def run(net: detachnet.DetachableNet, name: str, images: Tensor, share: bool = T
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("options", [{}, {"head": "private"}, {"norm": "shared"}], ids=str)
 def test_legs_one_behind_the_other_are_the_model(name: str, options: dict[str, Any]) -> None:

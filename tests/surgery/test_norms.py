@@ -45,6 +45,7 @@ def propagated(
     return [tensor.detach() for tensor in tensors if tensor is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_compiled_it_is_the_same(kind: Callable[[int], nn.Module], shared: bool) -> None:

@@ -458,6 +458,7 @@ PREPARING: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prepare", "named", "end"), PREPARING)
 def test_what_prepares_the_image_prepares_it_for_all_models(prepare: Any, named: str, end: str) -> None:
     model = Prepared(prepare)

@@ -22,6 +22,7 @@ def net() -> detachnet.DetachableNet:
     return detachnet.make_detachable(model, ["features.6", "features.23"], (3, 32, 32), norm="shared")
 
 
+@pytest.mark.slow
 def test_each_model_gets_the_statistics_of_its_own_features(net: detachnet.DetachableNet) -> None:
     before = copy.deepcopy(net.state_dict())
     fresh = recalibrate(net, IMAGES)
@@ -41,6 +42,7 @@ def test_each_model_gets_the_statistics_of_its_own_features(net: detachnet.Detac
         assert measured.momentum == 0.1
 
 
+@pytest.mark.slow
 def test_statistics_over_one_batch_are_those_of_training_mode(net: detachnet.DetachableNet) -> None:
     fresh = recalibrate(net, IMAGES[:1])
     for name in net.names:
@@ -58,6 +60,7 @@ def test_dropout_stays_off() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.buffers(), other.buffers(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_private_family_keeps_its_weights(net: detachnet.DetachableNet) -> None:
     private = net.with_private_norms()
     fresh = recalibrate(private, IMAGES)
@@ -66,6 +69,7 @@ def test_a_private_family_keeps_its_weights(net: detachnet.DetachableNet) -> Non
     assert not torch.equal(private.base.features[1].running_mean, fresh.base.features[1].running_mean)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     run = train(recipe("family.norm=shared", "train.epochs=1", "data.num_train=200"), tmp_path / "run").folder
     out = CliRunner().invoke(app, ["recalibrate", str(run.path), "-o", str(tmp_path / "new.safetensors")])
@@ -79,6 +83,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "exists already" in again.output
 
 
+@pytest.mark.slow
 def test_a_family_that_does_not_know_its_data(net: detachnet.DetachableNet, tmp_path: Path) -> None:
     detachnet.save(net, tmp_path / "family.safetensors")
     args = ["recalibrate", str(tmp_path / "family.safetensors"), "-o", str(tmp_path / "new.safetensors")]
@@ -87,6 +92,7 @@ def test_a_family_that_does_not_know_its_data(net: detachnet.DetachableNet, tmp_
     assert "does not say what it was trained on" in result.output
 
 
+@pytest.mark.slow
 def test_no_images(net: detachnet.DetachableNet) -> None:
     with pytest.raises(detachnet.DataError, match="no images to measure statistics on"):
         recalibrate(net, [])

@@ -35,6 +35,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["shared", "private"])
 @pytest.mark.parametrize("name", slow_but(["detachnet:vgg16_cifar"], FAMILIES))
 def test_families(name: str, norm: str) -> None:
@@ -48,6 +49,7 @@ def test_families(name: str, norm: str) -> None:
         torch.testing.assert_close(net(images, which=k), net.detach(k)(images), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["shared", "private"])
 def test_outputs_are_bitwise_equal(norm: str) -> None:
     net = detachnet.make_detachable(
@@ -142,6 +144,7 @@ def test_frozen_norms_stay_frozen() -> None:
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_features_are_the_base_models_at_the_cut_and_the_step_downs(training: bool) -> None:
     model = detachnet.create_model("detachnet:vgg16_cifar", width=0.1).double()
@@ -168,6 +171,7 @@ def test_no_features_without_one_pass() -> None:
         net(torch.zeros(2, 3, 8, 8), which="all", features=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["private", "shared"])
 @pytest.mark.parametrize("training", [True, False])
 def test_private_heads(norm: Norm, training: bool) -> None:

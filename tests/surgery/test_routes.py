@@ -88,6 +88,7 @@ def family(name: str, **options: Any) -> detachnet.DetachableNet:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["private", "shared"])
 @pytest.mark.parametrize("name", slow_but(["vgg", "resnet"], FAMILIES))
 def test_joint_equals_separate(name: str, norm: str) -> None:
@@ -98,6 +99,7 @@ def test_joint_equals_separate(name: str, norm: str) -> None:
     assert_joint_equals_separate(net, torch.randn(3, 3, size, size, dtype=torch.double))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["vgg", "resnet"], ["vgg", "resnet", "mobilenet", "convnext"]))
 def test_detached_equals_attached_and_files_come_back(name: str, tmp_path) -> None:
     net = family(name, head="private").eval()
@@ -158,6 +160,7 @@ def test_what_is_shared_runs_once() -> None:
     assert hasattr(net.norms.late.features, "25")
 
 
+@pytest.mark.slow
 def test_models_that_part_late_share_norms_and_bridges() -> None:
     model = detachnet.create_model("detachnet:resnet_cifar", width=0.25)
     net = detachnet.make_detachable(
@@ -307,6 +310,7 @@ def test_everything_left_out() -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_callable_builds_every_bridge() -> None:
     asked = []
 
@@ -322,6 +326,7 @@ def test_a_callable_builds_every_bridge() -> None:
     assert [span.bridge.kind for model in net.plan.models for span in model.spans] == ["custom", "custom"]
 
 
+@pytest.mark.slow
 def test_with_private_norms_keeps_bridges_and_facts() -> None:
     net = family("resnet", norm="shared")
     net.facts, net.active = net.facts.updated(accuracy={"base": 0.5}), "exit"
@@ -332,6 +337,7 @@ def test_with_private_norms_keeps_bridges_and_facts() -> None:
         assert torch.equal(copied.eval()(images, which=name), net.eval()(images, which=name))
 
 
+@pytest.mark.slow
 def test_a_family_is_copied_and_pickled_with_its_routes() -> None:
     net = family("mobilenet").eval()
     images = torch.randn(2, 3, 32, 32)
@@ -373,6 +379,7 @@ IDENTITY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["detachnet:vgg16_cifar", "torchvision:resnet18"], IDENTITY))
 def test_spans_are_found(name: str) -> None:
     """Each is a sub-model that saves what it says."""
@@ -386,6 +393,7 @@ def test_spans_are_found(name: str) -> None:
         assert plan["a"].spans[0].bridge == span.bridge
 
 
+@pytest.mark.slow
 def test_spans_that_follow_each_other_are_one() -> None:
     model = detachnet.create_model("torchvision:resnet50")
     found = [span for span in detachnet.find_spans(model) if span.name.startswith("layer3.") and not span.bridge]

@@ -330,6 +330,7 @@ def name_of(run: Run) -> str:
     return run.__name__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", KEPT, ids=name_of)
 def test_the_smallest_module_around_is_kept_whole(run: Run) -> None:
     model = Net(nn.Sequential(nn.ReLU(), Block(run)))
@@ -347,6 +348,7 @@ def test_the_smallest_module_around_is_kept_whole(run: Run) -> None:
     assert_nothing_stays()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", KEPT, ids=name_of)
 def test_in_the_models_own_forward_it_is_right_or_refused_with_its_line(run: Run) -> None:
     model = Root(run)
@@ -562,6 +564,7 @@ def test_an_apply_bound_before_the_trace_is_kept_whole_or_refused() -> None:
 # Hooks.
 
 
+@pytest.mark.slow
 def test_a_container_with_hooks_is_kept_whole_and_runs_them() -> None:
     def tenfold(_: nn.Module, __: Any, out: Tensor) -> Tensor:
         return out * 10
@@ -655,6 +658,7 @@ def number(module: Any, x: Tensor) -> Tensor:
     return h
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run",
     [slice_in_place, piece_in_place, shortcut_in_place, flat_in_place, items_in_place, number],
@@ -850,6 +854,7 @@ def tempered(module: Any, x: Tensor) -> Tensor:
     return (h if module.kind == "plain" else h.relu()) / module.temperature  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_plain_attributes_are_followed(caplog: pytest.LogCaptureFixture) -> None:
     for model in (Root(tempered), Net(Block(tempered))):
         own = model if isinstance(model, Root) else model.middle

@@ -18,6 +18,7 @@ LITTLE = ("family.cuts=[]", "train.epochs=2")
 pytestmark = pytest.mark.usefixtures("little_data")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "names"),
     [
@@ -47,6 +48,7 @@ def test_what_is_asked_for_is_chosen_once(asked: str, names: tuple[str, ...]) ->
     assert build_family(open_recipe, SIZE).plan == build_family(chosen, SIZE).plan
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_was_chosen_and_goes_on_with_it(tmp_path: Path) -> None:
     asked = recipe(*LITTLE, "family.sub_models=[0.7]")
     train(asked, tmp_path / "whole")
@@ -156,6 +158,7 @@ def test_code_that_makes_no_model(own: Path, name: str, message: str) -> None:
         build_family(of_ones_own(own, f'model.name="{name}"'), SIZE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".tar"])
 def test_a_run_starts_from_a_plain_state_dict(
     tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
@@ -186,6 +189,7 @@ def test_a_run_starts_from_a_plain_state_dict(
         train(recipe(f"train.init={path}", "train.freeze_base=true"), tmp_path / "frozen")
 
 
+@pytest.mark.slow
 def test_published_weights_of_other_classes_are_not_frozen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +204,7 @@ def test_published_weights_of_other_classes_are_not_frozen(
         train(recipe(*options, "train.freeze_base=true"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_weights_of_something_else_are_refused(tmp_path: Path) -> None:
     from detachnet.training.start import start_from
 

@@ -55,17 +55,20 @@ def killed_and_resumed(chosen: Recipe, root: Path, out: Path, kill_at: int) -> N
     assert train(chosen, out, data_root=root, resume=True).status == "finished"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [2, STEPS + 2])
 def test_resumed_equals_uninterrupted(folder: Path, whole: Path, tmp_path: Path, kill_at: int) -> None:
     killed_and_resumed(recipe(**EVERYTHING), folder, tmp_path / "run", kill_at)
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(folder: Path, whole: Path, tmp_path: Path) -> None:
     train(recipe(**EVERYTHING, data__num_workers=2), tmp_path / "run", data_root=folder)
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_resume_exactly(folder: Path, tmp_path: Path, workers: int) -> None:
     pytest.importorskip("webdataset")
@@ -89,6 +92,7 @@ class Weights(Listener):
         self.steps.append({name: tensor.clone() for name, tensor in self.net.state_dict().items()})
 
 
+@pytest.mark.slow
 def test_what_is_written_are_the_averaged_weights(folder: Path, tmp_path: Path) -> None:
     seen = Weights()
     result = train(
@@ -105,6 +109,7 @@ def test_what_is_written_are_the_averaged_weights(folder: Path, tmp_path: Path) 
     assert written.facts.accuracy == detachnet.load(result.folder.best).facts.accuracy == test
 
 
+@pytest.mark.slow
 def test_averaged_weights_of_a_data_set_in_memory(tmp_path: Path) -> None:
     data = {"name": "cifar10-mini", "num_train": 64, "holdout": 50}
     kwargs = {"depth": 8, "width": 0.25}
@@ -132,6 +137,7 @@ def test_a_family_knows_how_its_images_are_read(folder: Path, whole: Path) -> No
     assert right / 12 == net.facts.accuracy["base"]
 
 
+@pytest.mark.slow
 def test_evaluate_and_predict(folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = CliRunner()
     out = runner.invoke(app, ["evaluate", str(whole), "--data-root", str(folder), "--json"])
@@ -159,6 +165,7 @@ def test_a_report_of_a_run_on_files(folder: Path, whole: Path, tmp_path: Path) -
     assert page.count("A test image of class cat") == 3
 
 
+@pytest.mark.slow
 def test_the_time_spent_waiting_is_measured(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = images.read_image
 
@@ -177,6 +184,7 @@ def test_the_time_spent_waiting_is_measured(folder: Path, tmp_path: Path, monkey
     assert f"{100 * share:.0f} % of the time went into waiting for images" in out.output
 
 
+@pytest.mark.slow
 def test_a_broken_image_ends_a_training_that_goes_on(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "pictures")
     picture = root / "val" / "cat" / "1.jpg"
@@ -188,6 +196,7 @@ def test_a_broken_image_ends_a_training_that_goes_on(tmp_path: Path) -> None:
     assert train(recipe(data__num_workers=1), tmp_path / "run", data_root=root, resume=True).status == "finished"
 
 
+@pytest.mark.slow
 def test_the_recipe_for_imagenet_on_a_little_folder(folder: Path, tmp_path: Path) -> None:
     options = ["data.image_size=64", "data.num_workers=1", "train.epochs=1", "train.batch_size=16"]
     options += ["schedule.warmup_epochs=0", "model.kwargs.num_classes=4"]
@@ -210,6 +219,7 @@ class Interrupt(Listener):
             os.kill(process.pid or 0, signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_whatever_the_workers_get(folder: Path, whole: Path, tmp_path: Path) -> None:
     chosen = recipe(**EVERYTHING, data__num_workers=2)
     assert train(chosen, tmp_path / "run", data_root=folder, listener=Interrupt()).status == "interrupted"
@@ -217,6 +227,7 @@ def test_ctrl_c_saves_whatever_the_workers_get(folder: Path, whole: Path, tmp_pa
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_half_precision_with_all_there_is(folder: Path, tmp_path: Path) -> None:
     chosen = recipe(**EVERYTHING, train__precision="bf16", train__epochs=1, loss__label_smoothing=0.1)
     assert train(chosen, tmp_path / "run", data_root=folder).status == "finished"
@@ -233,6 +244,7 @@ def test_evaluating_batches_directly(folder: Path, whole: Path) -> None:
     assert {name: score["accuracy"] for name, score in scores.items()} == net.facts.accuracy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["folder", "wds/x"])
 def test_two_processes(folder: Path, tmp_path: Path, name: str) -> None:
     """From a folder a run goes on with one process, from shards two make all of it."""

@@ -51,6 +51,7 @@ class Spoil(Listener):
             self.weight.data.view(-1)[0] = math.nan
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_keeps_its_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +66,7 @@ def test_a_training_that_diverges_keeps_its_last_good_checkpoint(
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 9])
 def test_the_step_and_the_model_are_named(tmp_path: Path, step: int) -> None:
     name = "stepdowns.sub0.weight"
@@ -77,6 +79,7 @@ def test_the_step_and_the_model_are_named(tmp_path: Path, step: int) -> None:
     assert (tmp_path / "run" / "best.safetensors").exists() == bool(epoch)
 
 
+@pytest.mark.slow
 def test_a_weight_that_no_loss_has_seen_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
     folder = RunFolder(tmp_path / "run")
@@ -89,6 +92,7 @@ def test_a_weight_that_no_loss_has_seen_is_not_saved(tmp_path: Path, monkeypatch
     train(recipe(), folder.path, resume=True)  # from there it goes on
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_finite_resumes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(trainer._Loop, "_check_finite", lambda self: None)
@@ -99,6 +103,7 @@ def test_a_checkpoint_that_is_not_finite_resumes_nothing(tmp_path: Path, monkeyp
         train(recipe(*DIVERGING), tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_a_test_loss_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     score = {"accuracy": 0.5, "loss": math.nan}
     monkeypatch.setattr(trainer._Loop, "_evaluate", lambda self: {"base": score})
@@ -107,6 +112,7 @@ def test_a_test_loss_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not (tmp_path / "run" / "best.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_command_leaves_with_1(tmp_path: Path) -> None:
     words = [word for option in [*SMALL, *DIVERGING] for word in ("--set", option)]
     result = CliRunner().invoke(app, ["train", "quickstart", "--out", str(tmp_path / "run"), *words])
@@ -122,6 +128,7 @@ SHORTAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", SHORTAGES, ids=lambda error: str(error)[:20])
 def test_no_memory_left_is_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
@@ -145,6 +152,7 @@ def test_no_memory_left_is_one_message(
     assert not (tmp_path / "run" / LOCK).exists()
 
 
+@pytest.mark.slow
 def test_other_errors_of_a_step_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> torch.Tensor:
         raise RuntimeError("the tensors do not fit")
@@ -162,6 +170,7 @@ class HangUp(Listener):
         raise OSError(5, "Input/output error")
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves(tmp_path: Path) -> None:
     handler = signal.getsignal(signal.SIGHUP)
     chosen = recipe("train.epochs=1", "schedule.warmup_epochs=0")
@@ -177,6 +186,7 @@ class Hang(Listener):
         os.kill(os.getpid(), signal.SIGHUP)
 
 
+@pytest.mark.slow
 def test_under_nohup_it_goes_on(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -203,6 +213,7 @@ class Second(Listener):
         assert leftover.exists()
 
 
+@pytest.mark.slow
 def test_a_folder_belongs_to_one_training_at_a_time(tmp_path: Path) -> None:
     listener = Second(tmp_path / "run")
     train(recipe(), tmp_path / "run", listener=listener)

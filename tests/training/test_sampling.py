@@ -57,6 +57,7 @@ def test_the_largest_and_the_smallest_and_some_others() -> None:
     assert sample_models(["a"], macs, 1, 0) == ("a",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["joint", "separate"])
 def test_each_step_trains_a_few_and_leaves_the_others(tmp_path: Path, strategy: str) -> None:
     seeing = Seeing()
@@ -86,6 +87,7 @@ def test_what_only_others_have_is_left_alone() -> None:
     assert {name.split(".")[0] + "." + name.split(".")[1] for name in changed} >= {"norms.b", "heads.b"}
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
     chosen = recipe("train.sample=1")
@@ -96,6 +98,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.Monkey
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_sampling_all_is_not_sampling(tmp_path: Path) -> None:
     train(recipe("train.sample=3"), tmp_path / "sampled")
     train(recipe(), tmp_path / "all")

@@ -38,6 +38,7 @@ def test_a_file_goes_before_a_name_and_a_path_is_none() -> None:
         detachnet.load_recipe("there/quickstart.toml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_the_command_and_the_library_run_the_same(name: str) -> None:
     overrides = [*SMALL, *TINY[name], "train.epochs=2", "schedule.warmup_epochs=1"]

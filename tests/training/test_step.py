@@ -42,6 +42,7 @@ def assert_close(these: dict[str, Tensor], those: dict[str, Tensor]) -> None:
         assert torch.allclose(one.double(), those[name].double(), 1e-9, 1e-11), name
 
 
+@pytest.mark.slow
 def test_a_step_is_what_one_writes_by_hand() -> None:
     net = family()
     other, loss = copy.deepcopy(net), MultiModelLoss({"sub1": 0.3}, label_smoothing=0.1)
@@ -81,6 +82,7 @@ def test_what_runs_and_what_propagates_may_be_given() -> None:
     assert seen == [{"which": net.names, "features": False}, losses[0] + 0.5 * losses[1] + losses[2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["private", "shared"])
 @pytest.mark.parametrize("teacher", ["base", "larger"])
 def test_separate_passes_give_the_same_gradients(norm: Norm, teacher: str) -> None:

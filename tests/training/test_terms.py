@@ -161,6 +161,7 @@ TERMS: dict[str, tuple[tuple[str, ...], Make, list[float], Any, dict[str, float]
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TERMS)
 def test_every_term_of_a_step_is_what_torch_has(tmp_path: Path, small: Callable[..., Recipe], name: str) -> None:
     options, make, rates, loss, weights = TERMS[name]
@@ -208,6 +209,7 @@ def masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
+@pytest.mark.slow
 def test_dropout_differs_in_every_step_and_is_the_same_on_resume(
     tmp_path: Path, small: Callable[..., Recipe], masks: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

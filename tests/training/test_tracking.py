@@ -57,6 +57,7 @@ def recipe(tracker: str) -> detachnet.Recipe:
     return detachnet.load_recipe("quickstart", [*OVERRIDES, f"train.log_with={tracker}"])
 
 
+@pytest.mark.slow
 def test_a_tracker_is_told_the_recipe_and_each_epoch(kept: list[Kept], tmp_path: Path) -> None:
     result = detachnet.train(recipe("tensorboard"), tmp_path / "run")
     (tracker,) = kept
@@ -73,6 +74,7 @@ def test_a_tracker_is_told_the_recipe_and_each_epoch(kept: list[Kept], tmp_path:
             assert {name: told[f"{kind}/{name}"] for name in row[kind]} == row[kind]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_tells_the_rest_and_a_failing_one_closes(
     kept: list[Kept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +93,7 @@ def test_a_resumed_run_tells_the_rest_and_a_failing_one_closes(
     assert second[3] == first[3]
 
 
+@pytest.mark.slow
 def test_a_tracker_changes_nothing(kept: list[Kept], tmp_path: Path) -> None:
     one = detachnet.train(recipe("tensorboard"), tmp_path / "one")
     other = detachnet.train(recipe(""), tmp_path / "other")

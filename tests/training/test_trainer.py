@@ -46,6 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_folder(whole: Path) -> None:
     assert sorted(path.name for path in whole.iterdir()) == [
         "best.safetensors",
@@ -74,6 +75,7 @@ def test_the_checkpoint_evaluates_to_the_same_numbers(whole: Path) -> None:
     assert {name: score["accuracy"] for name, score in scores.items()} == rows[-1]["test_accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", slow_but([STEPS + 3], [1, 5, STEPS, STEPS + 3, 3 * STEPS]))
 def test_resumed_equals_uninterrupted(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
@@ -149,6 +151,7 @@ class Interrupt(Listener):
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves(whole: Path, tmp_path: Path) -> None:
     handler = signal.getsignal(signal.SIGINT)
     assert train(recipe(), tmp_path / "run", listener=Interrupt()).status == "interrupted"
@@ -157,6 +160,7 @@ def test_ctrl_c_saves(whole: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(whole: Path) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
     assert train(recipe(), whole, resume=True).status == "finished"
@@ -176,6 +180,7 @@ def test_a_full_disk_leaves_a_run_that_goes_on(
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_folders_and_recipes_must_fit(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(detachnet.CheckpointError, match=r"there is a run in .* already"):
         train(recipe(), whole)
@@ -190,6 +195,7 @@ def test_folders_and_recipes_must_fit(whole: Path, tmp_path: Path) -> None:
         train(recipe(), tmp_path / "file" / "run")
 
 
+@pytest.mark.slow
 def test_a_run_resumes_whose_recipe_lacks_keys_that_came_later(whole: Path, tmp_path: Path) -> None:
     train(recipe(), tmp_path / "run", max_minutes=0)
     text = (tmp_path / "run" / "recipe.toml").read_text()
@@ -199,6 +205,7 @@ def test_a_run_resumes_whose_recipe_lacks_keys_that_came_later(whole: Path, tmp_
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_a_family_that_is_not_being_trained_resumes_nothing(whole: Path, tmp_path: Path) -> None:
     train(recipe(), tmp_path / "run", max_minutes=0)
     (tmp_path / "run" / "last.safetensors").write_bytes((whole / "best.safetensors").read_bytes())
@@ -220,6 +227,7 @@ def test_cudnn_searches_during_a_run_only(whole: Path, monkeypatch: pytest.Monke
     assert torch.backends.cudnn.benchmark == searched
 
 
+@pytest.mark.slow
 def test_a_familys_images_have_the_size_of_the_data(tmp_path: Path) -> None:
     options = ("model.name=timm:resnet10t", "model.kwargs={num_classes=10}", 'family.cuts=["layer2"]')
     chosen = load_recipe(QUICKSTART, [*SMALL[1:], *options, "train.epochs=1"])
@@ -233,6 +241,7 @@ def test_a_failed_start_leaves_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("models", slow_but([["base", "sub1"]], [["base"], ["sub1"], ["base", "sub1"]]))
 def test_any_set_of_models_is_trained_and_nothing_else(tmp_path: Path, models: list[str]) -> None:
     chosen = recipe(f"train.models={json.dumps(models)}", "train.epochs=1")
@@ -258,6 +267,7 @@ def test_the_seed_decides_everything_and_the_random_state_stays(tmp_path: Path) 
     assert train(recipe("train.epochs=1", "train.seed=1"), tmp_path / "c").table != first
 
 
+@pytest.mark.slow
 def test_multistep_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = record_rates(monkeypatch)
     options = ("schedule.name=multistep", "schedule.milestones=[2]", "optimizer.lr=0.01")
@@ -266,6 +276,7 @@ def test_multistep_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert rates == pytest.approx([*warmup, *[0.01] * STEPS, *[0.001] * STEPS])
 
 
+@pytest.mark.slow
 def test_cosine_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = record_rates(monkeypatch)
     train(recipe("optimizer.lr=0.01"), tmp_path / "run")
@@ -287,11 +298,13 @@ def record_rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return rates
 
 
+@pytest.mark.slow
 def test_evaluating_an_untrained_family() -> None:
     with pytest.raises(detachnet.CheckpointError, match="does not say what it was trained on"):
         evaluate(build_family(recipe(), (3, 32, 32)), tenth()[1])
 
 
+@pytest.mark.slow
 def test_held_out_training_images_stand_in_for_the_test_images(tmp_path: Path) -> None:
     chosen = recipe("data.num_train=300", "data.holdout=100", "train.epochs=1")
     result = train(chosen, tmp_path / "run")
@@ -317,6 +330,7 @@ def base_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(recipe('train.models=["base"]', "train.epochs=1"), folder).folder.last
 
 
+@pytest.mark.slow
 def test_all_models_start_from_a_trained_base_model(base_file: Path) -> None:
     before = detachnet.load(base_file)
     net = build_family(recipe(), (3, 32, 32))
@@ -327,6 +341,7 @@ def test_all_models_start_from_a_trained_base_model(base_file: Path) -> None:
         assert torch.equal(tensor, net.base.state_dict()[name.partition(".")[2]]), name
 
 
+@pytest.mark.slow
 def test_a_start_that_does_not_fit(base_file: Path, tmp_path: Path) -> None:
     with pytest.raises(detachnet.CheckpointError, match="cannot be started from: it has no 'base"):
         train(recipe("model.kwargs.width=0.1", f"train.init={base_file}"), tmp_path / "run")
@@ -335,6 +350,7 @@ def test_a_start_that_does_not_fit(base_file: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", slow_but(["private"], ["private", "shared"]))
 def test_a_frozen_base_model_stays_bit_for_bit(base_file: Path, tmp_path: Path, norm: str) -> None:
     chosen = recipe(f"train.init={base_file}", "train.freeze_base=true", f"family.norm={norm}", "train.epochs=2")
@@ -353,6 +369,7 @@ def test_a_frozen_base_model_stays_bit_for_bit(base_file: Path, tmp_path: Path, 
     assert len(set(accuracies)) == 1
 
 
+@pytest.mark.slow
 def test_a_start_from_a_run_that_did_not_train_its_base_model(tmp_path: Path) -> None:
     run = train(recipe('train.models=["sub1"]', "train.epochs=1"), tmp_path / "sub1").folder
     with pytest.raises(detachnet.CheckpointError, match="its base-model was not trained"):
@@ -366,6 +383,7 @@ def test_another_precision_in_the_same_process(tmp_path: Path) -> None:
         assert train(chosen, tmp_path / precision).status == "finished"
 
 
+@pytest.mark.slow
 def test_nothing_left_to_train(base_file: Path, tmp_path: Path) -> None:
     with pytest.raises(detachnet.RecipeError, match="freeze_base leaves nothing to train"):
         train(
@@ -499,6 +517,7 @@ def test_models_that_flatten_with_view_are_evaluated() -> None:
     assert evaluate(net, tenth()[1]).keys() == {"base", "sub0"}
 
 
+@pytest.mark.slow
 def test_what_saving_would_refuse_is_refused_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,6 +535,7 @@ def test_what_saving_would_refuse_is_refused_before_the_first_step(
 NARROW = ["family.models.half.width=0.5", 'family.models.best={width=0.75, filters="important"}']
 
 
+@pytest.mark.slow
 def test_a_recipe_with_widths(tmp_path: Path) -> None:
     """Trained, killed, resumed: the same to the bit; and a family to start others from."""
     options = recipe(*NARROW, "train.epochs=2")
@@ -557,6 +577,7 @@ def adopted(tmp_path: Path) -> Path:
     return tmp_path / "found.safetensors"
 
 
+@pytest.mark.slow
 def test_all_models_go_on_from_where_they_are(adopted: Path, caplog: pytest.LogCaptureFixture) -> None:
     there = detachnet.load(adopted)
     net = build_family(recipe(FOUND_TOO, f"train.init={adopted}"), (3, 32, 32))
@@ -569,6 +590,7 @@ def test_all_models_go_on_from_where_they_are(adopted: Path, caplog: pytest.LogC
     assert "goes on with sub0, sub1, found as they are there" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_is_another_sub_model_starts_from_the_base_model(adopted: Path) -> None:
     there = detachnet.load(adopted)
     another = FOUND_TOO.replace("0.5", "0.75")
@@ -591,6 +613,7 @@ def test_what_is_another_sub_model_starts_from_the_base_model(adopted: Path) -> 
         assert torch.equal(value, expected), name
 
 
+@pytest.mark.slow
 def test_important_filters_of_the_file_a_run_starts_from(whole: Path) -> None:
     options = recipe(*NARROW, f"train.init={whole}")
     net = build_family(options, (3, 32, 32))

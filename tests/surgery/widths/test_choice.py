@@ -34,6 +34,7 @@ def test_all_of_it_is_the_model() -> None:
 CHANNELS = find(resnet(), (3, 64, 64))[1]
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.floats(0.01, 1.0), st.floats(0.01, 1.0))
 def test_wider_costs_more_and_narrower_nests(one: float, other: float) -> None:
@@ -70,6 +71,7 @@ def test_an_order() -> None:
     assert result.error < 1e-9
 
 
+@pytest.mark.slow
 def test_the_important_ones() -> None:
     """Without gain a filter is the last, with large readers the first; one order nests."""
     model = resnet()
@@ -115,6 +117,7 @@ def test_refusals(width: float | dict[str, float], message: str) -> None:
         choose(CHANNELS, width)
 
 
+@pytest.mark.slow
 def test_the_choice_leaves_channels_as_they_are() -> None:
     """Shuffles couple channels, in a copy."""
     _, channels = find(detachnet.create_model("torchvision:shufflenet_v2_x0_5"), (3, 64, 64))
@@ -152,6 +155,7 @@ def test_hooks_stay_with_the_model() -> None:
     assert seen
 
 
+@pytest.mark.slow
 def test_groups_follow() -> None:
     narrow = narrowed(detachnet.create_model("timm:resnet50_gn", num_classes=10), (3, 64, 64)).narrow
     norms = [part for part in narrow.modules() if isinstance(part, nn.GroupNorm)]

@@ -73,6 +73,7 @@ def family() -> detachnet.DetachableNet:
     return copy.deepcopy(small_family())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(FAST, NETWORKS))
 def test_attached_is_detached_is_the_reference(name: str) -> None:
     model, size = base(name)
@@ -105,6 +106,7 @@ def test_attached_is_detached_is_the_reference(name: str) -> None:
             assert plan.macs == counter.get_total_flops() // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(FAST, NETWORKS))
 def test_gradients_are_the_small_networks_put_back(name: str) -> None:
     """A joint pass, separate passes, and detached networks whose gradients are scattered into the base-model's."""
@@ -130,6 +132,7 @@ def test_gradients_are_the_small_networks_put_back(name: str) -> None:
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12, msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sub", ["half", "best"])
 def test_a_small_networks_gradients_scattered_back(sub: str) -> None:
     """In training mode, with statistics: the plain small network against the family, weight by weight."""
@@ -161,6 +164,7 @@ def test_a_small_networks_gradients_scattered_back(sub: str) -> None:
     assert all(v == 0 for k, v in net.base.state_dict().items() if "num_batches" in k)
 
 
+@pytest.mark.slow
 def test_models_of_one_width_share_a_pass() -> None:
     net = family().train()
     apart = copy.deepcopy(net)
@@ -182,6 +186,7 @@ def test_models_of_one_width_share_a_pass() -> None:
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12, msg=key)
 
 
+@pytest.mark.slow
 def test_routes_and_widths_together() -> None:
     net = family().eval()
     x = images((3, 32, 32))
@@ -212,6 +217,7 @@ def test_the_order_of_the_answers() -> None:
         net(images((3, 32, 32)), which=("best", "half"))
 
 
+@pytest.mark.slow
 def test_copies_read_their_own_weights() -> None:
     net = family().eval()
     x = images((3, 32, 32))
@@ -246,6 +252,7 @@ def _is_norm(model: nn.Module, name: str) -> bool:
     return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.BatchNorm2d)
 
 
+@pytest.mark.slow
 def test_private_heads() -> None:
     model, size = base("torchvision:resnet18")
     net = detachnet.make_detachable(
@@ -259,6 +266,7 @@ def test_private_heads() -> None:
     assert net.base.fc.weight.grad is None
 
 
+@pytest.mark.slow
 def test_groups_of_filters() -> None:
     model, size = base("torchvision:resnet18")
     subs = {"a": SubModel(width={"layer4.0.conv1": 0.5, "layer1.0.conv1": 0.25})}
@@ -269,6 +277,7 @@ def test_groups_of_filters() -> None:
     assert torch.equal(net.detach("a")(x), net(x, which="a"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["half", "best", "front", "late"])
 def test_files(which: str, tmp_path: Path) -> None:
     net = family().eval()
@@ -283,6 +292,7 @@ def test_files(which: str, tmp_path: Path) -> None:
     assert torch.equal(again(x, which=which), out)
 
 
+@pytest.mark.slow
 def test_a_choice_that_does_not_fit(tmp_path: Path) -> None:
     model, size = base("torchvision:resnet18")
     channels = find_channels(trace(model, size))
@@ -326,6 +336,7 @@ def test_nothing_left_out(fields: dict[str, Any]) -> None:
         SubModel(**fields)
 
 
+@pytest.mark.slow
 def test_refused_widths() -> None:
     model, size = base("torchvision:resnet18")
 
@@ -351,6 +362,7 @@ def test_refused_widths() -> None:
         detachnet.make_detachable(bare, {"a": SubModel(width=0.5, filters="important")}, size, check="none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["shared", "private"])
 def test_norms_without_statistics_are_the_base_models(norm: Any) -> None:
     """Layer norms have none: each model normalizes over what it has, with the base-model's gains."""
@@ -375,6 +387,7 @@ def test_the_plan() -> None:
     assert row.split()[6] == "0"
 
 
+@pytest.mark.slow
 def test_recalibration() -> None:
     net = family()
     batches = [images((3, 32, 32), 8) for _ in range(2)]
@@ -385,6 +398,7 @@ def test_recalibration() -> None:
     assert not torch.equal(net.norms.half_.features.get_submodule("1").running_mean, norm.running_mean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["joint", "separate"])
 def test_training(strategy: Any) -> None:
     """A few steps of both strategies change all models, alike."""
@@ -397,6 +411,7 @@ def test_training(strategy: Any) -> None:
     assert (losses[-1] < 0.6 * losses[0]).all(), losses
 
 
+@pytest.mark.slow
 def test_strategies_give_the_same_gradients() -> None:
     x, target = images((3, 32, 32), 4), torch.arange(4)
     nets = [family().train() for _ in range(2)]
@@ -416,6 +431,7 @@ def test_thin_convolutions_of_a_narrow_model(caplog: pytest.LogCaptureFixture) -
     assert "'2' of a narrower sub-model is a strided 1×1 convolution" in caplog.text
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph() -> None:
     net = family().train()
     net.prepare(net.names)
@@ -444,6 +460,7 @@ class Reading(nn.Module):
         return {"logits": self.fc(x.mean((2, 3)))}
 
 
+@pytest.mark.slow
 def test_tensors_that_a_forward_pass_reads_itself(tmp_path: Path) -> None:
     net = detachnet.make_detachable(Reading().double(), SUBS, (3, 16, 16)).eval()
     assert "the raw image" not in str(net.plan)  # it runs what is in front, too
@@ -462,6 +479,7 @@ def test_tensors_that_a_forward_pass_reads_itself(tmp_path: Path) -> None:
     assert int((net.base.gain.grad != 0).sum()) == 16
 
 
+@pytest.mark.slow
 def test_widths_are_short_for_sub_models() -> None:
     model = detachnet.create_model("detachnet:resnet_cifar", width=0.5)
     net = detachnet.make_detachable(model, widths=[0.75, 0.5], check="none")

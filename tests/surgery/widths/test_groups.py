@@ -75,6 +75,7 @@ def test_parts_of_a_layer_have_names_of_their_own() -> None:
     assert groups[0].makers[0].ranges == ((0, 4),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "filters", "reason"),
     [

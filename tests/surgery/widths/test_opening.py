@@ -110,6 +110,7 @@ def test_nothing_to_open() -> None:
     assert open_layers(traced, is_known, NO_LEAVES) is traced
 
 
+@pytest.mark.slow
 def test_the_whole_width_is_the_model() -> None:
     result = narrowed(detachnet.create_model("timm:nf_resnet26", num_classes=10), (3, 64, 64), 1.0)
     assert result.changed < 1e-12

@@ -25,6 +25,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_half_the_width(name: str) -> None:
     size, most = NETWORKS[name]
@@ -47,6 +48,7 @@ def test_the_comparison_sees_a_wrong_column(path: str) -> None:
     assert result.error > 1e-6
 
 
+@pytest.mark.slow
 def test_other_channels_than_the_first() -> None:
     """A random order for each group."""
     model = detachnet.create_model("torchvision:densenet121", num_classes=10)
