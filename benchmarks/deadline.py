@@ -14,6 +14,7 @@ embedded data for four epochs first.
 
 from __future__ import annotations
 
+import argparse
 import random
 import tempfile
 import time
@@ -49,12 +50,7 @@ NUM_REQUESTS = 400
 
 
 def main() -> None:
-    parser = arguments(__doc__, fixed=True)
-    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT")
-    options = begin(parser)
-    with tempfile.TemporaryDirectory() as folder:
-        path = options.checkpoint or train(Path(folder) / "run")
-        net = detachnet.load(path)
+    options, net, path = begin_with_family(__doc__)
     first = measure(net, path)
     print(first.profile, end="\n\n")
     target_ms = 20e3 * first.profile["base"].p50_s
@@ -95,6 +91,16 @@ def measure(net: detachnet.DetachableNet, path: Path) -> Round:
         max(r.images_per_s for r in measured.rows if r.accuracy is not None),
     )
     return Round(Family(TorchBackend(net, threads=1), path, measured), measured, base + (fastest - base) / 4)
+
+
+def begin_with_family(doc: str | None) -> tuple[argparse.Namespace, detachnet.DetachableNet, Path]:
+    """The options, and the family whose file they name, or a small one that is trained first, with its path."""
+    parser = arguments(doc, fixed=True)
+    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT")
+    options = begin(parser)
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.checkpoint or train(Path(folder) / "run")
+        return options, detachnet.load(path), path
 
 
 def train(folder: Path) -> Path:

@@ -13,19 +13,17 @@ embedded data for four epochs first.
 from __future__ import annotations
 
 import random
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 import detachnet
-from common import Row, Target, arguments, begin, report
-from deadline import measure, train
+from common import Row, Target, report
+from deadline import begin_with_family, measure
 from detachnet.data.batches import Batches
 from detachnet.data.datasets import load_data
 from detachnet.deploy.deadline import DeadlineRunner, Served
@@ -36,12 +34,7 @@ LOADS = (0.5, 1.0, 2.0, 4.0)
 
 
 def main() -> None:
-    parser = arguments(__doc__, fixed=True)
-    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT")
-    options = begin(parser)
-    with tempfile.TemporaryDirectory() as folder:
-        path = options.checkpoint or train(Path(folder) / "run")
-        net = detachnet.load(path)
+    options, net, path = begin_with_family(__doc__)
     requests = test_images(net.facts.known_data, 100 if options.quick else 500)
     now = measure(net, path)
     target_ms = 20e3 * now.profile["base"].p50_s

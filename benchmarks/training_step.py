@@ -13,8 +13,8 @@ share with the base-model counted once: what joint ÷ base is where arithmetic i
 kept, as `detachnet train` has it.
 
 With `--compile` forward passes and losses run through torch.compile, as with `train.compile`, and `joint_to_plain`
-is the joint step over the same one without it. With `--layouts` `joint_to_first` is the joint step on
-channels-last images, as training has them, over the same one on channels-first images.
+is the joint step over the same one without it. With `--layouts` nothing but the joint step is timed, on
+channels-last images, as training has them, and on channels-first ones; `last_to_first` is their ratio.
 
 Memory is what two steps add at their highest to a family that is made already: activations, gradients, momentum;
 always without torch.compile. On CUDA torch's allocator tells it, on Linux the highest resident memory of a process
@@ -90,6 +90,8 @@ LARGE = (
     partial(Case, "ResNet-50/224", "torchvision:resnet50", ((":layer1",), (":layer2",)), 224),
     partial(Case, "MobileNetV3/224", "torchvision:mobilenet_v3_large", ((":features.3",), (":features.6",)), 224),
 )
+LAYOUTS = (SMALL[0](batch=128), LARGE[0](batch=16))
+"""Networks whose images' layout counts: wide, and of large images."""
 QUICK = (VGG("VGG-16-BN/32, half width", kwargs={"width": 0.5}), SMALL[1]())
 
 
@@ -97,10 +99,13 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--compile", action="store_true", help="forward passes and losses through torch.compile")
     parser.add_argument(
-        "--layouts", action="store_true", help="also with images that are channels-first in memory"
+        "--layouts", action="store_true", help="only the joint step, with both layouts of images in memory"
     )
     options = begin(parser)
     keep_freed()
+    if options.layouts:
+        report(options, [measure_layouts(case, options) for case in (QUICK if options.quick else LAYOUTS)])
+        return
     rows, targets = [], []
     for case in QUICK if options.quick else cases():
         if reason := left_out(case, rows, options.device):
@@ -199,8 +204,6 @@ def measure(case: Case, options: argparse.Namespace, seconds: float, least: int)
     runs = {way: partial(step.run, way) for way in WAYS}
     if options.compile:
         runs["plain"] = partial(Step(case, options.device).run, "joint")
-    if options.layouts:
-        runs["first"] = partial(Step(case, options.device, layout=torch.contiguous_format).run, "joint")
     timing = time_in_turn(runs, options.device, seconds, least)
     del step, runs
     gc.collect()
@@ -216,8 +219,22 @@ def measure(case: Case, options: argparse.Namespace, seconds: float, least: int)
         "mac_ratio": (macs - run_once) / base.macs,
         "sum_ratio": macs / base.macs,
         **({"joint_to_plain": timing.ratio("joint", "plain")} if options.compile else {}),
-        **({"joint_to_first": timing.ratio("joint", "first")} if options.layouts else {}),
         **{f"{way}_mb": memory[way] and memory[way] / 1e6 for way in WAYS},
+        "n": timing.n,
+    }
+
+
+def measure_layouts(case: Case, options: argparse.Namespace) -> Row:
+    """Times of the joint step with both layouts of images in memory."""
+    layouts = {"last": torch.channels_last, "first": torch.contiguous_format}
+    runs = {name: partial(Step(case, options.device, layout=of).run, "joint") for name, of in layouts.items()}
+    timing = time_in_turn(runs, options.device, *((6, 2) if options.quick else (60, 3)))
+    return {
+        "model": case.label,
+        "norm": case.norm,
+        "batch": case.batch,
+        **{f"{name}_ms": timing.median_ms(name) for name in layouts},
+        "last_to_first": timing.ratio("last", "first"),
         "n": timing.n,
     }
 

@@ -12,6 +12,8 @@ from .console import friendly, note, print_json, show
 from .options import AsJson
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from detachnet.surgery.cuts import CutPoint
     from detachnet.surgery.graph import TracedModel
     from detachnet.surgery.plan import DetachPlan
@@ -95,17 +97,24 @@ def inspect(
     elif widths:
         _show_widths(model, detachnet.find_widths(network, size), as_json)
     else:
-        from detachnet.surgery.cuts import cut_points
-        from detachnet.surgery.trace import trace
+        _show_points(model, network, size, stepdown, show_all, as_json)
 
-        traced = trace(network, size)
-        points = cut_points(traced, stepdown)
-        if as_json:
-            print_json([_record(point) for point in points])
-        elif show_all:
-            _show_nodes(model, traced, points)
-        else:
-            _show_cuts(model, points)
+
+def _show_points(
+    model: str, network: nn.Module, size: tuple[int, ...] | None, stepdown: str, show_all: bool, as_json: bool
+) -> None:
+    """Where a model can be cut, or every node of it."""
+    from detachnet.surgery.cuts import cut_points
+    from detachnet.surgery.trace import trace
+
+    traced = trace(network, size)
+    points = cut_points(traced, stepdown)
+    if as_json:
+        print_json([_record(point) for point in points])
+    elif show_all:
+        _show_nodes(model, traced, points)
+    else:
+        _show_cuts(model, points)
 
 
 def _show_nodes(model: str, traced: TracedModel, points: list[CutPoint]) -> None:

@@ -46,7 +46,7 @@ def make_card(
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in meta.items()) + "---\n",
         f"# {repo}\n",
         f"{plan.model} for {by(plan.input_size)} images and {len(plan.models) - 1} sub-models that share its "
-        "weights, in one file: a family of [detachnet](https://pypi.org/project/detachnet/).\n",
+        "weights, in one file: a family of detachnet.\n",
         _table(net).markdown(),
         _tested(net),
         f"![Accuracy against MACs]({FIGURE})\n" if figure(net) else "",

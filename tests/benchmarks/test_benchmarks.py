@@ -84,11 +84,11 @@ def test_training_step(
 ) -> None:
     monkeypatch.setattr(training_step, "added_memory", lambda case, way, _: {"base": 1_000_000}.get(way))
     case = training_step.VGG("tiny", batch=32, kwargs={"width": 0.03})
-    options.compile, options.layouts = compiled, not compiled
+    options.compile = compiled
     row = training_step.measure(case, options, seconds=0, least=2)
     assert row["n"] == 2
     assert row["mac_ratio"] > 1
-    assert ("joint_to_plain" in row) == compiled != ("joint_to_first" in row)
+    assert ("joint_to_plain" in row) == compiled
     graphs = 3 + 3 if compiled else 0  # one a way, and one a model in `freed`
     assert compiler.frame_count == graphs  # so the joint step beside them is not compiled
     assert (row["base_mb"], row["joint_mb"]) == (1.0, None)
@@ -97,11 +97,30 @@ def test_training_step(
 
 
 @pytest.mark.slow
+def test_layouts(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    options.quick, seen = True, []
+    run = training_step.Step.run
+
+    def noted(step: training_step.Step, way: str) -> None:
+        seen.append((way, step.images.is_contiguous(memory_format=torch.channels_last)))
+        run(step, way)
+
+    monkeypatch.setattr(training_step.Step, "run", noted)
+    monkeypatch.setattr(
+        training_step, "time_in_turn", lambda runs, *_: common.time_in_turn(runs, CPU, seconds=0, least=2)
+    )
+    row = training_step.measure_layouts(training_step.VGG("tiny", batch=4, kwargs={"width": 0.03}), options)
+    assert row["n"] == 2
+    assert row["last_to_first"] > 0
+    assert set(seen) == {("joint", True), ("joint", False)}
+
+
+@pytest.mark.slow
 def test_what_a_route_shares_is_counted_once(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_step, "added_memory", lambda *_: None)
     drop = training_step.ROUTES[0].drop
     case = training_step.VGG("tiny", drop=drop, batch=2, kwargs={"width": 0.03})
-    options.compile = options.layouts = False
+    options.compile = False
     row = training_step.measure(case, options, seconds=0, least=2)
     base, late = training_step.Step(case, CPU).net.plan.models
     assert row["sum_ratio"] == 1 + late.macs / base.macs
