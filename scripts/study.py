@@ -49,6 +49,16 @@ EXIT = 'family.models.exit.drop=["features.16:features.43"]'
 """Out behind convolution 5, through one convolution to the head: an early exit of as many MACs."""
 FRONT = 'family.models.front.drop=[":features.23"]'
 """In behind convolution 7, through a stem: the paper's way to save, for as many MACs."""
+WIDE, NARROW = "family.models.wide.width=0.63", "family.models.narrow.width=0.5"
+"""With 40 and 26 % of the MACs: the first filters of every layer, in multiples of 8."""
+_LATE = LATE.replace("late.drop", "{}.drop")
+THIN = (_LATE.format("thin"), 'family.models.thin.width={"features.0"=0.5}')
+"""Without late convolutions and with half of the first filters: 40 % of the MACs."""
+SLIM = (
+    _LATE.format("slim"),
+    'family.models.slim.width={"features.0"=0.5, "features.3"=0.5, "features.7"=0.75, "features.10"=0.75}',
+)
+"""Without late convolutions and with fewer filters in the layers that stay: 26 % of the MACs."""
 
 RUNS: dict[str, tuple[str, ...]] = {
     "all": (),
@@ -78,6 +88,12 @@ RUNS: dict[str, tuple[str, ...]] = {
     "middle-alone": (NO_CUTS, MIDDLE, 'train.models=["middle"]', NO_WEIGHTS),
     "inner-alone": (NO_CUTS, INNER, 'train.models=["inner"]', NO_WEIGHTS),
     "exit-alone": (NO_CUTS, EXIT, 'train.models=["exit"]', NO_WEIGHTS),
+    "wide+narrow": (NO_CUTS, WIDE, NARROW, NO_WEIGHTS),
+    "thin+slim": (NO_CUTS, *THIN, *SLIM, NO_WEIGHTS),
+    "wide-alone": (NO_CUTS, WIDE, 'train.models=["wide"]', NO_WEIGHTS),
+    "narrow-alone": (NO_CUTS, NARROW, 'train.models=["narrow"]', NO_WEIGHTS),
+    "thin-alone": (NO_CUTS, *THIN, 'train.models=["thin"]', NO_WEIGHTS),
+    "slim-alone": (NO_CUTS, *SLIM, 'train.models=["slim"]', NO_WEIGHTS),
 }
 """Name -> what is overridden in the recipe, which has all levers that help together."""
 

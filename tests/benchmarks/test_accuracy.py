@@ -1,0 +1,69 @@
+"""The alternatives' trainings: that they are the study's, and how early exits are counted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import accuracy
+import detachnet
+from detachnet.training.recipe import load_recipe
+
+COSTS = [1.0, 2.0, 4.0]
+LABELS = torch.tensor([0, 0, 1, 1])
+SURE, RIGHT = 20.0, torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+
+
+def outputs() -> list[torch.Tensor]:
+    """Three exits of two classes: the first is sure of two images, the second of three, of which one is wrong."""
+    first = torch.tensor([[SURE, 0.0], [0.1, 0.0], [0.1, 0.0], [0.0, SURE]])
+    second = torch.tensor([[SURE, 0.0], [SURE, 0.0], [SURE, 0.0], [0.0, 0.1]])
+    return [first, second, RIGHT]
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "right", "cost"),
+    [
+        ((1.01, 1.01), 1.0, 4.0),
+        ((0.9, 1.01), 1.0, (1 + 4 + 4 + 1) / 4),
+        ((0.9, 0.9), 0.75, (1 + 2 + 2 + 1) / 4),
+        ((0.0, 0.0), 0.75, 1.0),
+    ],
+)
+def test_an_image_leaves_at_the_first_exit_that_is_sure(
+    thresholds: tuple[float, float], right: float, cost: float
+) -> None:
+    assert accuracy.routed(outputs(), LABELS, COSTS, thresholds) == (right, cost)
+
+
+@pytest.mark.parametrize(
+    ("limit", "right", "cost"), [(4.0, 1.0, None), (2.5, 1.0, 2.5), (1.2, 0.75, 1.0), (0.5, 0.75, 1.0)]
+)
+def test_thresholds_are_the_best_within_a_cost(limit: float, right: float, cost: float | None) -> None:
+    thresholds = accuracy.best_thresholds(outputs(), LABELS, COSTS, limit)
+    found = accuracy.routed(outputs(), LABELS, COSTS, thresholds)
+    assert found[0] == right
+    assert found[1] <= max(limit, 1.0)
+    assert cost is None or found[1] == cost
+
+
+@pytest.mark.slow
+def test_a_network_is_trained_as_the_study_trains_it(tmp_path: Path) -> None:
+    changes = [
+        *("data.name=cifar10-mini", "data.num_train=256", "train.epochs=2", "schedule.warmup_epochs=1"),
+        *("model.kwargs.width=0.0625", "family.cuts=[]", "loss.weights={}", 'train.models=["base"]'),
+    ]
+    model = detachnet.create_model("detachnet:vgg16_cifar", width=0.0625)
+    save_file(model.state_dict(), tmp_path / "start.safetensors")
+    recipe = load_recipe(accuracy.RECIPE, [*changes, f"train.init={tmp_path / 'start.safetensors'}"])
+    done = detachnet.train(recipe, tmp_path / "run")
+    study = accuracy.Study(load_recipe(accuracy.RECIPE, changes), None, tmp_path)
+    assert len(study.held_out) == 384
+    study.fit(model, seed=0)
+    trained = detachnet.load(done.folder.last).detach("base").state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, trained[name], rtol=1e-4, atol=1e-5, msg=name)
+    row = study.row("vgg", 0, model, effort=1.0)
+    assert row.test == pytest.approx(done.table[0]["last_accuracy"], abs=0.002)
+    assert row.macs == done.table[0]["macs"]
