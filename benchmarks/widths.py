@@ -44,7 +44,7 @@ from detachnet.surgery.widths.slicing import slice_model
 WIDTHS = (0.75, 0.5, 0.25)
 PARTS = ("storage", "latency", "loading")
 DIVISORS = (8, 16)
-PROCESSES = 5
+PROCESSES = 3
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def open_here(folder: Path, model: str, options: argparse.Namespace) -> dict[str
     loaded, memory = time.perf_counter(), resident_bytes()
     images = torch.randn(1, *backend.input_size)
     run = partial(backend.run, model, images)
-    timing = time_in_turn({model: run}, options.device, 0.5 if options.quick else 5.0)
+    timing = time_in_turn({model: run}, options.device, 0.5 if options.quick else 2.0)
     return {
         "load_ms": 1e3 * (loaded - began),
         "resident_mb": (memory - before) / 1e6,

@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,12 +98,11 @@ def theirs(model: nn.Module, image: tuple[int, ...]) -> tuple[float, nn.Module]:
         group.prune()
     with torch.no_grad():
         for name, kept in reads.items():
-            module: Any = whole.get_submodule(name)
-            if getattr(module, "groups", 1) == 1:
-                dropped = torch.ones(module.weight.shape[1], dtype=torch.bool).index_fill(
-                    0, torch.tensor(kept), False
-                )
-                module.weight[:, dropped] = 0.0
+            weight: Tensor = whole.get_submodule(name).weight
+            dropped = torch.ones(weight.shape[1], dtype=torch.bool)
+            dropped[[channel for channel in kept if channel < len(dropped)]] = False  # the same in every group
+            if len(dropped) > 1:  # a depthwise convolution has as many groups as channels
+                weight[:, dropped] = 0.0
         out, expected = first(model(images)), first(whole(images))
     return float((out - expected).abs().max() / expected.abs().max()), model
 
