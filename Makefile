@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test fast coverage fuzz lint docs zoo zoo-sample study bench soak clean
+.PHONY: quickstart test fast nightly coverage fuzz lint docs zoo zoo-sample study bench soak clean
 
 quickstart: .venv/package ## train a small family on embedded data, a few minutes on two cores
 	rm -rf runs/quickstart
@@ -13,6 +13,9 @@ test: .venv/dev ## everything that must pass
 
 fast: .venv/dev ## the tests that are not marked slow, some two minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --max-worker-restart 0
+
+nightly: .venv/dev ## the tests that `make test` leaves out: more networks and settings, some half an hour on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly -n auto --dist loadfile --max-worker-restart 0
 
 fuzz: .venv/dev ## random recipes, headers, manifests, cuts, sizes and run folders; FUZZ=10000 of them
 	FUZZ=$(or $(FUZZ),10000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz --timeout 0

@@ -14,6 +14,14 @@ settings.register_profile("detachnet", deadline=None, derandomize=True, database
 settings.load_profile("detachnet")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is left to the night is slow."""
+    for item in items:
+        if item.get_closest_marker("nightly"):
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)

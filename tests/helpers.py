@@ -15,9 +15,11 @@ from detachnet.losses import logits
 DROPPING = ("Dropout", "StochasticDepth", "DropPath")
 
 
-def slow_but(fast: Sequence[object], values: Iterable[object]) -> list[Any]:
-    """Values for `parametrize`; `make fast` runs only the fast ones."""
-    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+def nightly_but(usual: Sequence[object], values: Iterable[object]) -> list[Any]:
+    """Values for `parametrize`, a tuple for several names: those of every run, the others for `make nightly`."""
+    night = [value for value in values if value not in usual]
+    marked = [value if isinstance(value, tuple) else (value,) for value in night]
+    return [*usual, *(pytest.param(*value, marks=pytest.mark.nightly) for value in marked)]
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

@@ -1,6 +1,8 @@
 """The n-th operation on the disk fails: the old file or the new one is there, whole."""
 
+import copy
 import hashlib
+import itertools
 import os
 import shutil
 import threading
@@ -13,10 +15,13 @@ from typer.testing import CliRunner
 
 import detachnet
 from detachnet.checkpoint.content import read
+from detachnet.deploy import formats, onnx_writer
 from detachnet.storage import MANIFEST, replace_file, write_new
 from detachnet.training import trainer
 from detachnet.training.trainer import train
 from tests.disks import Failing, each_failure
+from tests.helpers import nightly_but
+from tests.models import Plain
 from tests.runs import KillAfter, Killed, assert_same_run, recipe
 
 
@@ -52,8 +57,10 @@ def test_saving(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_exporting(tmp_path: Path) -> None:
-    net, folder = make(), tmp_path / "out"
+def test_exporting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, folder = detachnet.make_detachable(Plain(), ["pool"], (3, 8, 8), check="none").eval(), tmp_path / "out"
+    graph = onnx_writer.onnx_model(formats.Piece("sub0", net.detach("sub0"), torch.zeros(3, 3, 8, 8)))
+    monkeypatch.setattr(onnx_writer, "onnx_model", lambda piece: copy.deepcopy(graph))  # it takes most of the time
     for failing in each_failure():
         with failing:
             try:
@@ -68,36 +75,51 @@ def test_exporting(tmp_path: Path) -> None:
         assert hidden(tmp_path) == []
 
 
+SHORT = ("train.epochs=1", "schedule.warmup_epochs=0", "data.num_train=250")
+
+
+@pytest.fixture(scope="module")
+def runs(little_data: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two runs: one `whole`, and one `killed` after three steps, each of which was saved."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(recipe(*SHORT), folder / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "SAVE_EVERY_S", 0)
+        with pytest.raises(Killed):
+            train(recipe(*SHORT), folder / "killed", listener=KillAfter(3))
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("little_data")
-@pytest.mark.parametrize("for_good", [False, True])
-@pytest.mark.parametrize("number", [1, 4, 6, 9, 12, 14])
+@pytest.mark.parametrize(
+    ("number", "for_good"),
+    nightly_but(
+        [(1, False), (4, True), (6, False), (9, True), (12, False), (14, True)],
+        itertools.product([1, 4, 6, 9, 12, 14], [False, True]),
+    ),
+)
 def test_training_goes_on_after_any_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, for_good: bool
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, for_good: bool
 ) -> None:
-    chosen = recipe("train.epochs=1", "schedule.warmup_epochs=0")
+    chosen = recipe(*SHORT)
     monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
-    with pytest.raises(Killed):
-        train(chosen, tmp_path / "run", listener=KillAfter(3))
+    shutil.copytree(runs / "killed", tmp_path / "run")
     with Failing(number, for_good=for_good) as failing, pytest.raises(detachnet.DetachNetError):
         train(chosen, tmp_path / "run", resume=True)
     assert failing.failed
     detachnet.load(tmp_path / "run" / "last.safetensors")
     assert train(chosen, tmp_path / "run", resume=True).status == "finished"
-    train(chosen, tmp_path / "whole")
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", runs / "whole")
     assert hidden(tmp_path / "run") == []
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("little_data")
-def test_a_report(tmp_path: Path) -> None:
-    train(recipe("train.epochs=1", "schedule.warmup_epochs=0"), tmp_path / "run")
+def test_a_report(runs: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     for failing in each_failure():
         page.write_text("old")
         with failing:
-            result = CliRunner().invoke(app, ["report", str(tmp_path / "run"), "-o", str(page)])
+            result = CliRunner().invoke(app, ["report", str(runs / "whole"), "-o", str(page)])
         assert result.exit_code == 0 or (result.exit_code == 2 and failing.failed), result.output
         is_new = page.read_text().rstrip().endswith("</html>")
         assert is_new or (page.read_text() == "old" and result.exit_code == 2)

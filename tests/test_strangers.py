@@ -32,7 +32,7 @@ Change = Callable[[dict[str, Any]], object]
 @pytest.fixture(scope="module")
 def net() -> detachnet.DetachableNet:
     model = detachnet.create_model("detachnet:vgg16_cifar", width=0.05)
-    made = detachnet.make_detachable(model, ["features.6", "features.23"]).eval()
+    made = detachnet.make_detachable(model, ["features.6", "features.23"], check="none").eval()
     data = detachnet.DataInfo(name="two", classes=("a", "b"), mean=(0.5,) * 3, std=(0.2,) * 3)
     made.facts = detachnet.Facts(data=data, trained=("base",), accuracy={"base": 0.5})
     return made
@@ -345,7 +345,7 @@ def test_nothing_speaks_to_the_terminal(tmp_path: Path) -> None:
     assert re.fullmatch(r"[ -~]*", plain(EVIL))
     assert plain("MACs, 3×32 – 5\xa0%\nnext") == "MACs, 3×32 – 5\xa0%\nnext"
     model = detachnet.create_model("detachnet:vgg16_cifar", num_classes=3, width=0.05)
-    made = detachnet.make_detachable(model, ["features.6"])
+    made = detachnet.make_detachable(model, ["features.6"], check="none")
     data = detachnet.DataInfo(name="x", classes=(EVIL, EVIL, EVIL), mean=(0.5,) * 3, std=(0.2,) * 3)
     made.facts = detachnet.Facts(data=data)
     path = tmp_path / "f.safetensors"

@@ -7,7 +7,7 @@ preparation -> analysis -> cuts, spans        how the image is prepared, where a
 routes -> choice                              what is left out
 widths/                                       which filters go together, a choice of them, the narrower network
 plan, figures, hints -> planning              what a family will be, how it is drawn, what is odd about it
-coupling, finding, statistics                 what joins the images of a batch, and which layers keep statistics
+coupling, halves -> finding, statistics       what joins the images of a batch, and which layers keep statistics
 ownership, legs -> rewrite                    whose layer a node runs with, where models part, and all graphs
 detachable -> making, enlarging               the family, what makes it of a model, and a larger one of it
 difference -> proof                           the family compared with the model

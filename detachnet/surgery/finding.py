@@ -8,7 +8,6 @@ models' images, and on each model's half of it. No list of operations is needed,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +15,23 @@ from torch import Tensor, fx, nn
 
 from detachnet.surgery.coupling import ONCE, Coupling, Verdict
 from detachnet.surgery.graph import TracedGraph, writes_in_place
+from detachnet.surgery.halves import (
+    HALF,
+    Layout,
+    MeetError,
+    batch_axis,
+    cloned,
+    equal,
+    factors,
+    halved,
+    mapped,
+    mapped_pair,
+    shape_for,
+    tensors_of,
+)
 from detachnet.surgery.modules import attribute, copy_model, random_states, random_states_kept, silence_hooks
-from detachnet.surgery.tracer import PROBE_BATCH, Spec, leaves_of, thaw
+from detachnet.surgery.tracer import Spec, leaves_of, thaw
 
-HALF = 2
-"""Images of each of the two models."""
 SEEDS = 5
 """Times that an operation which draws random numbers is tried."""
 _ALL_GO_IN = "gives a value that all images of a batch go into"
@@ -29,38 +40,6 @@ _ROWWISE = {
     for name in ("activation", "batchnorm", "conv", "dropout", "linear", "normalization", "padding", "pooling")
 }
 """Where torch keeps the layers that treat each row of the first axis by itself, as they are documented to."""
-_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
-"""Difference relative to the largest value that rounding explains; `_COARSE` for other dtypes."""
-_COARSE = 3e-2
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the images are in a tensor: an axis of size `outer * B * inner`."""
-
-    axis: int
-    outer: int
-    inner: int
-
-    def half(self, value: Tensor, which: int) -> Tensor:
-        """One model's images."""
-        return self.models(value)[which].flatten(self.axis, self.axis + 2)
-
-    def models(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of the two models' images, with the axis as three: outer, images, inner."""
-        before, after = value.shape[: self.axis], value.shape[self.axis + 1 :]
-        split = value.reshape(*before, self.outer, -1, self.inner, *after)
-        one, two = (split.narrow(self.axis + 1, i * HALF, HALF) for i in (0, 1))
-        return one, two
-
-    @property
-    def is_first(self) -> bool:
-        """Whether models are stacked one behind the other along the first axis."""
-        return self.axis == 0 and self.outer == 1
-
-
-class _MeetError(Exception):
-    """Images meet in a value in a way that no joint pass can express."""
 
 
 class _UnfitError(Exception):
@@ -117,7 +96,7 @@ class _Finder:
             elif node.op != "output" and node in self.traced.readers:
                 try:
                     found[node], self.layouts[node] = self._judge(node)
-                except _MeetError as error:
+                except MeetError as error:
                     return found | {node: Verdict("never", str(error))}
                 if node in self.full or self._is_made_up(node):
                     self._settle(node)
@@ -126,7 +105,7 @@ class _Finder:
     def _judge(self, node: fx.Node) -> tuple[Verdict, list[Layout | None]]:
         listed = self.listed.verdict(node)
         if listed.how == "never":
-            raise _MeetError(listed.why)
+            raise MeetError(listed.why)
         if listed.how == "per model":
             return listed, self._stacked_layouts(node)
         if self._is_rowwise(node) and (same := self._layouts_like_input(node)):
@@ -151,7 +130,7 @@ class _Finder:
         if isinstance(changed, fx.Node):
             value, other = self.traced.values[changed], self.second[changed]
         return [
-            _batch_axis(one, two)
+            batch_axis(one, two)
             for one, two in zip(leaves_of(value), leaves_of(other), strict=True)
             if isinstance(one, Spec)
         ]
@@ -161,7 +140,7 @@ class _Finder:
         layouts: list[Layout | None] = [Layout(a[0], 1, a[1]) if a else None for a in self._axes(node)]
         inputs = [layout for n in self._data_inputs(node) for layout in self.layouts[n]]
         if any(layout is None or not layout.is_first for layout in [*layouts, *inputs]):
-            raise _MeetError("gives a value without the batch as its first axis")
+            raise MeetError("gives a value without the batch as its first axis")
         return layouts
 
     def _layouts_like_input(self, node: fx.Node) -> list[Layout | None] | None:
@@ -196,7 +175,7 @@ class _Finder:
         def said(leaf: fx.Node) -> Any:
             return self.traced.values[leaf], self.second[leaf], self.layouts.get(leaf)
 
-        args, kwargs = (_mapped(value, said) for value in (node.args, node.kwargs))
+        args, kwargs = (mapped(value, said) for value in (node.args, node.kwargs))
         return repr((node.op, node.target, args, kwargs))
 
     # Running.
@@ -204,7 +183,7 @@ class _Finder:
     def _run(self, node: fx.Node) -> tuple[Verdict, list[Layout | None]]:
         """Run a node on two models' images and on each one's alone; compare."""
         try:
-            given = {n: _cloned(self._full(n)) for n in node.all_input_nodes}
+            given = {n: cloned(self._full(n)) for n in node.all_input_nodes}
             self.changes = False
             full, draws = self._drawing(lambda: self._value_of(node, given.__getitem__))
         except Exception as error:  # whatever an operation raises on random values
@@ -220,9 +199,9 @@ class _Finder:
             self.full[node] = full
             return ONCE, layouts
         if writes_in_place(node):
-            raise _MeetError("changes a value in place across the images of a batch")
+            raise MeetError("changes a value in place across the images of a batch")
         if type(full).__module__ == "torch.return_types" and any(user.target is getattr for user in node.users):
-            raise _MeetError("joins the images of a batch in values with names")
+            raise MeetError("joins the images of a batch in values with names")
         stacked = self._stacked_layouts(node)
         return Verdict("per model", "joins the images of a batch"), stacked
 
@@ -235,7 +214,7 @@ class _Finder:
     def _try_halves(self, node: fx.Node) -> list[Any] | None:
         """A node's values for each model alone; None where it cannot be run on fewer images."""
         try:
-            return [self._value_of(node, lambda n, i=i: _cloned(self._half(n, i))) for i in (0, 1)]  # type: ignore[misc]
+            return [self._value_of(node, lambda n, i=i: cloned(self._half(n, i))) for i in (0, 1)]  # type: ignore[misc]
         except Exception:  # whatever an operation raises on another number of images
             return None
 
@@ -248,7 +227,7 @@ class _Finder:
             if axis is None
             else [
                 Layout(axis[0], outer, inner)
-                for outer, inner in dict.fromkeys([*splits, *_factors(axis[1])])
+                for outer, inner in dict.fromkeys([*splits, *factors(axis[1])])
                 if outer * inner == axis[1]
             ]
             for axis in axes
@@ -262,14 +241,14 @@ class _Finder:
             _refuse_values_without_images(candidates)
             return None
         made: list[Layout | None] = []
-        parts = [_tensors(half) for half in halves]
-        for whole, one, two, possible in zip(_tensors(full), *parts, candidates, strict=True):
+        parts = [tensors_of(half) for half in halves]
+        for whole, one, two, possible in zip(tensors_of(full), *parts, candidates, strict=True):
             if possible is None:
-                if not (_equal(whole, one) and _equal(whole, two)):
-                    raise _MeetError(_ALL_GO_IN)
+                if not (equal(whole, one) and equal(whole, two)):
+                    raise MeetError(_ALL_GO_IN)
                 made.append(None)
                 continue
-            fits = (lay for lay in possible if all(_equal(lay.half(whole, i), h) for i, h in ((0, one), (1, two))))
+            fits = (lay for lay in possible if all(equal(lay.half(whole, i), h) for i, h in ((0, one), (1, two))))
             made.append(next(fits, None))
             if made[-1] is None:
                 _refuse_values_without_images(candidates)
@@ -283,12 +262,12 @@ class _Finder:
         for k, possible in enumerate(self._candidates(node, axes)):
             pairs = [(which, same[k], other[k]) for which, same, other in runs]
             if possible is None:
-                if not all(_equal(same, other) for _, same, other in pairs):
-                    raise _MeetError(_ALL_GO_IN)
+                if not all(equal(same, other) for _, same, other in pairs):
+                    raise MeetError(_ALL_GO_IN)
                 made.append(None)
                 continue
             fits = (
-                lay for lay in possible if all(_equal(lay.half(s, 1 - w), lay.half(o, 1 - w)) for w, s, o in pairs)
+                lay for lay in possible if all(equal(lay.half(s, 1 - w), lay.half(o, 1 - w)) for w, s, o in pairs)
             )
             made.append(next(fits, None))
             if made[-1] is None:
@@ -298,10 +277,10 @@ class _Finder:
     def _with_other_values(self, node: fx.Node, which: int, seed: int) -> tuple[int, list[Tensor], list[Tensor]]:
         """What a node gives with the same random numbers as it is, and with one model's values changed."""
         torch.manual_seed(seed)
-        same = self._value_of(node, lambda n: _cloned(self._full(n)))
+        same = self._value_of(node, lambda n: cloned(self._full(n)))
         torch.manual_seed(seed)
-        other = self._value_of(node, lambda n: _cloned(self._full_without(n, which)))
-        return which, _tensors(same), _tensors(other)
+        other = self._value_of(node, lambda n: cloned(self._full_without(n, which)))
+        return which, tensors_of(same), tensors_of(other)
 
     # Values.
 
@@ -313,7 +292,7 @@ class _Finder:
             elif self._is_made_up(node):
                 self.full[node] = self._made_up(node)
             else:
-                self.full[node] = self._value_of(node, lambda n: _cloned(self._full(n)))
+                self.full[node] = self._value_of(node, lambda n: cloned(self._full(n)))
                 self._settle(node)
         return self.full[node]
 
@@ -336,24 +315,24 @@ class _Finder:
         """Random values of a node's shapes and dtypes."""
 
         def random_values(one: Spec, two: Spec) -> Tensor:
-            shape = _shape_for(one, two, 2 * HALF)
+            shape = shape_for(one, two, 2 * HALF)
             # The family may have another dtype than when it was traced.
             dtype = self.like.dtype if one.dtype == self.traced.image.dtype else one.dtype
             if not dtype.is_floating_point:
                 return torch.randint(0, 2, shape, device=self.like.device).to(dtype)
             return torch.randn(shape, dtype=torch.float32, device=self.like.device).to(dtype)
 
-        return _mapped_pair(self.traced.values[node], self.second[node], random_values)
+        return mapped_pair(self.traced.values[node], self.second[node], random_values)
 
     def _half(self, node: fx.Node, which: int) -> Any:
         """A node's value for one model's images."""
         if node in self.traced.data:
-            return _halved(self._full(node), self.layouts[node], which)
+            return halved(self._full(node), self.layouts[node], which)
         full = self._full(node)
         if node in self.random:  # drawn for all images at once where models share a batch
             axes = iter(self._axes(node))
             layouts = [Layout(axis[0], 1, axis[1]) if axis else None for axis in axes]
-            return _halved(full, layouts, which)
+            return halved(full, layouts, which)
         if node not in self.halves:
             self.halves[node] = self._without_pixels(node, HALF, lambda n: self._half(n, 0))
         return self.halves[node]
@@ -372,18 +351,18 @@ class _Finder:
             models[which].copy_(models[1 - which].clone())
             return changed
 
-        return _mapped(self._full(node), swapped, tensors=True)
+        return mapped(self._full(node), swapped, tensors=True)
 
     def _without_pixels(self, node: fx.Node, batch: int, of: Callable[[fx.Node], Any]) -> Any:
         """A value that follows from shapes, weights or random numbers alone, for so many images."""
 
         def given(n: fx.Node) -> Any:
             if n in self.traced.data:  # of which only the shape is asked
-                return _mapped_pair(
+                return mapped_pair(
                     self.traced.values[n],
                     self.second[n],
                     lambda one, two: torch.empty(
-                        _shape_for(one, two, batch), dtype=self._dtype(one), device="meta"
+                        shape_for(one, two, batch), dtype=self._dtype(one), device="meta"
                     ),
                 )
             return of(n)
@@ -400,8 +379,8 @@ class _Finder:
         """Run one node; for one that changes a value in place, that value afterwards."""
         if node.op == "get_attr":
             return attribute(self.net, str(node.target))
-        args: Any = thaw(_mapped(node.args, given))
-        kwargs: Any = thaw(_mapped(node.kwargs, given))
+        args: Any = thaw(mapped(node.args, given))
+        kwargs: Any = thaw(mapped(node.kwargs, given))
         with torch.device(self.like.device):
             if node.op == "call_module":
                 return self._call(self._layer(str(node.target)), args, kwargs)
@@ -432,82 +411,4 @@ class _Finder:
 def _refuse_values_without_images(candidates: list[list[Layout] | None]) -> None:
     """Refuse a node that cannot be run on fewer images and makes a value without them."""
     if any(possible is None for possible in candidates):
-        raise _MeetError(_ALL_GO_IN)
-
-
-def _batch_axis(one: Spec, two: Spec) -> tuple[int, int] | None:
-    """The axis that follows the batch and its size for one image, known at two batch sizes."""
-    differing = [i for i, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b]
-    if not differing:
-        return None
-    axis = differing[0]
-    size = one.shape[axis] // PROBE_BATCH
-    if len(differing) > 1 or (one.shape[axis], two.shape[axis]) != (size * PROBE_BATCH, size * (PROBE_BATCH + 1)):
-        raise _MeetError("gives a value with more than one axis that follows the batch, or one that does so oddly")
-    return axis, size
-
-
-def _shape_for(one: Spec, two: Spec, batch: int) -> list[int]:
-    """A tensor's shape for so many images."""
-    return [a + (b - a) * (batch - PROBE_BATCH) for a, b in zip(one.shape, two.shape, strict=True)]
-
-
-def _factors(size: int) -> list[tuple[int, int]]:
-    """Ways to write a size as outer times inner."""
-    return [(1, size), (size, 1), *((n, size // n) for n in range(2, size) if size % n == 0)]
-
-
-def _mapped(value: Any, change: Callable[[Any], Any], tensors: bool = False) -> Any:
-    """Nested tuples, lists, dicts and slices with their nodes (or tensors) changed."""
-    if isinstance(value, fx.Node) or (tensors and isinstance(value, Tensor)):
-        return change(value)
-    if isinstance(value, slice):
-        return slice(*(_mapped(part, change, tensors) for part in (value.start, value.stop, value.step)))
-    if isinstance(value, dict):
-        return {key: _mapped(item, change, tensors) for key, item in value.items()}
-    if not isinstance(value, tuple | list) or isinstance(value, torch.Size):
-        return value
-    items = [_mapped(item, change, tensors) for item in value]
-    return type(value)(*items) if hasattr(value, "_make") else type(value)(items)
-
-
-def _mapped_pair(one: Any, two: Any, change: Callable[[Spec, Spec], Any]) -> Any:
-    """What a propagated value is with its tensors' shapes at two batch sizes replaced."""
-    if isinstance(one, Spec):
-        return change(one, two)
-    if isinstance(one, tuple | list):
-        return type(one)(_mapped_pair(a, b, change) for a, b in zip(one, two, strict=True))
-    if isinstance(one, dict):
-        return {key: _mapped_pair(item, two[key], change) for key, item in one.items()}
-    return one
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
-
-
-def _cloned(value: Any) -> Any:
-    return _mapped(value, torch.clone, tensors=True)
-
-
-def _halved(value: Any, layouts: list[Layout | None], which: int) -> Any:
-    """One model's half of each tensor that has images."""
-    rest = iter(layouts)
-
-    def half(leaf: Tensor) -> Tensor:
-        layout = next(rest)
-        return leaf if layout is None else layout.half(leaf, which)
-
-    return _mapped(value, half, tensors=True)
-
-
-def _equal(one: Tensor, two: Tensor) -> bool:
-    """Whether two tensors are equal but for rounding."""
-    if one.shape != two.shape or one.dtype != two.dtype:
-        return False
-    if not one.is_floating_point() or not one.numel():
-        return torch.equal(one, two)
-    finite = two[two.isfinite()].abs()
-    scale = float(finite.max()) if finite.numel() else 0.0
-    bound = _TOLERANCE.get(one.dtype, _COARSE)
-    return torch.allclose(one, two, rtol=bound, atol=bound * scale, equal_nan=True)
+        raise MeetError(_ALL_GO_IN)

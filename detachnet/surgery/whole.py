@@ -189,13 +189,18 @@ class Watch:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """While this thread traces: on the second time, hear of every function that draws random numbers."""
-        before = sys.getprofile()
-        if self.closely:
-            sys.setprofile(self._hear)
+        if not self.closely:
+            yield
+            return
+        before: Any = sys.getprofile()
+        sys.setprofile(self._hear)
         try:
             yield
         finally:
-            sys.setprofile(before)
+            is_profiler = hasattr(before, "enable")  # cProfile's, which is no function
+            sys.setprofile(None if is_profiler else before)
+            if is_profiler:
+                before.enable()
 
     def _hear(self, _: FrameType, event: str, function: Any) -> None:
         """A function of C is called, or has returned; NumPy's are not heard."""

@@ -19,6 +19,7 @@ import switching
 import training_step
 import widths
 from common import Target, Timing
+from tests.helpers import nightly_but
 
 CPU = torch.device("cpu")
 
@@ -143,7 +144,7 @@ def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", nightly_but([False], [False, True]))
 def test_every_way_is_the_same_step(compiled: bool, compiler: CompileCounterWithBackend) -> None:
     """Joint and separate steps give the same weights; that of the base-model leaves the step-downs as they are."""
     case = training_step.VGG("tiny", batch=4, kwargs={"width": 0.03})

@@ -271,6 +271,22 @@ def test_version_names_what_matters() -> None:
         assert re.search(rf"^{package} \d", out, re.MULTILINE)
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands_and_options(shell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def completed(typed: str) -> list[str]:
+        asked = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+        asked |= {"_TYPER_COMPLETE_ARGS": typed, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        env = asked | {"_DETACHNET_COMPLETE": f"complete_{shell}"}
+        return runner.invoke(app, [], prog_name="detachnet", env=env).output.split()
+
+    assert any("evaluate" in word for word in completed("detachnet eva"))
+    assert not any("recalibrate" in word for word in completed("detachnet eva"))
+    assert any("--resume" in word for word in completed("detachnet train --re"))
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    script = runner.invoke(app, ["--show-completion", shell], prog_name="detachnet").output
+    assert "_DETACHNET_COMPLETE=complete_" in script
+
+
 def test_show_a_recipe() -> None:
     root = Path(__file__).parents[2]
     assert run("recipes", "--show", "quickstart")[1] == (root / "recipes" / "quickstart.toml").read_text()

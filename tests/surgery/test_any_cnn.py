@@ -186,18 +186,20 @@ def test_on_the_meta_device() -> None:
 def test_auto_cuts_are_spread_over_the_macs_behind_activations() -> None:
     model = detachnet.create_model("timm:resnet50")
     points = {point.name: point for point in detachnet.find_cuts(model)}
+    plans = {}
     for count in (1, 2, 3):
-        plan = detachnet.make_detachable(model, count).plan
+        plan = detachnet.make_detachable(model, count, check="none").plan
+        plans[count] = plan
         assert len(plan.models) == count + 1
         for chosen, share in zip(plan.models[1:], spread(count), strict=True):
             assert abs(chosen.macs / plan.models[0].macs - share) < 0.15
             assert points[str(chosen.cut)].place == "activation"
-    assert detachnet.make_detachable(model, "auto").plan == detachnet.make_detachable(model, 2).plan
+    assert detachnet.make_detachable(model, "auto", check="none").plan == plans[2]
 
 
 @pytest.mark.slow
 def test_shares_of_macs() -> None:
-    plan = detachnet.make_detachable(detachnet.create_model("torchvision:vgg16_bn"), [0.7, 0.3]).plan
+    plan = detachnet.make_detachable(detachnet.create_model("torchvision:vgg16_bn"), [0.7, 0.3], check="none").plan
     assert [round(model.macs / plan.models[0].macs, 1) for model in plan.models] == [1.0, 0.7, 0.3]
 
 

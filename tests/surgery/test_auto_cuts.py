@@ -10,9 +10,9 @@ import detachnet
 from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.cuts import cut_points
 from detachnet.surgery.trace import trace
-from tests.helpers import slow_but
+from tests.helpers import nightly_but
 
-FAST = [
+USUAL = [
     "torchvision:mobilenet_v3_large",
     "torchvision:resnet18",
     "torchvision:shufflenet_v2_x1_0",
@@ -20,7 +20,7 @@ FAST = [
     "detachnet:vgg16_cifar",
 ]
 CONVOLUTIONAL = [
-    *FAST,
+    *USUAL,
     *(
         f"torchvision:{name}"
         for name in (
@@ -68,9 +68,11 @@ def planned(name: str, cuts: int, stepdown: str) -> detachnet.DetachPlan | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stepdown", ["conv", "stem"])
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("name", slow_but(FAST, CONVOLUTIONAL))
+@pytest.mark.parametrize(
+    ("count", "stepdown"),
+    nightly_but([(1, "conv"), (2, "stem"), (3, "conv")], itertools.product([1, 2, 3], ["conv", "stem"])),
+)
+@pytest.mark.parametrize("name", nightly_but(USUAL, CONVOLUTIONAL))
 def test_chosen_cuts_pay(name: str, count: int, stepdown: str) -> None:
     plan = planned(name, count, stepdown)
     if plan is None:
@@ -88,7 +90,7 @@ def test_chosen_cuts_pay(name: str, count: int, stepdown: str) -> None:
     assert not [hint for hint in plan.hints if hint.startswith("sub")]
 
 
-@pytest.mark.parametrize("name", slow_but(FAST[:1], CONVOLUTIONAL))
+@pytest.mark.parametrize("name", nightly_but(USUAL[:1], CONVOLUTIONAL))
 def test_nothing_is_chosen_behind_the_last_convolution(name: str) -> None:
     traced = trace(built(name))
     analysis = CutAnalysis(traced.eval)

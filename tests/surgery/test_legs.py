@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import detachnet
 from detachnet import SubModel
 from detachnet.surgery.legs import shared_macs
+from tests.helpers import nightly_but
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], int, dict[str, list[str]]]] = {
     "vgg": (
@@ -76,7 +77,7 @@ def run(net: detachnet.DetachableNet, name: str, images: Tensor, share: bool = T
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", nightly_but(["vgg", "resnet"], FAMILIES))
 @pytest.mark.parametrize("options", [{}, {"head": "private"}, {"norm": "shared"}], ids=str)
 def test_legs_one_behind_the_other_are_the_model(name: str, options: dict[str, Any]) -> None:
     net = family(name, **options)

@@ -1,6 +1,7 @@
 """The joint graph is separate passes: outputs, gradients and batch-norm state, in float64."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ import torch
 import detachnet
 from detachnet.surgery.plan import Norm
 from tests import models
-from tests.helpers import assert_joint_equals_separate, slow_but, without_dropout
+from tests.helpers import assert_joint_equals_separate, without_dropout
 
-FAMILIES = {
+FAMILIES: dict[str, tuple[list[str], int]] = {
     "detachnet:vgg16_cifar": (["features.6", "features.23"], 32),
     "detachnet:resnet_cifar": (["layer1", "layer2"], 32),
     "torchvision:resnet18": (["layer1", "layer3.0"], 64),
@@ -29,19 +30,24 @@ FAMILIES = {
     "timm:convnext_atto": (["stages.0", "stages.2"], 64),
 }
 
-SMALLER = {
-    "detachnet:vgg16_cifar": {"width": 0.5},
-    "timm:vgg11_bn": {"mlp_ratio": 1 / 64},
+SMALL: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "detachnet:vgg16_cifar": (["features.6", "features.23"], {"width": 0.125}),
+    "detachnet:resnet_cifar": (["layer1", "layer2"], {"depth": 8}),
+    "torchvision:shufflenet_v2_x0_5": (["stage2", "stage3.3"], {}),
+    "timm:densenet121": (
+        ["features.transition1", "features.transition2"],
+        {"growth_rate": 8, "block_config": (2, 2, 2, 2)},
+    ),
+    "timm:test_efficientnet": (["blocks.1", "blocks.3"], {}),
+    "timm:test_byobnet": (["stages.0", "stages.2"], {}),
+    "timm:test_convnext": (["stages.0", "stages.2"], {}),
 }
+"""Of each kind a small one, for every run."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("norm", ["shared", "private"])
-@pytest.mark.parametrize("name", slow_but(["detachnet:vgg16_cifar"], FAMILIES))
-def test_families(name: str, norm: str) -> None:
-    cuts, size = FAMILIES[name]
-    model = without_dropout(detachnet.create_model(name, num_classes=5, **SMALLER.get(name, {}))).double()
-    net = detachnet.make_detachable(model, cuts, (3, size, size), norm=norm)
+def assert_same(name: str, cuts: list[str], size: int, kwargs: dict[str, Any], norm: str, check: str) -> None:
+    model = without_dropout(detachnet.create_model(name, num_classes=5, **kwargs)).double()
+    net = detachnet.make_detachable(model, cuts, (3, size, size), norm=norm, check=check)
     images = torch.randn(2, 3, size, size, dtype=torch.double)
     assert_joint_equals_separate(net, images)
     net.eval()
@@ -51,11 +57,28 @@ def test_families(name: str, norm: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["shared", "private"])
+@pytest.mark.parametrize("name", SMALL)
+def test_small_families(name: str, norm: str) -> None:
+    cuts, kwargs = SMALL[name]
+    assert_same(name, cuts, 32, kwargs, norm, "none")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("norm", ["shared", "private"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str, norm: str) -> None:
+    cuts, size = FAMILIES[name]
+    assert_same(name, cuts, size, {"mlp_ratio": 1 / 64} if name == "timm:vgg11_bn" else {}, norm, "full")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["shared", "private"])
 def test_outputs_are_bitwise_equal(norm: str) -> None:
     net = detachnet.make_detachable(
         detachnet.create_model("detachnet:vgg16_cifar", width=0.25).double(),
         ["features.6", "features.23"],
         norm=norm,
+        check="none",
     )
     images = torch.randn(4, 3, 32, 32, dtype=torch.double)
     for mode in (True, False):
@@ -148,7 +171,9 @@ def test_frozen_norms_stay_frozen() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_features_are_the_base_models_at_the_cut_and_the_step_downs(training: bool) -> None:
     model = detachnet.create_model("detachnet:vgg16_cifar", width=0.1).double()
-    net = detachnet.make_detachable(model, ["features.6", "features.23"], (3, 32, 32)).train(training)
+    net = detachnet.make_detachable(model, ["features.6", "features.23"], (3, 32, 32), check="none").train(
+        training
+    )
     images = torch.randn(4, 3, 32, 32, dtype=torch.double)
     expected = copy.deepcopy(net)(images, which="all")
     seen: dict[str, torch.Tensor] = {}
@@ -177,14 +202,18 @@ def test_no_features_without_one_pass() -> None:
 def test_private_heads(norm: Norm, training: bool) -> None:
     """Joint equals separate, each model reads its own last layer; detached it has the base-model's name."""
     model = detachnet.create_model("detachnet:vgg16_cifar", width=0.1).double()
-    net = detachnet.make_detachable(model, ["features.6", "features.23"], (3, 32, 32), norm=norm, head="private")
+    net = detachnet.make_detachable(
+        model, ["features.6", "features.23"], (3, 32, 32), norm=norm, head="private", check="none"
+    )
     for i, parameter in enumerate(net.heads.parameters()):
         parameter.data += i + 1
     net.train(training)
     images = torch.randn(4, 3, 32, 32, dtype=torch.double)
     separate = {name: copy.deepcopy(net)(images, which=name) for name in net.names}
     joint = copy.deepcopy(net)(images, which="all")
-    plain = detachnet.make_detachable(model, ["features.6", "features.23"], (3, 32, 32), norm=norm).train(training)
+    plain = detachnet.make_detachable(
+        model, ["features.6", "features.23"], (3, 32, 32), norm=norm, check="none"
+    ).train(training)
     for name in net.names:
         torch.testing.assert_close(joint[name], separate[name], rtol=1e-12, atol=1e-12)
     assert net.parameters_of(["sub0"]).keys() >= {"heads.sub0.classifier.weight", "heads.sub0.classifier.bias"}

@@ -11,7 +11,7 @@ import detachnet
 from detachnet import SubModel
 from detachnet.surgery.ownership import ViewSource
 from detachnet.surgery.routes import Span, owner, parting
-from tests.helpers import assert_joint_equals_separate, slow_but, without_dropout
+from tests.helpers import assert_joint_equals_separate, nightly_but, without_dropout
 
 VGG = {
     "late": ["features.16:features.22", "features.26:features.32", "features.36:features.42"],
@@ -90,7 +90,7 @@ def family(name: str, **options: Any) -> detachnet.DetachableNet:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["private", "shared"])
-@pytest.mark.parametrize("name", slow_but(["vgg", "resnet"], FAMILIES))
+@pytest.mark.parametrize("name", nightly_but(["vgg", "resnet", "shufflenet", "convnext"], FAMILIES))
 def test_joint_equals_separate(name: str, norm: str) -> None:
     if norm == "shared" and name in ("densenet", "swin"):
         pytest.skip("the others say it")
@@ -100,7 +100,7 @@ def test_joint_equals_separate(name: str, norm: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(["vgg", "resnet"], ["vgg", "resnet", "mobilenet", "convnext"]))
+@pytest.mark.parametrize("name", nightly_but(["vgg", "resnet"], ["vgg", "resnet", "mobilenet", "convnext"]))
 def test_detached_equals_attached_and_files_come_back(name: str, tmp_path) -> None:
     net = family(name, head="private").eval()
     images = torch.randn(2, 3, 32, 32)
@@ -380,7 +380,7 @@ IDENTITY = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(["detachnet:vgg16_cifar", "torchvision:resnet18"], IDENTITY))
+@pytest.mark.parametrize("name", nightly_but(["detachnet:vgg16_cifar", "torchvision:resnet18"], IDENTITY))
 def test_spans_are_found(name: str) -> None:
     """Each is a sub-model that saves what it says."""
     model = detachnet.create_model(name)

@@ -1,6 +1,7 @@
 """What a trace would lose is kept: as a layer kept whole, as an operation of the graph, or it is refused."""
 
 import copy
+import cProfile
 import logging
 import pickle
 import random
@@ -1010,3 +1011,23 @@ def test_several_threads_make_families_at_once() -> None:
         thread.join()
     assert [list(whole) for whole in found] == [["middle"]] * 4
     assert_nothing_stays()
+
+
+def test_a_profiler_goes_on() -> None:
+    """Also behind the second trace, which listens for random numbers as a profiler listens for calls."""
+
+    def noisy(block: Block, x: Tensor) -> Tensor:
+        return block.conv(x) + random.random()
+
+    def later() -> None:
+        pass
+
+    profiler = cProfile.Profile()
+    profiler.enable()
+    try:
+        net = detachnet.make_detachable(Net(Block(noisy)), ["a"], SIZE, check="none")
+        later()
+    finally:
+        profiler.disable()
+    assert "random numbers" in net.plan.whole["middle"]
+    assert later.__code__ in [entry.code for entry in profiler.getstats()]

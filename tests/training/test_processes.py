@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from detachnet_cli.app import app
 from timm.layers import convert_sync_batchnorm
+from typer.testing import CliRunner
 
 import detachnet
+from detachnet.training.processes import _check_number
+from detachnet.training.recipe import load_recipe
 from tests.runs import DETACHNET, SMALL, torchrun
 
 pytestmark = pytest.mark.slow  # each starts processes that start processes
@@ -23,8 +27,11 @@ def test_gradients_are_those_of_one_process_with_the_whole_batch() -> None:
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, first: int, then: int) -> None:
     run = [DETACHNET, "train", "quickstart", *OPTIONS, "--out", str(tmp_path / "run")]
-    torchrun(first, *run, "--max-minutes", "0")
-    torchrun(then, *run, "--resume")
+    for processes, *more in ((first, "--max-minutes", "0"), (then, "--resume")):
+        if processes > 1:
+            torchrun(processes, *run, *more)
+        else:
+            assert CliRunner().invoke(app, [*run[1:], *more]).exit_code == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
     assert detachnet.load(tmp_path / "run" / "last.safetensors").facts.accuracy == rows[-1]["test_accuracy"]
@@ -60,7 +67,7 @@ def test_the_library_closes_the_process_group_it_opened(tmp_path: Path, theirs: 
 
 def test_synchronized_norms_keep_their_activations() -> None:
     net = detachnet.make_detachable(
-        detachnet.create_model("timm:efficientnet_b0"), ["blocks.2"], (3, 32, 32)
+        detachnet.create_model("timm:test_efficientnet"), ["blocks.2"], (3, 32, 32), check="none"
     ).eval()
     images = torch.randn(2, 3, 32, 32)
     expected = net(images, which="all")
@@ -72,14 +79,23 @@ def test_synchronized_norms_keep_their_activations() -> None:
         torch.testing.assert_close(out, expected[name])
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("train.batch_size=25", "train.batch_size = 25 is no multiple of 2 processes"),
-        ("train.compile=true", "train.compile is for one process"),
-        ("train.strategy=separate", "train.strategy = 'separate' is for one process"),
-    ],
-)
-def test_what_several_processes_cannot_do(tmp_path: Path, override: str, message: str) -> None:
+REFUSED = {
+    "train.batch_size=25": "train.batch_size = 25 is no multiple of 2 processes",
+    "train.compile=true": "train.compile is for one process",
+    "train.strategy=separate": "train.strategy = 'separate' is for one process",
+    "train.sample=1": "train.sample is for one process",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_what_several_processes_cannot_do(override: str) -> None:
+    chosen = load_recipe("quickstart", [override])
+    _check_number(chosen, 1)
+    with pytest.raises(detachnet.RecipeError, match=REFUSED[override]):
+        _check_number(chosen, 2)
+
+
+def test_a_run_of_several_processes_is_refused(tmp_path: Path) -> None:
     run = [DETACHNET, "train", "quickstart", *OPTIONS, "--out", str(tmp_path / "run")]
-    assert message in torchrun(2, *run, "--set", override, check=False)
+    assert REFUSED["train.batch_size=25"] in torchrun(2, *run, "--set", "train.batch_size=25", check=False)
+    assert not (tmp_path / "run").exists()

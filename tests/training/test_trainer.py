@@ -28,7 +28,7 @@ from detachnet.training.start import build_family, start_from
 from detachnet.training.step import TrainingStep
 from detachnet.training.trainer import Listener, train
 from tests.disks import disk_of
-from tests.helpers import slow_but
+from tests.helpers import nightly_but
 from tests.runs import QUICKSTART, SMALL, KillAfter, Killed, assert_same_run, loop, recipe, tenth
 
 pytestmark = pytest.mark.usefixtures("little_data")
@@ -76,7 +76,7 @@ def test_the_checkpoint_evaluates_to_the_same_numbers(whole: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill_at", slow_but([STEPS + 3], [1, 5, STEPS, STEPS + 3, 3 * STEPS]))
+@pytest.mark.parametrize("kill_at", nightly_but([1, STEPS + 3], [1, 5, STEPS, STEPS + 3, 3 * STEPS]))
 def test_resumed_equals_uninterrupted(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
 ) -> None:
@@ -88,7 +88,7 @@ def test_resumed_equals_uninterrupted(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["momentum", "adamw"])
+@pytest.mark.parametrize("name", nightly_but(["adamw"], ["momentum", "adamw"]))
 def test_every_optimizers_state_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     options = (f"optimizer.name={name}", "train.epochs=1")
     train(recipe(*options), tmp_path / "whole")
@@ -242,7 +242,9 @@ def test_a_failed_start_leaves_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("models", slow_but([["base", "sub1"]], [["base"], ["sub1"], ["base", "sub1"]]))
+@pytest.mark.parametrize(
+    "models", nightly_but([["sub1"], ["base", "sub1"]], [["base"], ["sub1"], ["base", "sub1"]])
+)
 def test_any_set_of_models_is_trained_and_nothing_else(tmp_path: Path, models: list[str]) -> None:
     chosen = recipe(f"train.models={json.dumps(models)}", "train.epochs=1")
     before = build_family(chosen, (3, 32, 32))
@@ -351,7 +353,7 @@ def test_a_start_that_does_not_fit(base_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", slow_but(["private"], ["private", "shared"]))
+@pytest.mark.parametrize("norm", nightly_but(["private"], ["private", "shared"]))
 def test_a_frozen_base_model_stays_bit_for_bit(base_file: Path, tmp_path: Path, norm: str) -> None:
     chosen = recipe(f"train.init={base_file}", "train.freeze_base=true", f"family.norm={norm}", "train.epochs=2")
     before = build_family(chosen, (3, 32, 32))
@@ -465,7 +467,10 @@ def move_to_paper(module: torch.nn.Module) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vgg16_cifar10", "vgg16_cifar10_improved", "resnet20_cifar10"])
+@pytest.mark.parametrize(
+    "name",
+    nightly_but(["vgg16_cifar10_improved"], ["vgg16_cifar10", "vgg16_cifar10_improved", "resnet20_cifar10"]),
+)
 def test_on_cuda_nothing_of_a_step_is_elsewhere_or_reads_a_value(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -538,10 +543,10 @@ NARROW = ["family.models.half.width=0.5", 'family.models.best={width=0.75, filte
 @pytest.mark.slow
 def test_a_recipe_with_widths(tmp_path: Path) -> None:
     """Trained, killed, resumed: the same to the bit; and a family to start others from."""
-    options = recipe(*NARROW, "train.epochs=2")
+    options = recipe(*NARROW, "train.epochs=2", "data.num_train=150")
     assert train(options, tmp_path / "whole").status == "finished"
     with pytest.raises(Killed):
-        train(options, tmp_path / "cut", listener=KillAfter(STEPS + 3))
+        train(options, tmp_path / "cut", listener=KillAfter(5))
     train(options, tmp_path / "cut", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
     net = detachnet.load(tmp_path / "whole" / "last.safetensors")

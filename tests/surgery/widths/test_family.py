@@ -26,7 +26,7 @@ from detachnet.surgery.widths.slicing import slice_model
 from detachnet.surgery.widths.storing import restore, store
 from detachnet.training.step import TrainingStep
 from tests import models
-from tests.helpers import slow_but, without_dropout
+from tests.helpers import nightly_but, without_dropout
 from tests.widths import randomize
 
 NETWORKS = {
@@ -41,15 +41,28 @@ NETWORKS = {
     "timm:convnextv2_atto": 64,
     "timm:res2net50_26w_4s": 64,
     "torchvision:googlenet": 64,
+    "timm:test_convnext": 32,
+    "timm:test_nfnet": 32,
+    "timm:densenet121 thin": 32,
+    "timm:convnextv2_atto thin": 32,
+    "timm:res2net50_26w_4s thin": 32,
 }
-FAST = ("timm:test_efficientnet",)
+THIN: dict[str, dict[str, Any]] = {
+    "detachnet:vgg16_cifar": {"width": 0.25},
+    "timm:densenet121 thin": {"growth_rate": 8, "block_config": (2, 2, 2, 2)},
+    "timm:convnextv2_atto thin": {"depths": (1, 1, 1, 1), "dims": (16, 32, 64, 128)},
+    "timm:res2net50_26w_4s thin": {"layers": (1, 1, 1, 1)},
+}
+USUAL = (
+    *("detachnet:vgg16_cifar", "timm:test_efficientnet", "torchvision:shufflenet_v2_x0_5", "timm:test_convnext"),
+    *("timm:test_nfnet", "timm:densenet121 thin", "timm:convnextv2_atto thin", "timm:res2net50_26w_4s thin"),
+)
 SUBS: dict[str, Any] = {"half": SubModel(width=0.5), "best": SubModel(width=0.75, filters="important")}
 
 
 def base(name: str) -> tuple[nn.Module, tuple[int, ...]]:
-    kwargs = {"width": 0.25} if name.startswith("detachnet:") else {}
     torch.manual_seed(0)
-    model = detachnet.create_model(name, num_classes=10, **kwargs).double()
+    model = detachnet.create_model(name.partition(" ")[0], num_classes=10, **THIN.get(name, {})).double()
     return without_dropout(randomize(model)).eval(), (3, NETWORKS[name], NETWORKS[name])
 
 
@@ -74,7 +87,7 @@ def family() -> detachnet.DetachableNet:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(FAST, NETWORKS))
+@pytest.mark.parametrize("name", nightly_but(USUAL, NETWORKS))
 def test_attached_is_detached_is_the_reference(name: str) -> None:
     model, size = base(name)
     net = detachnet.make_detachable(model, SUBS, size, check="none")
@@ -107,7 +120,7 @@ def test_attached_is_detached_is_the_reference(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(FAST, NETWORKS))
+@pytest.mark.parametrize("name", nightly_but(USUAL, NETWORKS))
 def test_gradients_are_the_small_networks_put_back(name: str) -> None:
     """A joint pass, separate passes, and detached networks whose gradients are scattered into the base-model's."""
     model, size = base(name)

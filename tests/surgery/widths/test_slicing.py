@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import detachnet
+from tests.helpers import nightly_but
 from tests.widths import narrowed
 
 NETWORKS = {
@@ -23,10 +24,14 @@ NETWORKS = {
     "timm:nf_regnet_b0": (64, 0.33),
     "timm:res2net50_26w_4s": (64, 0.28),
 }
+USUAL = (
+    *("detachnet:vgg16_cifar", "torchvision:resnet18", "torchvision:mobilenet_v3_small"),
+    *("torchvision:shufflenet_v2_x0_5", "timm:convnextv2_atto", "timm:nf_resnet26"),
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", nightly_but(USUAL, NETWORKS))
 def test_half_the_width(name: str) -> None:
     size, most = NETWORKS[name]
     result = narrowed(detachnet.create_model(name, num_classes=10), (3, size, size))
