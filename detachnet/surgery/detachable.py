@@ -31,6 +31,7 @@ from detachnet.surgery.ownership import HEADS, NORMS, SLICES, view_sources
 from detachnet.surgery.plan import BASE, DetachPlan
 from detachnet.surgery.rewrite import JointError, build_leg, build_view, changes_image
 from detachnet.surgery.routes import BRIDGES, STEPDOWNS, folder
+from detachnet.surgery.state import readings
 from detachnet.surgery.statistics import find_statistics, own_statistics
 from detachnet.surgery.trace import trace
 from detachnet.surgery.tracer import PREFIX
@@ -109,11 +110,9 @@ class DetachableNet(nn.Module):
         self._lost = traced.lost
         self._asks_for_dtype = any(reason.what.endswith(".dtype") for reason in traced.lost)
         self._modal = [(path, self.base.get_submodule(path)) for path in traced.modal]
-        self._read = [
-            (vars(self.base.get_submodule(path)), name, value)
-            for path, plain in traced.plain.items()
-            for name, value in plain.items()
-        ]
+        read = [r for path, names in traced.read.items() for r in readings(self.base.get_submodule(path), names)]
+        self._read = list({(id(reading.place), reading.name): reading for reading in read}.values())
+        self._filled = traced.filled
         self._of_width = view_sources(narrowing or Narrowing(traced), self.plan, self._statistics)
         self._sources = self._of_width[BASE]
         self._views: dict[tuple[tuple[str, ...], bool, bool], Run] = {}
@@ -435,12 +434,12 @@ class DetachableNet(nn.Module):
         self._attach(self.retraced())
 
     def _follow(self) -> None:
-        """Trace again where a plain attribute that the base-model's forward reads has changed."""
+        """Trace again where what the base-model's forward reads besides tensors has changed."""
         if torch.compiler.is_compiling():
             return
-        changed = [(own, name, value) for own, name, value in self._read if own.get(name) != value]
-        for own, name, value in changed:
-            logger.warning("%s is traced again: %r was %r, is %r", self.plan.model, name, value, own.get(name))
+        changed = [reading for reading in self._read if reading.has_changed]
+        for reading in changed:
+            logger.warning("%s is traced again: %s", self.plan.model, reading)
         others = frozenset(path for path, module in self._modal if module.training != self.training)
         if moved := others ^ self._others[self.training]:
             self._others = self._others | {self.training: others}

@@ -249,7 +249,8 @@ class TracedModel:
         whole: Path of a module that is kept whole for what its forward does → what that is.
         lost: The same of the model's own forward, which cannot be kept whole.
         modal: Paths of the modules whose methods may read `training`.
-        plain: Path of a module → the plain attributes that its methods may read, as they were while tracing.
+        read: Path of an opened module → names of attributes that its methods may read; a trace holds their values.
+        filled: Path of an opened module → what its pass leaves otherwise than it was.
     """
 
     train: TracedGraph
@@ -259,7 +260,8 @@ class TracedModel:
     leaves: Leaves = NO_LEAVES
     whole: dict[str, str] = field(default_factory=dict)
     lost: tuple[Reason, ...] = ()
-    plain: dict[str, dict[str, Any]] = field(default_factory=dict)
+    read: dict[str, frozenset[str]] = field(default_factory=dict)
+    filled: dict[str, Reason] = field(default_factory=dict)
     modal: tuple[str, ...] = ()
 
 

@@ -11,9 +11,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+import torchvision
 from torch import fx, nn
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -21,6 +24,11 @@ from detachnet.surgery.modules import TURN
 from detachnet.surgery.whole import Watch
 
 _local = threading.local()
+_LIBRARIES = (
+    *(str(Path(package.__file__).parent) for package in (torch, timm, torchvision)),
+    str(Path(__file__).parents[1]),
+)
+"""What may ask what is switched on without deciding anything by it."""
 
 
 @contextmanager
@@ -114,6 +122,17 @@ def _noted_autocast(original: Callable[..., Any]) -> Callable[..., Any]:
     return enter
 
 
+def _noted_question(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A question about what is switched on around the model, where a model asks it."""
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        if (watch := _current()) and not sys._getframe(1).f_code.co_filename.startswith(_LIBRARIES):
+            watch.note(f"a question about {original.__name__}", decides=True)
+        return original(*args, **kwargs)
+
+    return ask
+
+
 def _noted_setattr(original: Callable[..., None]) -> Callable[..., None]:
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         if watch := _current():
@@ -152,6 +171,7 @@ def _has_proxy(value: Any) -> bool:
 
 _REPLACED: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (torch, "is_tensor", lambda _: lambda value: _is_instance(value, torch.Tensor)),
+    *((torch, name, _noted_question) for name in ("is_autocast_enabled", "is_grad_enabled")),
     (torch.autograd.Function, "apply", _traced_apply),
     (torch.autocast, "__init__", _told_device),
     (torch.autocast, "__enter__", _noted_autocast),

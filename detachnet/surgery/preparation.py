@@ -1,6 +1,7 @@
-"""TracedGraph -> what a network does to the image in front of its first layer with weights.
+"""TracedGraph -> what a network does to the image in front of its first layer.
 
-A normalization or an augmentation there is no feature of the network: it prepares the image for all models.
+A normalization or an augmentation there is no feature of the network: it prepares the image for all models. It may
+have weights: a norm over the channels of the image, a mean and a scale that are learned, a map of its colours.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 from detachnet.surgery.graph import TracedGraph
 from detachnet.surgery.tracer import Spec
@@ -34,7 +35,7 @@ _MOVING = {
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to the image in front of the first layer with weights.
+    """What is done to the image in front of the first layer.
 
     Attributes:
         steps: The operations that change its values, by name, front to back.
@@ -73,7 +74,7 @@ def _listed(steps: Sequence[str]) -> str:
 
 
 def find_preparation(graph: TracedGraph, cuts: Collection[fx.Node]) -> Preparation:
-    """What a graph does to the image; nothing where there is no layer with weights behind it.
+    """What a graph does to the image; nothing where there is no layer behind it.
 
     Args:
         graph: The graph.
@@ -84,7 +85,7 @@ def find_preparation(graph: TracedGraph, cuts: Collection[fx.Node]) -> Preparati
         inputs = [n for n in node.all_input_nodes if n in graph.data]
         if node.op == "output" or node not in graph.data or not set(raw).issuperset(inputs):
             continue
-        if _reads_weights(graph, node):
+        if (weights := _weights(graph, node)) and not _leaves_an_image(graph, node, weights):
             names = tuple(map(graph.describe, steps))
             behind = raw[raw.index(steps[-1]) :] if steps else []
             end = next((graph.name_of[n] for n in behind if n in cuts and _is_image(graph, n)), "")
@@ -101,8 +102,28 @@ def _is_image(graph: TracedGraph, node: fx.Node) -> bool:
     return len(shape) == len(image) and (shape[0] == image[0] or shape[1:] == image[1:])
 
 
-def _reads_weights(graph: TracedGraph, node: fx.Node) -> bool:
-    return bool(graph.parameters_of(node)) or any(graph.parameters_of(n) for n in node.all_input_nodes)
+def _weights(graph: TracedGraph, node: fx.Node) -> list[nn.Parameter]:
+    """The parameters that an operation reads."""
+    own = [node, *(n for n in node.all_input_nodes if n.op == "get_attr")]
+    return [parameter for n in own for parameter in graph.parameters_of(n)]
+
+
+def _leaves_an_image(graph: TracedGraph, node: fx.Node, weights: Sequence[nn.Parameter]) -> bool:
+    """Whether an operation gives an image like that it gets, with weights of a map of colours or for pixels."""
+    value, image = graph.values[node], graph.image.shape
+    if not isinstance(value, Spec) or value.shape != image or len(image) < 2:
+        return False
+    if sum(p.numel() for p in weights) <= image[1] * (image[1] + 1):
+        return True
+    layer = graph.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    mixes = type(layer).__module__.startswith("torch.") and not isinstance(layer, nn.LayerNorm)
+    return not mixes and all(_is_for_pixels(p.shape, image[1:]) for p in weights)
+
+
+def _is_for_pixels(weight: Sequence[int], image: Sequence[int]) -> bool:
+    """Whether a weight is laid over an image `(C, H, W)`."""
+    pairs = zip(reversed(weight), (*reversed(image), 1), strict=False)
+    return len(weight) <= len(image) + 1 and all(size in (1, there) for size, there in pairs)
 
 
 def _only_moves_pixels(graph: TracedGraph, node: fx.Node, inputs: Sequence[fx.Node]) -> bool:

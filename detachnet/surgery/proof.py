@@ -161,6 +161,7 @@ class _Prover:
             if not training and _sums_to_one(expected.outputs):
                 hints = (*hints, "in evaluation mode it returns probabilities; what takes logits normalizes again")
             self._compare_joint_exactly(training, found)
+        self._compare_later_passes()
         if not self.gradients:
             self.notes.append("no gradients were compared with the model's")
         notes = [*dict.fromkeys(self.notes), *self._coupled()]
@@ -245,6 +246,26 @@ class _Prover:
                 owner=owner,
                 short=f"its buffer {name.removeprefix(PREFIX)!r} becomes another value",
             )
+
+    def _compare_later_passes(self) -> None:
+        """Refuse a base view that is the model in a first pass only, where one leaves what later ones may read."""
+        left = [*self.net._filled.items(), *(("", reason) for reason in self.net._lost if reason.counts)]
+        if not left:
+            return
+        bound, copies = _SAME.get(self.dtype, 3e-2), (self._fresh(), self._fresh())
+        for i, training in enumerate((True, True, False, False)):
+            runs = (lambda net, x: net.base(x), lambda net, x: net(x, which=BASE))
+            try:
+                one, two = (self._pass(run, net, training, False) for run, net in zip(runs, copies, strict=True))
+            except Exception as error:  # whatever a user's model raises
+                raise _CannotRunError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+            if self._same_outputs(one, two, bound):
+                continue
+            if i == 0:  # which has been judged
+                self.notes.append("a second pass was not compared")
+                return
+            owner, reason = left[0]
+            raise self._refusal("its values are others in a later pass", reason.what, owner, str(reason))
 
     def _draws_in_another_order(self, training: bool, expected: _Pass, bound: float) -> bool:
         """Whether the trace gives what the model does in the order of the trace; views draw when they need to."""

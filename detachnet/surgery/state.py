@@ -6,13 +6,17 @@ from: a trace holds what they gave once.
 
 from __future__ import annotations
 
-import inspect
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-from types import CodeType
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from inspect import ismodule, unwrap
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,20 +26,24 @@ from torch import Tensor, fx, nn
 _PLAIN = (int, float, complex, str, bytes, type(None))
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _OF_MODULES = {*vars(nn.Module()), "_is_full_backward_hook"}
+_SINGLE = (Tensor, fx.Proxy, fx.Node, nn.Module, type, FunctionType, BuiltinFunctionType, MethodType)
+_LIBRARIES = ("detachnet", "timm", "torchvision")
 _OPAQUE = (*sys.stdlib_module_names, "torch", "numpy")
 """Packages whose objects hold nothing that counts here, generators of random numbers and containers apart."""
 MOST = 256
 """Items of a container that are looked at; of longer ones only their number."""
+LARGEST = 1 << 16
+"""Bytes of an array of NumPy's whose values are looked at; of larger ones only the shape."""
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
     """Name of an attribute, or of a variable that methods read → what it holds, in a form to be compared."""
-    return {name: _content(value) for name, value in _held(module)}
+    return {name: _content(value) for _, name, value in _held(module)}
 
 
 def drawn_from(module: nn.Module, name: str) -> bool:
     """Whether an attribute or a variable is, or holds, what random numbers are drawn from."""
-    return any(True for other, value in _held(module) if other == name for _ in _generators(value))
+    return any(True for _, other, value in _held(module) if other == name for _ in _generators(value))
 
 
 def generators_of(model: nn.Module) -> list[Any]:
@@ -43,7 +51,7 @@ def generators_of(model: nn.Module) -> list[Any]:
     found = {
         id(generator): generator
         for module in model.modules()
-        for _, value in _held(module)
+        for _, _, value in _held(module)
         for generator in _generators(value)
     }
     return list(found.values())
@@ -81,19 +89,21 @@ def _whole_state(generator: Any) -> Any:
     return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state()
 
 
-def _held(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """A module's own attributes, and the variables outside of it that its methods read."""
+def _held(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+    """Place, name and value of a module's own attributes, and of what its methods read outside of it."""
     if type(module).__module__.startswith("torch."):
         return
-    yield from [(name, value) for name, value in vars(module).items() if name not in _OF_MODULES]
-    kind: Any = type(module)
-    for names, name in _variables(kind):
-        value = names.get(name)
-        if not (callable(value) or inspect.ismodule(value)):
-            yield name, value
+    own = [(name, value) for name, value in vars(module).items() if name not in _OF_MODULES]
+    yield from [(vars(module), *pair) for pair in own]
+    functions = dict.fromkeys(_methods(type(module)))
+    for _, value in own:
+        if isinstance(function := getattr(value, "__func__", value), FunctionType):
+            functions |= dict.fromkeys(_called(function))
+    for function in functions:
+        yield from _outside(function)
     for base in _own_bases(type(module)):
         yield from [
-            (name, value)
+            (vars(base), name, value)
             for name, value in vars(base).items()
             if name[:2] != "__" and isinstance(value, (*_PLAIN, list, dict, *_GENERATORS))
         ]
@@ -104,25 +114,73 @@ def _own_bases(kind: type) -> list[type]:
 
 
 @cache
-def _variables(kind: type) -> tuple[tuple[dict[str, Any], str], ...]:
-    """The global variables that the methods of a class name."""
-    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+def _methods(kind: type) -> tuple[FunctionType, ...]:
+    """The methods of a class, and the functions of a user's that they call."""
+    found: dict[FunctionType, None] = {}
     for base in _own_bases(kind):
         for method in vars(base).values():
-            function = inspect.unwrap(getattr(method, "__func__", method)) if callable(method) else None
-            code, names = getattr(function, "__code__", None), getattr(function, "__globals__", {})
-            for name in _names(code):
-                if name in names and not callable(names[name]) and not inspect.ismodule(names[name]):
-                    found[id(names), name] = (names, name)
-    return tuple(found.values())
+            function = unwrap(getattr(method, "__func__", method)) if callable(method) else None
+            if isinstance(function, FunctionType):
+                found |= dict.fromkeys(_called(function))
+    return tuple(found)
 
 
-def _names(code: CodeType | None) -> Iterator[str]:
-    if code is not None:
-        yield from code.co_names
-        for constant in code.co_consts:
-            if isinstance(constant, CodeType):
-                yield from _names(constant)
+@lru_cache(maxsize=1024)
+def _called(function: FunctionType) -> tuple[FunctionType, ...]:
+    """A function, and those of a user's that it calls by a variable's name."""
+    found, pending = dict[FunctionType, None](), [function]
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found[current] = None
+            named = [value for _, _, value in _named(current)]
+            pending += [v for v in named if isinstance(v, FunctionType) and _is_users(v.__module__)]
+    return tuple(found)
+
+
+class _Cell:
+    """A variable of the function around a function, as the dict that others are in."""
+
+    def __init__(self, cell: CellType) -> None:
+        self.cell = cell
+
+    def get(self, _: str) -> Any:
+        """What it is now."""
+        return self.cell.cell_contents
+
+
+def _named(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
+    """The variables outside of a function that its code names: where they are, and what they are now."""
+    for name in _names_in(function):
+        if name in function.__globals__:
+            yield function.__globals__, name, function.__globals__[name]
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # an empty one
+            yield _Cell(cell), name, cell.cell_contents
+
+
+def _outside(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
+    """What a function reads that is no module, class or function; its defaults and attributes, too."""
+    yield from [named for named in _named(function) if not (isinstance(named[2], _SINGLE) or ismodule(named[2]))]
+    kept = [value for value in (function.__defaults__ or ()) if isinstance(value, list | dict)]
+    if kept or vars(function):
+        both = {function.__name__: [*kept, vars(function)]}
+        yield both, function.__name__, both[function.__name__]
+
+
+def _is_users(module: str | None) -> bool:
+    return bool(module) and str(module).partition(".")[0] not in (*_OPAQUE, *_LIBRARIES)
+
+
+@lru_cache(maxsize=1024)
+def _names_in(function: FunctionType) -> tuple[str, ...]:
+    """The names in a function's code and in that of functions inside of it."""
+    names, pending = dict[str, None](), [function.__code__]
+    while pending:
+        code = pending.pop()
+        names |= dict.fromkeys(code.co_names)
+        pending += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return tuple(names)
 
 
 def _generators(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
@@ -136,29 +194,99 @@ def _generators(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
             yield from _generators(part, seen)
 
 
-def _content(value: Any, seen: tuple[int, ...] = ()) -> Any:
-    """What a value holds besides tensors and modules."""
+def marks_of(module: nn.Module) -> dict[str, Any]:
+    """The same with a mark for each tensor and function: which one it is, and how often it was written to."""
+    return {name: _content(value, _mark) for _, name, value in _held(module)}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a module's methods have read.
+
+    Attributes:
+        place: The namespace that it is in.
+        name: Its name there.
+        value: What it was.
+        marks: What that held.
+    """
+
+    place: Any
+    name: str
+    value: Any
+    marks: Any
+
+    @property
+    def now(self) -> Any:
+        """What it is now."""
+        return self.place.get(self.name)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether it is, or holds, something else now."""
+        now = self.now
+        if now is self.value and (isinstance(now, _PLAIN) or type(now) is FunctionType):
+            return False
+        return bool(_content(now, _mark) != self.marks)
+
+    def __str__(self) -> str:
+        plain = isinstance(self.value, _PLAIN) and isinstance(self.now, _PLAIN)
+        return f"{self.name!r} was {self.value!r}, is {self.now!r}" if plain else f"{self.name!r} is another"
+
+
+def readings(module: nn.Module, names: Collection[str]) -> Iterator[Reading]:
+    """What a module holds under some names, and what its methods read outside of it."""
+    for place, name, value in _held(module):
+        if name in names or place is not vars(module):
+            yield Reading(place, name, value, _content(value, _mark))
+
+
+def _mark(value: Any) -> Any:
+    """Which tensor, traced value, module or function something is."""
+    if isinstance(value, fx.Proxy | fx.Node):
+        return "a traced value"
+    written = value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+    return type(value).__name__, id(value), written
+
+
+def _content(  # noqa: PLR0911  # one for each kind
+    value: Any, mark: Callable[[Any], Any] | None = None, seen: tuple[int, ...] = ()
+) -> Any:
+    """What a value holds; of tensors, modules and functions what `mark` makes of them, or nothing."""
     if isinstance(value, _PLAIN):
         return value if value == value else "nan"  # noqa: PLR0124
     if isinstance(value, _GENERATORS):
-        return generator_state(value)
+        return None if mark else generator_state(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return value.shape, zlib.crc32(value.tobytes()) if value.nbytes <= LARGEST else None
+    if isinstance(value, _SINGLE):
+        return mark(value) if mark else None
     parts = _parts(value)
     if parts is None or id(value) in seen:
         return None
-    inner = [(key, part) for key, part in parts if not isinstance(part, Tensor | fx.Proxy | fx.Node | nn.Module)]
+    grows = isinstance(value, list | deque)
+    inner = [(k, p) for k, p in parts if mark or grows or not isinstance(p, _SINGLE)]
     if len(inner) > MOST:
         return len(inner)
-    return tuple((key, _content(part, (*seen, id(value)))) for key, part in inner)
+    return tuple((key, _content(part, mark, (*seen, id(value)))) for key, part in inner)
 
 
 def _parts(value: Any) -> list[tuple[str, Any]] | None:
     """The parts of a container or of an object of a user's class; None where it has none that count."""
-    if isinstance(value, Tensor | fx.Proxy | fx.Node | nn.Module | type) or inspect.ismodule(value):
+    if isinstance(value, _SINGLE) or ismodule(value):
         return None
     if isinstance(value, dict):
         return [(str(key), part) for key, part in value.items()]
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, list | tuple | set | frozenset | deque):
         return [("", part) for part in value]
-    if type(value).__module__.partition(".")[0] in _OPAQUE or not hasattr(value, "__dict__"):
-        return None
-    return list(vars(value).items())
+    if isinstance(value, Iterator):
+        return _rest_of(value)
+    opaque = type(value).__module__.partition(".")[0] in _OPAQUE and type(value) is not SimpleNamespace
+    return list(vars(value).items()) if hasattr(value, "__dict__") and not opaque else None
+
+
+def _rest_of(iterator: Iterator[Any]) -> list[tuple[str, Any]] | None:
+    """What an iterator has yet to give, where it says."""
+    with warnings.catch_warnings(), suppress(Exception):  # some cannot be stored, each in its own way
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return [("", part) for part in iterator.__reduce__()[1:]]
+    return None

@@ -25,7 +25,7 @@ from detachnet.surgery.modules import meta_twin, random_states_kept
 from detachnet.surgery.settle import cut_gradients, settle_augmented
 from detachnet.surgery.state import generators_kept, generators_of
 from detachnet.surgery.tracer import NO_LEAVES, PREFIX, PROBE_BATCH, Leaves, Spec, Tracer
-from detachnet.surgery.whole import LostError, asking_for_mode, hooked, plain_attributes
+from detachnet.surgery.whole import LostError, Reason, asking_for_mode, attributes_read, hooked
 from detachnet.zoo import default_input_size
 
 _ONCE = "a trace would hold the answer of one device and one pass"
@@ -81,7 +81,7 @@ def _traced(
     """Trace once in each mode; again where a random state has moved, to hear whether this thread did it."""
     graphs: dict[bool, TracedGraph] = {}
     constants, tracers = dict[str, torch.Tensor](), list[Tracer]()
-    found: dict[str, str] = {}
+    found, filled = dict[str, str](), dict[str, Reason]()
     for training in (False, True):
         root = Root(meta_twin(model)).train(training)
         for path in others.get(training, ()):
@@ -92,6 +92,7 @@ def _traced(
             tracer.watch.hooks[path] = reason
         graph = _trace_root(tracer, root)
         found |= {path: str(reason) for path, reason in tracer.watch.found.items()}
+        filled |= tracer.watch.filled()
         if graph is not None:
             graphs[training] = TracedGraph(root, graph, _flatten(tracer.calls), image, tracer.calls)
             constants |= _take_constants(root, graph, "train" if training else "eval")
@@ -117,7 +118,8 @@ def _traced(
         *(graphs[True], graphs[False], constants, type(model).__name__, leaves),
         whole=outer,
         lost=tuple(lost.values()),
-        plain=plain_attributes(opened, written),
+        read=attributes_read(opened, written),
+        filled=filled,
         modal=asking_for_mode(opened),
     )
 

@@ -31,6 +31,8 @@ PREFIX = "base."
 """Where the traced model sits below the module that runs its graphs (`DetachableNet.base`)."""
 PROBE_BATCH = 11
 """Batch size of the shape propagation; a number that no other axis is likely to have."""
+_BATCHES = tuple(2**i for i in range(13))
+"""Batch sizes that a decision by the batch size is tried at; it is one only if it is the same for all."""
 _RANDOM = ("rand", "randint", "randn", "randperm")
 _FACTORIES = (*_RANDOM, "arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")
 _BATCH_NORMS = (F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm)
@@ -191,7 +193,22 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """An argument of a node; a number of NumPy's as one of Python's, which can be written down."""
+        if isinstance(a, torch.Generator):
+            self.watch.note("random numbers of its own", decides=True)
+        elif self._is_of_the_twin(a):
+            self.watch.note("a question about the device of a weight", decides=True)
         return super().create_arg(a.item() if isinstance(a, np.generic) else a)
+
+    def _is_of_the_twin(self, a: object) -> bool:
+        """Whether an argument is the device of what is traced, or a tensor made there, none of the model's own."""
+        if not isinstance(a, torch.Tensor):
+            return isinstance(a, torch.device) and a.type == "meta"
+        held = (
+            t
+            for m in self.root.modules()
+            for t in [*m._parameters.values(), *m._buffers.values(), *vars(m).values()]
+        )
+        return a.is_meta and not any(a is each for each in held)
 
     def _name(self, path: str, node: fx.Node) -> None:
         calls = self.calls.setdefault(path.removeprefix(PREFIX), [])
@@ -224,7 +241,7 @@ class Tracer(fx.Tracer):
             if length_only:
                 values = [len(value) for value in values]
             elif isinstance(values[0], bool) and self._asks_for_batch(node):
-                values += [Probe(self, self._image.example(batch)).value(node) for batch in (1, 2, 64)]
+                values += [Probe(self, self._image.example(batch)).value(node) for batch in _BATCHES]
         except Exception:  # whatever an operation raises where there are shapes only
             return False, None
         finally:

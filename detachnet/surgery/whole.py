@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from detachnet.surgery.state import drawn_from, state_of
+from detachnet.surgery.state import drawn_from, marks_of, state_of
 
 if TYPE_CHECKING:
     from detachnet.surgery.tracer import Tracer
@@ -113,12 +113,14 @@ class Watch:
         drawn: The state of torch's random numbers before a function of torch that may draw some.
         written: Names of the attributes that forward passes assign.
         opened: Path of each module whose forward was traced → the module.
+        marks: Path of each → what it held before, with a mark for each tensor.
     """
 
     tracer: Tracer
     stay_open: tuple[str, ...] = ()
     found: dict[str, Reason] = field(default_factory=dict)
     opened: dict[str, nn.Module] = field(default_factory=dict)
+    marks: dict[str, dict[str, Any]] = field(default_factory=dict)
     lost: list[Reason] = field(default_factory=list)
     hooks: dict[str, Reason] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
@@ -131,7 +133,8 @@ class Watch:
     def inside(self, module: nn.Module, path: str) -> Iterator[None]:
         """While a module's own forward is traced."""
         self.look()
-        self.opened[path] = module
+        if path not in self.opened:
+            self.opened[path], self.marks[path] = module, marks_of(module)
         self.frames.append(_Frame(module, path, _contexts(), _random(), state_of(module)))
         if path and path in self.hooks and path not in self.stay_open:
             self.found.setdefault(path, self.hooks[path])
@@ -185,6 +188,17 @@ class Watch:
                 self.note(f"{name!r} changed", line, counts=True)
             else:
                 self.note(f"what is left in {name!r}", line, counts=True)
+
+    def filled(self) -> dict[str, Reason]:
+        """Path of an opened module → what it holds, or reads, that its pass has left otherwise."""
+        left = {}
+        for path, module in self.opened.items():
+            before = self.marks[path]
+            changed = (name for name, now in marks_of(module).items() if before.get(name, _ABSENT) != now)
+            if name := next(changed, ""):
+                line = _line_of(module, re.compile(rf"\b{re.escape(name)}\b"))
+                left[path] = Reason(f"what is left in {name!r}", line, counts=True)
+        return left
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -260,8 +274,11 @@ class Watch:
                 return
             if name in owner._buffers:
                 self.note(f"{name!r} changed in place")
+            elif isinstance(vars(owner).get(name), torch.Tensor):  # one that the forward pass has made, or holds
+                self.note("a tensor of its own changed in place", counts=True)
 
 
+_ABSENT = object()
 _CONTEXTS = ("no_grad", "inference_mode", "autocast", "autocast", "save_on_cpu or checkpointing")
 _RANDOM = ("Python's random numbers", "NumPy's random numbers", "random numbers outside the graph")
 _DRAWING = {
@@ -336,19 +353,9 @@ def _hooks(module: nn.Module) -> str:
     return ""
 
 
-def plain_attributes(opened: Mapping[str, nn.Module], written: set[str]) -> dict[str, dict[str, Any]]:
-    """Path of an opened module → the plain attributes that its methods may read; a trace holds their values."""
-    found = {}
-    for path, module in opened.items():
-        read = _names_read(module)
-        own = {
-            name: value
-            for name, value in vars(module).items()
-            if name in read - written and name != "training" and not name.startswith("_") and _is_plain(value)
-        }
-        if own:
-            found[path] = own
-    return found
+def attributes_read(opened: Mapping[str, nn.Module], written: set[str]) -> dict[str, frozenset[str]]:
+    """Path of an opened module → the names in its methods, of what a trace holds as it was."""
+    return {path: frozenset(_names_read(module) - written - {"training"}) for path, module in opened.items()}
 
 
 def asking_for_mode(opened: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -362,6 +369,8 @@ def _names_read(module: nn.Module) -> set[str]:
     methods = [method for base in bases for key, method in vars(base).items() if key != "__init__"]
     pending: list[Any] = []
     for method in [*methods, *vars(module).values()]:
+        if isinstance(method, torch.Tensor | fx.Proxy):
+            continue
         function = getattr(method, "fget", None) or getattr(method, "__func__", method)
         pending.append(getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None))
     names: set[str] = set()

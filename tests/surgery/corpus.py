@@ -1,6 +1,6 @@
 """Generated networks, each with a forward pass of its own, and whether a family of one is the network.
 
-    python -m tests.surgery.corpus [--nets 1000] [--seed 0]
+    python -m tests.surgery.corpus [--nets 1000] [--seed 0] [--until SEED]
 
 A network is written as source: a stem, a few parts (blocks with children, layers without) and a head. Lines
 of a small grammar are put into the forward passes of the network and its parts: shapes, arithmetic along an axis,
@@ -771,6 +771,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", type=int, default=1000, help="networks that run by themselves")
     parser.add_argument("--seed", type=int, default=0, help="of the first")
+    parser.add_argument("--until", type=int, help="stop in front of this seed: parts of a corpus run side by side")
     parser.add_argument("--only", type=int, help="show this seed's source and what became of it")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -782,7 +783,7 @@ def main() -> None:
         print(*judge(source, f"corpus_{options.only}", asked))
         return
     counts, seed = Counter[str](), options.seed
-    while counts.total() - counts["unfit"] < options.nets:
+    while counts.total() - counts["unfit"] < options.nets and seed != options.until:
         source, asked = written(seed)
         verdict, said = judge(source, f"corpus_{seed}", asked)
         counts[verdict] += 1

@@ -23,7 +23,7 @@ def test_a_family_is_the_network_or_says_that_it_is_not(first: int) -> None:
 @pytest.mark.parametrize(
     ("statement", "seen"),
     [
-        ("h = h * (1 if torch.is_grad_enabled() else 2)", "base: output 2"),
+        ("h = h * (1 if type(h) is torch.Tensor else 2)", "base: output 0"),
         ("h = h * 2", ""),
     ],
 )

@@ -436,6 +436,31 @@ class Prepared(nn.Module):
         return logits
 
 
+class Colours(nn.Conv2d):
+    """A normalization as a convolution that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3, 1)
+        with torch.no_grad():
+            self.weight.copy_(torch.eye(3)[:, :, None, None] / 58)
+            self.bias.fill_(-2)  # type: ignore[union-attr]
+        self.requires_grad_(False)
+
+
+class Learned(nn.Module):
+    """A mean image and a scale, as weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.scale = (
+            nn.Parameter(torch.full((3, 8, 8), 118.0)),
+            nn.Parameter(torch.ones(1, 3, 1, 1) / 58),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) * self.scale
+
+
 class Normalize(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -455,6 +480,9 @@ PREPARING: list[Any] = [
     (nn.BatchNorm2d(3, affine=False), "'prepare'", "prepare"),
     (lambda x: F.interpolate(x, size=(8, 8)) * 2, "'interpolate', 'mul'", "mul"),
     (nn.Sequential(Normalize(), nn.Identity()), "'prepare.0'", "prepare.0"),
+    (nn.BatchNorm2d(3), "'prepare'", "prepare"),
+    (nn.LayerNorm([3, 8, 8]), "'prepare'", "prepare"),
+    (nn.Sequential(Colours(), Learned()), "'prepare.0', 'prepare'", "prepare"),
 ]
 
 
@@ -518,8 +546,11 @@ def test_bytes_are_taken_in_behind_what_makes_numbers_of_them() -> None:
             detachnet.make_detachable(model, raw, example_input=images)
 
 
-@pytest.mark.parametrize("prepare", [nn.Identity(), nn.Dropout(0.1), lambda x: x.contiguous().clone()])
-def test_what_leaves_the_image_as_it_is_is_not_named(prepare: Any) -> None:
+@pytest.mark.parametrize(
+    "prepare",
+    [nn.Identity(), nn.Dropout(0.1), lambda x: x.contiguous().clone(), nn.Conv2d(3, 3, 3, 1, 1), nn.Linear(8, 8)],
+)
+def test_what_leaves_the_image_as_it_is_or_sees_more_of_it_is_not_named(prepare: Any) -> None:
     assert detachnet.make_detachable(Prepared(prepare), ["net.pool"], (3, 8, 8)).plan.hints == ()
 
 
