@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .console import friendly, note, print_json, progress, show
-from .opening import fastest_device, known_root, open_family
+from .opening import MOST, fastest_device, in_memory, known_root, open_family
 from .options import AsJson, Checkpoint, DataRoot, Download, ModelFile
-
-if TYPE_CHECKING:
-    from detachnet.data.datasets import Split
-    from detachnet.surgery.detachable import DetachableNet
-
-logger = logging.getLogger("detachnet")
-MOST = 2000
-"""Test images of a data set of image files that are looked at: they are held in memory."""
 
 
 @friendly
@@ -41,13 +31,17 @@ def cascade(
     from detachnet.data.datasets import is_files, load_data
     from detachnet.deploy.cascade import calibrate
     from detachnet.memory import keep_freed
+    from detachnet.training.data import open_test_files
 
     keep_freed()
     path, net = open_family(checkpoint, model_file)
     data = net.facts.known_data
     root = known_root(checkpoint, data_root)
     with progress():
-        test = _test_files(net, root) if is_files(data.name) else load_data(data.name, root, download)[1]
+        if is_files(data.name):
+            test = in_memory(net, open_test_files(data, root), MOST, "test")
+        else:
+            test = load_data(data.name, root, download)[1]
         curve = calibrate(net, test, target_accuracy, target_macs, fastest_device())
     if as_json:
         beaten = [curve.better_single(point) for point in curve.points]
@@ -65,14 +59,3 @@ def cascade(
         note("An image that goes on costs all models it went through: they part at the image.")
     for line in curve.verdicts():
         note(line)
-
-
-def _test_files(net: DetachableNet, root: Path | None) -> Split:
-    """Test images of a data set of image files, as the family takes them in."""
-    from detachnet.training.data import hold, open_test_files
-
-    data, (_, height, width) = net.facts.known_data, net.plan.input_size
-    files = open_test_files(data, root)
-    if files.num_images > MOST:
-        logger.info("of %d test images %d are looked at, evenly spaced", files.num_images, MOST)
-    return hold(files, data, (height, width), MOST)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from detachnet.errors import ExportError
+
 from .console import friendly, note, progress, show
-from .opening import known_root, open_family
+from .opening import MOST, in_memory, known_root, open_family
 from .options import Checkpoint, DataRoot, Download, ModelFile
 
 if TYPE_CHECKING:
@@ -40,6 +42,10 @@ def export(
         bool,
         typer.Option("--legs", help="Also what models share and what each has behind, to go on from a feature."),
     ] = False,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Of --int8: test images at most; all, or {MOST} of image files, if not given."),
+    ] = None,
     data_root: DataRoot = None,
     download: Download = False,
     model_file: ModelFile = None,
@@ -48,17 +54,33 @@ def export(
     from detachnet.deploy.export import export as write
 
     path, net = open_family(checkpoint, model_file)
-    splits = _splits(net, known_root(checkpoint, data_root), download) if int8 else None
+    if images is not None and not int8:
+        raise ExportError("--images is for --int8: float32 graphs are not measured on images")
     with _only_our_words(), progress():
+        splits = _splits(net, known_root(checkpoint, data_root), download, images) if int8 else None
         manifest = write(net, out, format, model, int8=splits, latency=_latency(path), legs=legs)
     _show(manifest, out)
 
 
-def _splits(net: DetachableNet, data_root: Path | None, download: bool) -> tuple[Split, Split]:
-    """The data the family was trained on."""
-    from detachnet.data.datasets import load_data
+def _splits(net: DetachableNet, data_root: Path | None, download: bool, images: int | None) -> tuple[Split, Split]:
+    """Images to calibrate with, and test images; where those are not all, accuracies become those on them."""
+    from detachnet.data.datasets import is_files, load_data
+    from detachnet.deploy.quantize import CALIBRATION_IMAGES
+    from detachnet.evaluation import evaluate
+    from detachnet.training.data import open_test_files, open_train_files
 
-    return load_data(net.facts.known_data.name, data_root, download)
+    data = net.facts.known_data
+    if is_files(data.name):
+        training = in_memory(net, open_train_files(data, data_root), CALIBRATION_IMAGES, "training")
+        files = open_test_files(data, data_root)
+        count, test = files.num_images, in_memory(net, files, images or MOST, "test")
+    else:
+        training, every = load_data(data.name, data_root, download)
+        count, test = len(every), every.part(0, images)
+    if len(test) < count and net.facts.accuracy:
+        accuracy = {name: score["accuracy"] for name, score in evaluate(net, test).items()}
+        net.facts = net.facts.updated(accuracy=accuracy)
+    return training, test
 
 
 def _latency(path: Path) -> dict[str, Latency]:

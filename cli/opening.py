@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from detachnet.data.datasets import Split
+    from detachnet.data.folders import Files
+    from detachnet.data.loader import FileBatches
     from detachnet.surgery.detachable import DetachableNet
+
+logger = logging.getLogger("detachnet")
+MOST = 2000
+"""Test images of a data set of image files that are held in memory, where nobody says how many."""
+WORKERS = 4
+"""Processes that read image files, where there are as many cores."""
 
 
 def open_family(checkpoint: Path, model_file: str | None = None) -> tuple[Path, DetachableNet]:
@@ -57,6 +68,32 @@ def known_root(checkpoint: Path, data_root: Path | None) -> Path | None:
     except (OSError, ValueError, AttributeError):
         return None
     return Path(told) if isinstance(told, str) and Path(told).is_dir() else None
+
+
+def all_test_images(
+    net: DetachableNet, data_root: Path | None, download: bool, device: str = "cpu", name: str | None = None
+) -> tuple[Split | FileBatches, int]:
+    """Test images of a family, or of another data set, and how many; image files are read as they are needed."""
+    from detachnet.data.datasets import is_files, load_data
+    from detachnet.training.data import evaluation_batches, open_test_files
+
+    data, (_, *size) = net.facts.known_data, net.plan.input_size
+    if not is_files(name or data.name):
+        test = load_data(name or data.name, data_root, download)[1]
+        return test, len(test)
+    files = open_test_files(data, data_root, name)
+    workers = min(WORKERS, os.cpu_count() or 1)
+    return evaluation_batches(files, data, (size[0], size[1]), device, workers), files.num_images
+
+
+def in_memory(net: DetachableNet, files: Files, most: int, kind: str) -> Split:
+    """Images of files as a family takes them in, at most so many; it is said where those are not all."""
+    from detachnet.training.data import hold
+
+    if files.num_images > most:
+        logger.info("of %d %s images %d are looked at, evenly spaced", files.num_images, kind, most)
+    _, *size = net.plan.input_size
+    return hold(files, net.facts.known_data, (size[0], size[1]), most)
 
 
 def fastest_device() -> str:

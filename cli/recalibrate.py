@@ -9,8 +9,8 @@ import typer
 
 from detachnet.errors import CheckpointError
 
-from .console import friendly, note, show
-from .opening import known_root, open_family
+from .console import friendly, note, progress, show
+from .opening import all_test_images, in_memory, known_root, open_family
 from .options import Checkpoint, DataRoot, ModelFile
 
 
@@ -27,25 +27,31 @@ def recalibrate(
         raise CheckpointError(f"{out} exists already", hint="name a new file, or remove this one")
     from detachnet.checkpoint.saving import save
     from detachnet.data.batches import Batches
-    from detachnet.data.datasets import load_data, select
+    from detachnet.data.datasets import is_files, load_data
     from detachnet.evaluation import EVAL_BATCH, evaluate
     from detachnet.memory import keep_freed
     from detachnet.surgery.recalibration import recalibrate as measure
     from detachnet.text import Table
+    from detachnet.training.data import open_train_files
 
     keep_freed()
     _, net = open_family(checkpoint, model_file)
     data = net.facts.known_data
-    splits = load_data(data.name, known_root(checkpoint, data_root))
-    train, test = select(splits, num_train=min(images, len(splits[0])))
-    fresh = measure(net, (batch for batch, _ in Batches(train, data, EVAL_BATCH).epoch()))
-    before, after = evaluate(net, test), evaluate(fresh, test)
+    root = known_root(checkpoint, data_root)
+    with progress():
+        if is_files(data.name):
+            train = in_memory(net, open_train_files(data, root), images, "training")
+        else:
+            train = load_data(data.name, root)[0].part(0, images)
+        fresh = measure(net, (batch for batch, _ in Batches(train, data, EVAL_BATCH).epoch()))
+        test, num_test = all_test_images(net, root, download=False)
+        before, after = evaluate(net, test), evaluate(fresh, test)
     fresh.facts = fresh.facts.updated(
         accuracy={name: score["accuracy"] for name, score in after.items()},
-        data=data.model_copy(update={"num_test": len(test)}),
+        data=data.model_copy(update={"num_test": num_test}),
     )
     save(fresh, out)
     rows = tuple((n, *(f"{100 * scores[n]['accuracy']:.2f} %" for scores in (before, after))) for n in before)
-    title = f"{data.name} test accuracy, n = {len(test)}; statistics of {len(train)} training images"
+    title = f"{data.name} test accuracy, n = {num_test}; statistics of {len(train)} training images"
     show(Table(("model", "before", "after"), rows, title))
     note(f"\nSaved in {out}, with private norms.")

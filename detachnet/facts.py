@@ -20,7 +20,8 @@ class DataInfo(Fields):
         mean: Mean of each channel over the training images, of values in [0, 1].
         std: Standard deviation of each channel.
         num_test: Number of test images that accuracies are measured on.
-        test_split: Where the test images are, in a data set of image files.
+        train_split: Where the training images are, in a data set of image files; empty in older files.
+        test_split: Where the test images are there.
         test_share: Share of each class that the test images are, where the data set is not divided: chosen by
             `test_seed`. 0 where it is.
         test_seed: Decides which ones.
@@ -35,6 +36,7 @@ class DataInfo(Fields):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_test: int = 0
+    train_split: str = ""
     test_split: str = ""
     test_share: float = 0.0
     test_seed: int = 0

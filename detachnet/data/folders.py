@@ -106,7 +106,9 @@ class Files:
         num_images: Images in the split.
         shards: Paths of the WebDataset shards, which are read from front to back; empty where each image can be
             read by its number.
+        lengths: Images in each shard, where that is known.
         reader: timm's, of images that can be.
+        numbers: Those of the reader's images that the split has, where it has not all.
         labels: timm's labels to ours, where they differ.
         held: How the data set is divided, where it does not say so itself.
     """
@@ -116,7 +118,9 @@ class Files:
     classes: tuple[str, ...]
     num_images: int
     shards: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
     reader: Any = None
+    numbers: Sequence[int] | None = None
     labels: Mapping[int, int] = field(default_factory=dict)
     held: Held | None = None
 
@@ -126,6 +130,7 @@ class Files:
         Raises:
             DataError: It cannot be read; the message names it.
         """
+        index = index if self.numbers is None else self.numbers[index]
         name = self._name(index)
         try:
             file, label = self.reader[index]
@@ -188,7 +193,55 @@ class Files:
         if self.shards:
             yield from map(self.decode, islice(self.samples(self.shards), count))
             return
-        yield from (self.read(i * self.num_images // count) for i in range(count))
+        yield from map(self.read, self._spread(count))
+
+    def _spread(self, count: int) -> list[int]:
+        """So many numbers of images, evenly spaced."""
+        return [i * self.num_images // count for i in range(count)]
+
+    def without(self, count: int) -> tuple[Files, Files]:
+        """The same without some images, and these: evenly spaced ones; of shards the last, as many as hold them.
+
+        Args:
+            count: How many; of shards at least.
+
+        Raises:
+            DataError: Nothing would be left, or it is not known how many images each shard holds.
+        """
+        if not 0 < count < self.num_images:
+            raise DataError(f"{self.num_images} {self.split} images are not enough to hold out {count}")
+        if self.shards:
+            return self._without_shards(count)
+        out = set(self._spread(count))
+        rest = [index for index in range(self.num_images) if index not in out]
+        return self._of(rest), self._of(sorted(out))
+
+    def _of(self, indices: Sequence[int]) -> Files:
+        """Some of the images."""
+        numbers = indices if self.numbers is None else [self.numbers[index] for index in indices]
+        return replace(self, num_images=len(indices), numbers=numbers)
+
+    def _without_shards(self, count: int) -> tuple[Files, Files]:
+        """The first shards, and the last."""
+        if len(self.lengths) != len(self.shards):
+            raise DataError(
+                f"it is not known how many images each of the shards {self.split!r} holds",
+                hint="python -m detachnet.data.shards writes an _info.json that says it",
+            )
+        first = len(self.shards)
+        while sum(self.lengths[first:]) < count:
+            first -= 1
+        if not first:
+            raise DataError(
+                f"{len(self.shards)} shards are not enough to hold out {count} images: whole ones are",
+                hint="make more shards, with fewer images each",
+            )
+        parts = (slice(first), slice(first, None))
+        shards, held = (
+            replace(self, shards=self.shards[p], lengths=self.lengths[p], num_images=sum(self.lengths[p]))
+            for p in parts
+        )
+        return shards, held
 
 
 def open_files(
@@ -362,7 +415,7 @@ def _shards(name: str, root: str | Path | None, split: str) -> Files:
     shards = tuple(str(place / file) for file in info.filenames)
     if missing := [shard for shard in shards if not Path(shard).is_file()]:
         raise DataError(f"{len(missing)} of {len(shards)} shards are missing", what=missing[0])
-    return Files(name, split, _class_names(place), info.num_samples, shards)
+    return Files(name, split, _class_names(place), info.num_samples, shards, tuple(info.shard_lengths))
 
 
 def _class_names(place: Path) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from detachnet.report.chart import Axis, Chart, Point, Series, key, on_page, per
 from detachnet.report.record import RunRecord, read_run
 from detachnet.surgery.figures import bar, describe_route
 from detachnet.text import si
-from detachnet.training.data import hold, open_test_files
+from detachnet.training.data import FileSource, hold, open_test_files
 from detachnet.training.tables import FilesTable
 
 SHOWN, LARGE = 192, 48
@@ -269,7 +269,8 @@ def _test_images(run: RunRecord, data_root: str | Path | None) -> Split:
     root = data_root or (told if isinstance(told, str) and Path(told).is_dir() else None)
     if isinstance(data, FilesTable):
         info, (_, height, width) = run.net.facts.known_data, run.net.plan.input_size
-        return hold(open_test_files(info, root), info, (height, width), NUM_PICTURES)
+        files = FileSource(data, root, run.recipe.model.name).test if data.holdout else open_test_files(info, root)
+        return hold(files, info, (height, width), NUM_PICTURES)
     return select(load_data(data.name, root), data.num_train, data.holdout)[1]
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from detachnet.data.datasets import Split, load_data, select
 from detachnet.errors import DataError
+from detachnet.training.data import FileSource, hold
 from detachnet.training.recipe import load_recipe
 from detachnet.training.runs import RunFolder
 from detachnet.training.tables import FilesTable
 
 
 def run_images(run: str | Path, images: int, data_root: str | Path | None = None) -> tuple[Split, Split]:
-    """Held-out training images of a run, and as many that it was trained on.
+    """Held-out training images of a run, and as many that it was trained on, in memory.
 
     Args:
         run: The folder of the run.
@@ -21,20 +22,33 @@ def run_images(run: str | Path, images: int, data_root: str | Path | None = None
 
     Returns:
         The training images behind those that it was trained on, at most so many; and the first of those that it
-        was trained on. Test images are not looked at.
+        was trained on. Of image files evenly spaced ones of `data.holdout` and of the others, as an evaluation
+        takes them in. Test images are not looked at.
 
     Raises:
-        DataError: It was trained on all training images, or on image files.
+        DataError: It was trained on all training images, or an image cannot be read.
     """
     recipe = load_recipe(RunFolder(run).recipe)
     if isinstance(recipe.data, FilesTable):
-        raise DataError(f"search reads data sets in memory; {recipe.data.name} is one of image files")
+        if not recipe.data.holdout:
+            raise _none_held_out(run, "its")
+        source = FileSource(recipe.data, data_root, recipe.model.name)
+        _, height, width = source.input_size
+        held_out, calibration = (
+            hold(files, source.info, (height, width), images) for files in (source.test, source.train)
+        )
+        return held_out, calibration
     splits = load_data(recipe.data.name, data_root)
     trained, _ = select(splits, recipe.data.num_train, recipe.data.holdout)
     held_out = splits[0].part(len(trained), len(trained) + images)
     if not len(held_out):
-        raise DataError(
-            f"{run} was trained on all {len(trained)} training images: none is held out, and search needs some",
-            hint="train with --set data.holdout=2000",
-        )
+        raise _none_held_out(run, str(len(trained)))
     return held_out, trained.part(0, images)
+
+
+def _none_held_out(run: str | Path, which: str) -> DataError:
+    """What is said where a run was trained on everything."""
+    return DataError(
+        f"{run} was trained on all {which} training images: none is held out, and search needs some",
+        hint="train with --set data.holdout=2000",
+    )

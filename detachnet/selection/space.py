@@ -66,6 +66,7 @@ class Space:
         self.spans = [point.name for point in span_points(self.narrowing.traced) if point.bridge is None]
         self._find_groups()
         self._plans: dict[Candidate, ModelPlan | None] = {Candidate(): net.plan[BASE]}
+        self._subs: dict[Candidate, SubModel] = {}
         self._alone: dict[tuple[str, int], int | str] = {}
         if not self.spans and not self.groups:
             raise CutError(
@@ -116,14 +117,14 @@ class Space:
 
     def sub_model(self, candidate: Candidate) -> SubModel:
         """What a family is made with to have a candidate, with the filters it keeps."""
-        sub = candidate.asked
-        if not sub.is_narrow:
-            return sub
-        kept = self.narrowing.stored(CANDIDATE, sub)
-        for tied in self._ties(candidate.drop):
-            chosen = kept.get(tied[-1])  # what reads them is the last one's
-            kept |= dict.fromkeys(tied, chosen) if chosen is not None else {}
-        return sub.keeping(kept)
+        if candidate not in self._subs:
+            sub = candidate.asked
+            kept = self.narrowing.stored(CANDIDATE, sub) if sub.is_narrow else {}
+            for tied in self._ties(candidate.drop):
+                chosen = kept.get(tied[-1])  # what reads them is the last one's
+                kept |= dict.fromkeys(tied, chosen) if chosen is not None else {}
+            self._subs[candidate] = sub.keeping(kept) if kept else sub
+        return self._subs[candidate]
 
     def family(self, candidate: Candidate) -> DetachableNet:
         """The base-model and a candidate, `CANDIDATE`; its norms are to be measured."""

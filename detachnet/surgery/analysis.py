@@ -250,10 +250,19 @@ class CutAnalysis:
         return "activation" if ends else "module"
 
     def in_block(self, cut: fx.Node) -> bool:
-        """Whether a module around a cut is more than a holder of blocks one after another."""
+        """Whether a module around a cut is more than a holder of blocks one after another, or of all weights."""
         path = self.traced.name_of.get(cut, "").split(".")
         around = [".".join(path[:i]) for i in range(1, len(path))]
-        return not all(name not in self._modules or _is_stage(self._modules[name]) for name in around)
+        found = [self._modules[name] for name in around if name in self._modules]
+        return not all(_is_stage(module) or self._is_all(module) for module in found)
+
+    def _is_all(self, module: nn.Module) -> bool:
+        """Whether a module has all weights: what is around it prepares the image, say."""
+        return {*module.parameters()} >= self._parameters
+
+    @cached_property
+    def _parameters(self) -> set[nn.Parameter]:
+        return {*self.traced.root.base.parameters()}
 
     def call_count(self, name: str) -> int:
         """How often a module or operation of that name is called."""

@@ -24,7 +24,7 @@ from detachnet.surgery.widths.choice import Kept
 from detachnet.surgery.widths.patch import kept_along_axes
 from detachnet.surgery.widths.reading import SlicedLayer, SlicedTensor
 from detachnet.surgery.widths.slicing import is_cut, narrow_graph, narrow_root, slice_layer
-from detachnet.surgery.widths.storing import Narrowing
+from detachnet.surgery.widths.storing import Narrowing, Stored
 
 SLICES = "slices"
 NORMS = "norms"
@@ -210,9 +210,8 @@ def view_sources(
     for model in plan.models:
         if model.name not in found:
             same = [other for other in plan.models if other.kept == model.kept]
-            kept = narrowing.restore(model.kept) if model.kept else None
             found |= dict.fromkeys(
-                (other.name for other in same), _sources(narrowing, plan, same, statistics, kept)
+                (other.name for other in same), _sources(narrowing, plan, same, statistics, model.kept)
             )
     return found
 
@@ -222,15 +221,18 @@ def _sources(
     plan: DetachPlan,
     models: Sequence[ModelPlan],
     statistics: Statistics,
-    kept: Kept | None,
+    stored: Stored,
 ) -> dict[bool, ViewSource]:
-    """The same of models of one width."""
+    """The same of models of one width, and what that keeps."""
     identities = {(model.name, i) for model in models for i, span in enumerate(model.spans) if span.bridge is None}
-    choices = {False: kept, True: None if kept is None else narrowing.in_training(kept)}
+    graphs: dict[bool, tuple[TracedGraph, Kept | None]]
+    graphs = {False: (narrowing.traced.eval, None), True: (narrowing.traced.train, None)}
+    if stored:
+        kept, narrow = narrowing.restore(stored)
+        in_training = narrowing.in_training(kept)
+        graphs = {False: (narrow, kept), True: (narrow_graph(in_training), in_training)}
     sources = {}
-    for training, full in ((False, narrowing.traced.eval), (True, narrowing.traced.train)):
-        choice = choices[training]
-        graph = full if choice is None else narrow_graph(choice)
+    for training, (graph, choice) in graphs.items():
         sources[training] = ViewSource(graph, training, _routes(graph, models), {}, identities, choice)
     private: dict[str, dict[str, str]] = {model.name: {} for model in models if model.name != BASE}
     for source in sources.values():

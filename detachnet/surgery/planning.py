@@ -33,7 +33,6 @@ from detachnet.surgery.stepdown import (
     plan_bridge,
     plan_stepdown,
 )
-from detachnet.surgery.widths.slicing import narrow_graph
 from detachnet.surgery.widths.storing import Narrowing
 
 _EMPTY = nn.Module()
@@ -141,8 +140,7 @@ def _by_width(
     for name in asked:
         key = frozenset(kept.get(name, {}).items())
         if key not in made:
-            graph = narrow_graph(narrowing.restore(kept[name]))
-            made[key] = _Kin(CutAnalysis(graph), {}, is_narrow=True)
+            made[key] = _Kin(CutAnalysis(narrowing.restore(kept[name])[1]), {}, is_narrow=True)
         of[name] = made[key]
     return list(made.values()), of, kept
 

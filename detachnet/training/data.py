@@ -81,17 +81,22 @@ class FileSource:
         self.table = table
         held = Held(table.val_split, table.val_share, table.split_seed)
         self.train = open_files(table.name, root, table.train_split, held=held)
-        self.test = open_files(table.name, root, table.val_split, self.train.classes, held)
+        if table.holdout:
+            self.train, self.test = self.train.without(table.holdout)
+        else:
+            self.test = open_files(table.name, root, table.val_split, self.train.classes, held)
+        is_divided = self.train.held is None
         mean, std = normalization(model)
         self.info = DataInfo(
             name=table.name,
             classes=self.train.classes,
             mean=mean,
             std=std,
-            num_test=self.test.num_images,
+            num_test=0 if table.holdout else self.test.num_images,
+            train_split=table.train_split,
             test_split=table.val_split,
-            test_share=table.val_share if self.test.held else 0.0,
-            test_seed=table.split_seed if self.test.held else 0,
+            test_share=0.0 if is_divided else table.val_share,
+            test_seed=0 if is_divided else table.split_seed,
             crop_pct=table.crop_pct,
         )
         self.input_size: tuple[int, ...] = (3, table.image_size, table.image_size)
@@ -141,8 +146,25 @@ def open_test_files(info: DataInfo, root: str | Path | None, name: str | None = 
     Raises:
         DataError: As `open_files`.
     """
-    held = Held(info.test_split, info.test_share, info.test_seed) if info.test_share else None
-    return open_files(name or info.name, root, info.test_split or "validation", info.classes, held)
+    return open_files(name or info.name, root, info.test_split or "validation", info.classes, _held(info))
+
+
+def open_train_files(info: DataInfo, root: str | Path | None) -> Files:
+    """The training images of a family that was trained on image files, those that were held out among them.
+
+    Args:
+        info: What the family was trained on.
+        root: Where to look first.
+
+    Raises:
+        DataError: As `open_files`.
+    """
+    return open_files(info.name, root, info.train_split or "train", info.classes, _held(info))
+
+
+def _held(info: DataInfo) -> Held | None:
+    """How its images are divided, where the data set does not say so itself."""
+    return Held(info.test_split, info.test_share, info.test_seed) if info.test_share else None
 
 
 def hold(files: Files, info: DataInfo, size: tuple[int, int], count: int) -> Split:

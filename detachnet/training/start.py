@@ -34,7 +34,7 @@ def decided(recipe: Recipe, source: Source) -> Recipe:
         CutError: There are no such routes, with what to do.
     """
     model, info = recipe.model, source.info
-    if info.test_share:
+    if info.test_share and info.num_test:
         logger.info(
             "%s has no splits: %d images are tested on and not trained on, %g %% of each class",
             *(info.name, info.num_test, 100 * info.test_share),

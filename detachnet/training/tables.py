@@ -181,6 +181,9 @@ class FilesTable(RecipeTable):
     """Share of each class that they are, where a folder has no splits or a CSV file no column `split`."""
     split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides which images those are."""
+    holdout: Annotated[int, Field(ge=0)] = 0
+    """Evaluate on so many training images, which are not trained on, instead of `val_split`: for choosing
+    settings, and to search with. Evenly spaced ones; of shards the last, as many as hold them."""
     image_size: Annotated[int, Field(gt=0, le=4096)] = 224
     """Height and width in pixels of the images a family takes in; training images are cut out at random and
     brought to it."""
@@ -196,11 +199,6 @@ class FilesTable(RecipeTable):
     """Alpha of cutmix; 0 for none. With both, one is chosen for each batch."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 4
     """Processes that read and augment images, for each process that trains; 0 for none beside it."""
-
-    @property
-    def holdout(self) -> int:
-        """Held-out training images: none, `val_split` may name any."""
-        return 0
 
 
 IN_MEMORY, IN_FILES = "(data sets in memory)", "(image files)"

@@ -68,6 +68,35 @@ def test_what_can_be_wrong_with_a_folder(folder: Path, tmp_path: Path, monkeypat
         open_files("folder", "bare", "train")
 
 
+def test_images_are_held_out(folder: Path) -> None:
+    train = open_files("folder", folder, "train")
+    rest, held = train.without(12)
+    assert (rest.num_images, held.num_images) == (36, 12)
+    held_labels = [held.read(i)[1] for i in range(12)]
+    assert held_labels == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert sorted([*rest.numbers, *held.numbers]) == list(range(48))
+    again, fewer = rest.without(4)
+    assert (again.num_images, [fewer.read(i)[1] for i in range(4)]) == (32, [0, 1, 2, 3])
+    assert not {*again.numbers, *fewer.numbers} & {*held.numbers}
+    for wrong in (0, 48):
+        with pytest.raises(detachnet.DataError, match=f"48 train images are not enough to hold out {wrong}"):
+            train.without(wrong)
+
+
+def test_whole_shards_are_held_out(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    train = open_files("wds/x", make_shards(folder, tmp_path / "shards", 10), "train")
+    rest, held = train.without(9)  # of 10, 10, 10, 10 and 8
+    assert (rest.num_images, held.num_images) == (30, 18)
+    assert (rest.shards, held.shards) == (train.shards[:3], train.shards[3:])
+    assert len(list(held.some(100))) == 18
+    with pytest.raises(detachnet.DataError, match="5 shards are not enough to hold out 39 images: whole ones are"):
+        train.without(39)
+    named = open_files("wds/x", tmp_path / "shards", "train-{000000..000004}.tar|48")
+    with pytest.raises(detachnet.DataError, match="not known how many images each of the shards"):
+        named.without(9)
+
+
 def test_a_broken_image_is_named(folder: Path) -> None:
     broken = folder / "train" / "cat" / "1.jpg"
     broken.write_bytes(broken.read_bytes()[:200])

@@ -400,3 +400,21 @@ def test_spans_that_follow_each_other_are_one() -> None:
     assert [span.name for span in found][:2] == ["layer3.0:layer3.1", "layer3.1:layer3.2"]
     plan = detachnet.make_detachable(model, {"a": SubModel(drop=["layer3.0:layer3.2"])}, check="none").plan
     assert plan["base"].macs - plan["a"].macs == sum(span.macs_saved for span in found[:2])
+
+
+class Scaled(nn.Module):
+    """A network with what prepares its images."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(2 * x - 1)
+
+
+def test_what_prepares_the_image_is_no_block() -> None:
+    net = detachnet.create_model("detachnet:resnet_cifar", depth=14, width=0.25)
+    plain, scaled = ([span.name for span in detachnet.find_spans(m, (3, 32, 32))] for m in (net, Scaled(net)))
+    assert scaled == [":".join(f"net.{end}" for end in name.split(":")) for name in plain]
+    assert len(plain) > 4

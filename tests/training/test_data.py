@@ -18,6 +18,7 @@ from detachnet.data import images
 from detachnet.data.images import read_image, to_tensor
 from detachnet.evaluation import evaluate
 from detachnet.training import trainer
+from detachnet.training.data import FileSource, open_test_files, open_train_files
 from detachnet.training.optimizer import AveragedWeights
 from detachnet.training.recipe import Recipe, load_recipe
 from detachnet.training.trainer import Listener, train
@@ -233,6 +234,15 @@ def test_ctrl_c_saves_whatever_the_workers_get(folder: Path, whole: Path, tmp_pa
 def test_half_precision_with_all_there_is(folder: Path, tmp_path: Path) -> None:
     chosen = recipe(**EVERYTHING, train__precision="bf16", train__epochs=1, loss__label_smoothing=0.1)
     assert train(chosen, tmp_path / "run", data_root=folder).status == "finished"
+
+
+def test_held_out_images_in_place_of_the_validation_images(folder: Path) -> None:
+    source = FileSource(recipe(data__holdout=12).data, folder, "timm:resnet18")  # type: ignore[arg-type]
+    assert (source.num_train, source.test.num_images, source.info.num_test) == (36, 12, 0)
+    files = open_train_files(source.info, folder)
+    names = [{files.numbers[i] for i in range(files.num_images)} for files in (source.train, source.test)]
+    assert names[0] | names[1] == set(range(files.num_images))
+    assert open_test_files(source.info, folder).num_images == 12
 
 
 def test_evaluating_batches_directly(folder: Path, whole: Path) -> None:

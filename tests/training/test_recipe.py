@@ -108,7 +108,7 @@ def test_wrong_values(override: str, message: str) -> None:
     ("override", "message"),
     [
         ("data.pad=4", r"data.pad is for data sets in memory, not for image files"),
-        ("data.holdout=4", r"data.holdout is for data sets in memory, not for image files"),
+        ("data.num_train=4", r"data.num_train is for data sets in memory, not for image files"),
         ("data.num_worker=4", r"unknown key 'num_worker' in \[data\][\s\S]*nearest  'num_workers'"),
         ("data.image_size=0", r"data.image_size = 0: it must be above 0"),
         ("data.crop_pct=0", r"data.crop_pct = 0: it must be above 0"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detachnet.errors import WidthError, nearest
-from detachnet.surgery.graph import TracedModel
+from detachnet.surgery.graph import TracedGraph, TracedModel
 from detachnet.surgery.routes import SubModel
 from detachnet.surgery.widths.channels import CONSTANT, Channels
 from detachnet.surgery.widths.check import Fault, check_width
@@ -17,7 +17,10 @@ from detachnet.surgery.widths.choice import Kept, KeptGroup, choose, unit_size
 from detachnet.surgery.widths.groups import group_channels, group_names
 from detachnet.surgery.widths.order import important
 from detachnet.surgery.widths.propagation import find_channels, find_channels_of
+from detachnet.surgery.widths.slicing import narrow_graph
 
+REMEMBERED = 8
+"""Narrower graphs that are kept: a family's plan and its views are made of the same ones."""
 Stored = Mapping[str, int | str]
 """Name of a group → how many of its units are kept, from the first on; or which of them, as the bits of a
 hexadecimal number, the first unit the lowest. Groups that are not named stay whole."""
@@ -100,6 +103,7 @@ class Narrowing:
 
     def __init__(self, traced: TracedModel, model: nn.Module | None = None) -> None:
         self.traced, self.model = traced, model
+        self._narrowed: dict[frozenset[tuple[str, int | str]], tuple[Kept, TracedGraph]] = {}
 
     @cached_property
     def channels(self) -> Channels:
@@ -133,9 +137,15 @@ class Narrowing:
             hint="detachnet.find_widths(model) lists the groups",
         )
 
-    def restore(self, stored: Stored) -> Kept:
-        """The choice that was stored, for the graph for evaluation."""
-        return restore(self.channels, stored)
+    def restore(self, stored: Stored) -> tuple[Kept, TracedGraph]:
+        """The choice that was stored, for the graph for evaluation, and that graph narrower."""
+        key = frozenset(stored.items())
+        if key not in self._narrowed:
+            kept = restore(self.channels, stored)
+            for oldest in list(self._narrowed)[: 1 - REMEMBERED]:
+                del self._narrowed[oldest]
+            self._narrowed[key] = kept, narrow_graph(kept)
+        return self._narrowed[key]
 
     @cached_property
     def _channels_in_training(self) -> Channels:
