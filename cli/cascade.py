@@ -53,9 +53,5 @@ def cascade(
         f"\nChosen on {curve.num_calibration} test images; the figures are of the other {n}, which chose nothing."
     )
     note(f"One standard error of an accuracy is at most {50 / n**0.5:.1f} points.")
-    if curve.reuses:
-        note("A model goes on from where the one in front parted; 'from the image': the cost without that.")
-    else:
-        note("An image that goes on costs all models it went through: they part at the image.")
-    for line in curve.verdicts():
+    for line in (curve.reading, *curve.verdicts()):
         note(line)

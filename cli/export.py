@@ -34,6 +34,9 @@ def export(
     model: Annotated[
         list[str] | None, typer.Option(help="Export this model; repeatable. All if not given.")
     ] = None,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Store the weights of the ONNX graphs in float16: half the bytes.")
+    ] = False,
     int8: Annotated[
         bool,
         typer.Option("--int8", help="Quantize the ONNX graphs to int8, with training images of the data set."),
@@ -58,7 +61,10 @@ def export(
         raise ExportError("--images is for --int8: float32 graphs are not measured on images")
     with _only_our_words(), progress():
         splits = _splits(net, known_root(checkpoint, data_root), download, images) if int8 else None
-        manifest = write(net, out, format, model, int8=splits, latency=_latency(path), legs=legs)
+        precision: Literal["float32", "float16"] = "float16" if fp16 else "float32"
+        manifest = write(
+            net, out, format, model, precision=precision, int8=splits, latency=_latency(path), legs=legs
+        )
     _show(manifest, out)
 
 
@@ -124,8 +130,11 @@ def _show(manifest: Manifest, out: Path) -> None:
     for part in manifest.legs:
         note(f"{part.file}: {part.leg}, {si(part.macs)} MACs")
     if manifest.num_test:
-        note(f"\nAccuracy on n = {manifest.num_test} test images.")
-    when = "before int8, each" if manifest.precision == "int8" else "each"
+        of = ", of the weights before rounding" if manifest.precision == "float16" else ""
+        note(f"\nAccuracy on n = {manifest.num_test} test images{of}.")
+    when = {"int8": "before int8, each", "float16": "with the rounded weights, each"}.get(
+        manifest.precision, "each"
+    )
     note(f"Compared with PyTorch on 1 and 3 images, {when} graph is equal; checksums are in manifest.json.")
 
 

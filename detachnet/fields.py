@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from detachnet.errors import DetachNetError, ModelError, nearest
+from detachnet.errors import DetachNetError, ModelError, nearest, one_line, shorten
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -56,6 +56,30 @@ def place_of(problem: Mapping[str, Any], given: Any) -> str:
             here = here[part]
             parts.append(str(part))
     return ".".join(parts)
+
+
+def read_error(error: Exception, given: Any) -> str:
+    """What is wrong with what was read from a file, in our words; the first lines of any other error.
+
+    Args:
+        error: What reading raised.
+        given: What was read, as far as it could be.
+    """
+    if not isinstance(error, ValidationError):
+        return one_line(error)
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    if first["type"] == "extra_forbidden":
+        return f"there is no field {place}"
+    place = place_of(first, given)
+    if first["type"] == "value_error":
+        return ": ".join(filter(None, [place, wanted(first)]))
+    kinds = [wanted(problem) for problem in error.errors() if place_of(problem, given) == place]
+    return (
+        f"{place or 'it'} is {shorten(repr(first['input']), 60)}: it must be {' or '.join(dict.fromkeys(kinds))}"
+    )
 
 
 class _Refusing(ModelMetaclass):

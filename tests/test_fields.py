@@ -5,9 +5,13 @@ import pickle
 from collections.abc import Callable
 
 import pytest
+from pydantic import ValidationError
 
 import detachnet
-from detachnet.fields import Fields
+from detachnet.deploy.manifest import ExportedFile
+from detachnet.deploy.measurement import Latency
+from detachnet.deploy.profile import Profile
+from detachnet.fields import Fields, read_error
 from detachnet.training.tables import LossTable
 
 DATA = {"name": "x", "classes": ("a", "b"), "mean": (0.0,), "std": (1.0,)}
@@ -104,3 +108,49 @@ def test_they_do_not_change(value: Fields, name: str) -> None:
 def test_a_plan_does_not_change() -> None:
     with pytest.raises(detachnet.ModelError, match="a DetachPlan does not change: 'hints' cannot be set"):
         plan().hints = ()
+
+
+LATENCY = {
+    "runtime": "torch",
+    "device": "cpu",
+    "batch": 1,
+    "threads": 1,
+    "n": 9,
+    "p50_s": 1,
+    "p90_s": 1,
+    "p99_s": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"p50_s": 0}, "p50_s is 0: it must be above 0"),
+        ({"runtime": "tflite"}, "runtime is 'tflite': it must be one of 'torch' or 'onnx'"),
+        ({"n": "x" * 500}, "n is 'xxx"),
+        ({"extra": 1}, "there is no field extra"),
+        ({"device": None}, "device is None: it must be a text"),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_fields_of_files(change: dict[str, object], said: str) -> None:
+    given = LATENCY | change
+    with pytest.raises(ValidationError) as error:
+        Latency.model_validate(given)
+    found = read_error(error.value, given)
+    assert found.startswith(said)
+    assert len(found) < 120
+
+
+def test_what_is_said_of_files_that_lack_something() -> None:
+    with pytest.raises(ValidationError) as error:
+        Profile.model_validate({"rows": [LATENCY], "hardware": {}, "versions": {}, "memory": ""})
+    assert read_error(error.value, {"rows": [LATENCY]}) == "rows.0.model is missing"
+    with pytest.raises(ValidationError) as error:
+        Profile.model_validate([])
+    assert read_error(error.value, []) == "it is []: it must be a table"
+    assert read_error(ValueError("no number"), None) == "no number"
+    with pytest.raises(detachnet.MeasurementError, match=r"Latency\(n=0\): it must be above 0"):
+        Latency(**(LATENCY | {"n": 0}))
+    with pytest.raises(detachnet.ExportError, match="ExportedFile lacks 'num_bytes'"):
+        ExportedFile(file="a", sha256="")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from detachnet.checkpoint.header import Header
 from detachnet.errors import CheckpointError, one_line
+from detachnet.fields import read_error
 from detachnet.hub import fetched
 from detachnet.storage import read_file, replace_file
 from detachnet.surgery.plan import BASE
@@ -56,6 +57,7 @@ def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
         raise CheckpointError(
             f"{path} is damaged: its content does not match its checksum", hint="copy the file again"
         )
+    raw: Any = None
     try:
         raw = parse_json(metadata[KEY])
         if raw.get("format_version") != 1:
@@ -65,7 +67,9 @@ def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
             )
         return Header.model_validate_json(metadata[KEY]), tensors
     except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"the header of {path} says something unknown", what=one_line(error)) from error
+        raise CheckpointError(
+            f"the header of {path} says something unknown", what=read_error(error, raw)
+        ) from error
 
 
 def _content(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:

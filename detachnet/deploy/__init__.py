@@ -3,6 +3,7 @@
 formats                                    what graphs of all formats have in common
 program                                    a module as torch.export sees it
 verify                                     a graph computes what PyTorch does
+half                                       weights that float16 has, too
 weights, parts, onnx_session -> onnx_writer, quantize
 archive -> pt2, pte                        a module as a graph, and back
 opening                                    a graph's file as a function

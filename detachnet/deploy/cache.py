@@ -5,7 +5,8 @@ model of a family then holds its own. Here that is done once and written down, w
 would make the weights different in each model. What is loaded from there maps the one file into memory.
 
 Such graphs are for one kind of processor. They are kept in the user's cache folder, below a name that changes with
-the export, the processor and the version of ONNX Runtime, and never belong to what is shipped.
+the export, the processor and the version of ONNX Runtime, and never belong to what is shipped. When new ones are
+made, those of exports that are no longer where they were, or were made anew, are removed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from detachnet.deploy.formats import Runner
 from detachnet.deploy.manifest import ExportedFile, Manifest, exported_file
@@ -27,6 +28,7 @@ from detachnet.deploy.onnx_session import onnx_session, run_onnx
 from detachnet.deploy.verify import CHECKED_BATCHES, check_equal
 from detachnet.deploy.weights import SharedWeights
 from detachnet.errors import ExportError
+from detachnet.fields import Fields
 from detachnet.machine import hardware, versions
 from detachnet.progress import counted
 from detachnet.storage import MANIFEST, new_folder, read_file, write_new
@@ -34,7 +36,7 @@ from detachnet.storage import MANIFEST, new_folder, read_file, write_new
 OPTIMIZED_WEIGHTS = "optimized.bin"
 """The one file of weights of all optimized graphs."""
 _INDEX = "index.json"
-_FORMAT = 1
+_FORMAT = 2
 """Raised when graphs are optimized or written in another way."""
 _PAGE_BYTES = 4096
 _INLINE_BYTES = 1024
@@ -43,12 +45,12 @@ _UNSHARED = ("ConvBNFusion",)
 """Optimizations that make weights that are equal in several models different."""
 
 
-class _Index(BaseModel):
-    """The files of a cache folder."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Index(Fields):
+    """The files of a cache folder, and of which export: where it was, and the checksum of its manifest."""
 
     files: tuple[ExportedFile, ...]
+    source: str
+    sha256: str
 
 
 def optimized_folder(folder: Path, manifest: Manifest) -> Path:
@@ -74,6 +76,7 @@ def optimized_folder(folder: Path, manifest: Manifest) -> Path:
     except ExportError:
         if not _is_whole(place):  # another process can have been faster
             raise
+    _remove_old(place.parent)
     return place
 
 
@@ -95,17 +98,41 @@ def _key(folder: Path) -> str:
     """A name that changes with all that optimized graphs depend on."""
     processor = (hardware(torch.device("cpu"))["device"], platform.machine())
     libraries = sorted(versions("onnxruntime").items())
-    said = [_FORMAT, hashlib.sha256(read_file(folder / MANIFEST)).hexdigest(), processor, libraries]
+    said = [_FORMAT, _checksum(folder), processor, libraries]
     return hashlib.sha256(repr(said).encode()).hexdigest()[:32]
+
+
+def _checksum(folder: Path) -> str:
+    """Of an export's manifest, which has those of all files."""
+    return hashlib.sha256(read_file(folder / MANIFEST)).hexdigest()
 
 
 def _is_whole(place: Path) -> bool:
     """Whether a cache folder has all its files as they were written."""
     try:
-        index = _Index.model_validate_json(read_file(place / _INDEX))
-        return all(exported_file(place / file.file) == file for file in index.files)
+        return all(exported_file(place / file.file) == file for file in _index(place).files)
     except (OSError, ValidationError):
         return False
+
+
+def _index(place: Path) -> _Index:
+    """What a cache folder says of itself."""
+    return _Index.model_validate_json(read_file(place / _INDEX))
+
+
+def _remove_old(places: Path) -> None:
+    """Remove the cache folders of exports that are not there any more, or are others now."""
+    for place in places.iterdir():
+        try:
+            index = _index(place)
+        except (OSError, ValidationError):  # being made, or none of ours
+            continue
+        try:
+            is_old = _checksum(Path(index.source)) != index.sha256
+        except OSError:
+            is_old = True
+        if is_old:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _fill(inside: Path, folder: Path, manifest: Manifest) -> None:
@@ -126,7 +153,8 @@ def _fill(inside: Path, folder: Path, manifest: Manifest) -> None:
             _runner(found, inside / file),
             images,
         )
-    index = _Index(files=tuple(exported_file(inside / file) for file in (*files, OPTIMIZED_WEIGHTS)))
+    made = tuple(exported_file(inside / file) for file in (*files, OPTIMIZED_WEIGHTS))
+    index = _Index(files=made, source=str(folder.resolve()), sha256=_checksum(folder))
     write_new(inside / _INDEX, index.model_dump_json().encode())
 
 

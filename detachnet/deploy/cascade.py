@@ -13,7 +13,6 @@ from itertools import combinations
 from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from detachnet.data.batches import Batches
@@ -21,6 +20,7 @@ from detachnet.data.datasets import Split
 from detachnet.deploy.budget import check
 from detachnet.deploy.family import Family
 from detachnet.errors import BudgetError, CutError, DataError
+from detachnet.fields import Fields
 from detachnet.losses import logits
 from detachnet.progress import counted
 from detachnet.surgery.detachable import DetachableNet
@@ -67,7 +67,7 @@ class Scores:
         return len(next(iter(self.right.values())))
 
 
-class Point(BaseModel):
+class Point(Fields):
     """A chain of models at one threshold.
 
     Attributes:
@@ -80,7 +80,7 @@ class Point(BaseModel):
         n: Number of images that the figures are of.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    refused_as = {"": BudgetError}
 
     models: tuple[str, ...]
     threshold: float
@@ -96,7 +96,7 @@ class Point(BaseModel):
         return " → ".join(self.models)
 
 
-class Curve(BaseModel):
+class Curve(Fields):
     """The trade-off of a family's cascades; chosen on some images, with figures of others.
 
     Attributes:
@@ -106,7 +106,7 @@ class Curve(BaseModel):
         chosen: The one for the target, if one was given.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    refused_as = {"": BudgetError}
 
     num_calibration: int
     singles: tuple[Point, ...]
@@ -134,6 +134,15 @@ class Curve(BaseModel):
     def reuses(self) -> bool:
         """Whether models go on from what others have computed."""
         return any(point.mean_macs != point.mean_macs_apart for point in self.points)
+
+    @property
+    def reading(self) -> str:
+        """What an image that goes on costs, in a sentence."""
+        if self.reuses:
+            return "A model goes on from where the one in front parted; 'from the image': the cost without that."
+        if any(point.shares[point.models[0]] < 1 for point in self.points):
+            return "An image that goes on costs all models it went through: they part at the image."
+        return "No image goes on: the first model of each cascade is confident of all of them."
 
     def verdicts(self) -> list[str]:
         """Where a cascade is worse than a single model, in sentences."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -19,10 +20,12 @@ from detachnet.deploy.formats import (
     OUTPUT,
     Format,
     Piece,
+    Precision,
     Writer,
     Written,
     check_installed,
 )
+from detachnet.deploy.half import rounded
 from detachnet.deploy.manifest import ExportedLeg, ExportedModel, ImageInput, Manifest, dump, exported_file
 from detachnet.deploy.measurement import Latency
 from detachnet.deploy.onnx_writer import OnnxWriter
@@ -38,6 +41,7 @@ from detachnet.storage import MANIFEST, new_folder, write_new
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.legs import Leg
 
+logger = logging.getLogger("detachnet")
 _Splits = tuple[Split, Split]
 
 
@@ -47,6 +51,7 @@ def export(
     format: Format = "onnx",
     models: Sequence[str] | None = None,
     *,
+    precision: Precision = "float32",
     int8: tuple[Split, Split] | None = None,
     latency: Mapping[str, Latency] | None = None,
     legs: bool = False,
@@ -67,6 +72,9 @@ def export(
         folder: A new folder.
         format: `onnx`, `pt2` or `pte`.
         models: Names of the models to export; all by default.
+        precision: `float16` stores the weights of the ONNX graphs in it, which takes half the bytes; runtimes cast
+            them when they load a graph, and compute in float32. Biases and norms stay float32. Each graph is
+            compared with PyTorch on the rounded weights, and how far those move the outputs is logged.
         int8: A training and a test split, as `load_data` gives them: quantize the ONNX graphs to int8, calibrated
             on 256 training images, and measure each one's accuracy on the test images. Batch norms are folded
             first, so models with private ones share only the tensors that rounding leaves equal.
@@ -88,10 +96,10 @@ def export(
         ('base', 'sub0', 'sub1')
     """
     names = _chosen(net, models)
-    _check(net, format, int8, legs)
+    _check(net, format, precision, int8, legs)
     check_installed(format)
     with new_folder(Path(folder)) as inside:
-        writer = _writer(net, inside, format, int8)
+        writer = _writer(net, inside, format, precision, int8)
         exporting = _Export(net, inside, format, writer)
         each = counted(names, len(names), "models written and compared")
         models_written = tuple(exporting.model(name, (latency or {}).get(name)) for name in each)
@@ -109,7 +117,7 @@ def _chosen(net: DetachableNet, models: Sequence[str] | None) -> list[str]:
     return [name for name in net.names if name in asked]
 
 
-def _check(net: DetachableNet, format: Format, int8: _Splits | None, legs: bool) -> None:
+def _check(net: DetachableNet, format: Format, precision: Precision, int8: _Splits | None, legs: bool) -> None:
     """Refuse what no format here can express, before anything is written."""
     known = get_args(Format)
     if format not in known:
@@ -120,18 +128,25 @@ def _check(net: DetachableNet, format: Format, int8: _Splits | None, legs: bool)
         raise ExportError(f"the family has weights in {found}; export writes float32", hint="export(net.float())")
     if int8 is not None and format != "onnx":
         raise ExportError(f"int8 is for the format 'onnx' only, not {format!r}")
+    if precision not in ("float32", "float16"):
+        hint = "export(net, folder, int8=(training, test)), with images to calibrate with"
+        raise ExportError(f"precision={precision!r}: it is 'float32' or 'float16'", hint=hint)
+    if precision == "float16" and (format != "onnx" or int8 is not None):
+        raise ExportError("float16 is for the format 'onnx' only, and not together with int8")
     if legs and (format != "onnx" or int8 is not None):
-        raise ExportError("legs are written for the format 'onnx' in float32 only")
+        raise ExportError("legs are written for the format 'onnx' only, and not in int8")
     if int8 is not None:
         _ = net.facts.known_data  # of which the calibration images are
 
 
-def _writer(net: DetachableNet, folder: Path, format: Format, int8: _Splits | None) -> Writer:
+def _writer(
+    net: DetachableNet, folder: Path, format: Format, precision: Precision, int8: _Splits | None
+) -> Writer:
     """What writes the graphs that were asked for."""
     if int8 is not None:
         return Int8Writer(folder, *int8, net.facts.known_data)
     if format == "onnx":
-        return OnnxWriter(folder)
+        return OnnxWriter(folder, precision)
     return Pt2Writer() if format == "pt2" else PteWriter()
 
 
@@ -139,7 +154,8 @@ class _Export:
     """Writes the models of a family, one after another, into one folder."""
 
     def __init__(self, net: DetachableNet, folder: Path, format: Format, writer: Writer) -> None:
-        self.net, self.folder, self.format, self.writer = net, folder, format, writer
+        self.trained, self.folder, self.format, self.writer = net, folder, format, writer
+        self.net = rounded(net) if writer.precision == "float16" else net
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(max(CHECKED_BATCHES), *net.plan.input_size, generator=generator)
 
@@ -150,6 +166,8 @@ class _Export:
         written = self._write(Piece(name, self._module(name), self.images, metadata=metadata, parts=parts), path)
         file, known = exported_file(path), self.net.facts.accuracy.get(name)
         measured = written.accuracy is not None
+        if self.net is not self.trained:
+            self._log_rounding(name)
         return ExportedModel(
             name=name,
             file=file.file,
@@ -162,14 +180,23 @@ class _Export:
             latency=latency,
         )
 
+    def _log_rounding(self, name: str) -> None:
+        """Say what rounding its weights does to a model's outputs."""
+        with torch.no_grad():
+            right, found = (
+                logits(net.detach(name).cpu()(self.images.clone())) for net in (self.trained, self.net)
+            )
+        moved = float((found - right).abs().max() / right.abs().max())
+        logger.info("%s: weights in float16 move its outputs by up to %.1g %% of the largest", name, 100 * moved)
+
     def legs(self, names: Sequence[str]) -> tuple[ExportedLeg, ...]:
         """Write the legs of some models that go on from another one's feature, or give one; in running order."""
         made: dict[str, Tensor] = {"": self.images}
         found = dict.fromkeys(leg for name in names for leg in self.net.legs[name] if leg.start or leg.end)
         each = counted(enumerate(found), len(found), "legs written and compared")
-        return tuple(self._leg(number, leg, made) for number, leg in each)
+        return tuple(self._leg(number, leg, made, names) for number, leg in each)
 
-    def _leg(self, number: int, leg: Leg, made: dict[str, Tensor]) -> ExportedLeg:
+    def _leg(self, number: int, leg: Leg, made: dict[str, Tensor], names: Sequence[str]) -> ExportedLeg:
         """Write one, and keep the feature it makes of the images for those that take it in."""
         module = self.net.detach_leg(leg).cpu()
         path = self.folder / f"leg.{number}.{self.format}"  # no model can be called so
@@ -177,11 +204,11 @@ class _Export:
         example = made[leg.start]
         with torch.no_grad():
             made |= {leg.end: module(example)} if leg.end else {}
-        names = (FEATURE_IN if leg.start else INPUT, FEATURE_OUT if leg.end else OUTPUT)
-        self._write(Piece(str(leg), module, example, names, {"leg": str(leg)}), path)
+        ends = (FEATURE_IN if leg.start else INPUT, FEATURE_OUT if leg.end else OUTPUT)
+        self._write(Piece(str(leg), module, example, ends, {"leg": str(leg)}), path)
         file = exported_file(path)
         return ExportedLeg(
-            models=leg.models,
+            models=tuple(name for name in leg.models if name in names),
             start=leg.start,
             end=leg.end,
             macs=leg.macs,

@@ -14,7 +14,7 @@ from detachnet.errors import ExportError
 from detachnet.surgery.widths.reading import Pick
 
 Format = Literal["onnx", "pt2", "pte"]
-Precision = Literal["float32", "int8"]
+Precision = Literal["float32", "float16", "int8"]
 Runner = Callable[[Tensor], Tensor]
 """Images `(B, C, H, W)` to outputs `(B, num_classes)`, through another runtime than the module's own."""
 INPUT, OUTPUT = "images", "logits"
@@ -67,7 +67,7 @@ class Writer(Protocol):
     """Writes modules as graphs into one folder.
 
     Attributes:
-        precision: What the graphs compute in.
+        precision: What the weights are stored in; in int8 the graphs compute in it, too.
         weights: Name of the file of weights that all graphs share; None where each one has its own.
         num_test: Images that accuracies were measured on; None where they were not.
     """

@@ -8,13 +8,14 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from detachnet.deploy.formats import Format, Precision
 from detachnet.deploy.measurement import Latency
-from detachnet.errors import ExportError, one_line
+from detachnet.errors import ExportError
+from detachnet.fields import Fields, read_error
 from detachnet.storage import MANIFEST, open_file, read_file
 from detachnet.surgery.legs import Leg
 from detachnet.text import parse_json
@@ -26,11 +27,11 @@ _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Exported(Fields):
+    refused_as = {"": ExportError}
 
 
-class ExportedFile(_Frozen):
+class ExportedFile(_Exported):
     """A file of an export folder.
 
     Attributes:
@@ -44,7 +45,7 @@ class ExportedFile(_Frozen):
     sha256: str
 
 
-class ExportedModel(_Frozen):
+class ExportedModel(_Exported):
     """One model of an export folder.
 
     Attributes:
@@ -54,8 +55,8 @@ class ExportedModel(_Frozen):
         macs: Multiply-accumulates for one image.
         num_params: Number of parameters.
         num_bytes: Bytes of its graph and of the weights it uses: what it takes alone.
-        accuracy: Test accuracy, in [0, 1], if it is known: of the trained model in float32, of this very file in
-            int8.
+        accuracy: Test accuracy, in [0, 1], if it is known: of the trained model in float32 (also where weights are
+            stored in float16), of this very file in int8.
         float_accuracy: That of the trained model, where `accuracy` is that of an int8 file.
         latency: As measured before the export; None if it was not.
     """
@@ -77,7 +78,7 @@ class ExportedModel(_Frozen):
         return measured and Latency.model_validate(measured.model_dump(include=set(Latency.model_fields)))
 
 
-class ExportedLeg(_Frozen):
+class ExportedLeg(_Exported):
     """A part of the network between two places where models part, as a graph of its own.
 
     A model is its legs one behind the other: what one gives, the next one takes in. What a model computed at the
@@ -105,7 +106,7 @@ class ExportedLeg(_Frozen):
         return Leg(self.models, self.start, self.end, self.macs)
 
 
-class ImageInput(_Frozen):
+class ImageInput(_Exported):
     """What every graph takes: float32 images `(B, *shape)`, of values `(pixel / 255 - mean) / std`.
 
     Attributes:
@@ -125,13 +126,13 @@ class ImageInput(_Frozen):
     max_batch: _Positive | None = None
 
 
-class Manifest(_Frozen):
+class Manifest(_Exported):
     """What is in an export folder.
 
     Attributes:
         format_version: Raised when the meaning of a folder changes.
         format: `onnx`, `pt2` or `pte`.
-        precision: `float32` or `int8`.
+        precision: `float32`; `float16`, in which weights are stored and cast when a graph is loaded; or `int8`.
         models: The base-model first, if it is there.
         weights: The file that all graphs of `onnx` share; None where each model's file has its own.
         input: What every graph takes.
@@ -211,6 +212,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 def _parse(path: Path) -> Manifest:
     """A manifest's file, checked."""
+    fields: Any = None
     try:
         fields = parse_json(read_file(path))
         if (found := fields.get("format_version")) != 1:
@@ -229,7 +231,7 @@ def _parse(path: Path) -> Manifest:
             hint="detachnet export CHECKPOINT -o DIR makes one",
         ) from error
     except (OSError, ValueError, AttributeError) as error:
-        raise ExportError(f"{path} is no manifest of detachnet's", what=one_line(error)) from error
+        raise ExportError(f"{path} is no manifest of detachnet's", what=read_error(error, fields)) from error
 
 
 def dump(manifest: Manifest) -> str:

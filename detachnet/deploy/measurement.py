@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from detachnet.errors import MeasurementError
+from detachnet.fields import Fields
 
 Runtime = Literal["torch", "onnx"]
 _Count = Annotated[int, Field(ge=0)]
@@ -12,7 +15,7 @@ _Positive = Annotated[int, Field(gt=0)]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Latency(BaseModel):
+class Latency(Fields):
     """Measured seconds of one run: what an export folder says of a `Measurement`.
 
     Attributes:
@@ -26,7 +29,7 @@ class Latency(BaseModel):
         p99_s: 99 of 100 runs take no longer.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    refused_as = {"": MeasurementError}
 
     runtime: Runtime
     device: str

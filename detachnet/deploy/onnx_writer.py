@@ -11,7 +11,7 @@ import torch
 
 from detachnet.deploy.formats import Piece, Precision, Written
 from detachnet.deploy.onnx_session import open_onnx
-from detachnet.deploy.parts import read_parts
+from detachnet.deploy.parts import put_first, read_parts
 from detachnet.deploy.program import decompose, trace
 from detachnet.deploy.verify import compare
 from detachnet.deploy.weights import INLINE_BYTES, WEIGHTS, SharedWeights
@@ -19,18 +19,19 @@ from detachnet.errors import ExportError
 
 
 class OnnxWriter:
-    """Writes float32 graphs; batch norms stay layers of their own, so that models share the weights around them.
+    """Writes graphs that compute in float32; batch norms stay layers of their own, so that models share weights.
 
     Args:
         folder: Where the graphs will be, with their file of weights.
+        precision: `float16` stores weights that float16 has in it; graphs cast them when they are loaded.
     """
 
-    precision: Precision = "float32"
     weights: str | None = WEIGHTS
     num_test: int | None = None
 
-    def __init__(self, folder: Path) -> None:
-        self._shared = SharedWeights(folder / WEIGHTS)
+    def __init__(self, folder: Path, precision: Precision = "float32") -> None:
+        self.precision = precision
+        self._shared = SharedWeights(folder / WEIGHTS, half=precision == "float16")
 
     def write(self, piece: Piece, path: Path) -> Written:
         """Write a module's graph, and compare it."""
@@ -100,10 +101,18 @@ def place(model: Any, weights: SharedWeights) -> None:
         model: An `onnx.ModelProto` with its weights inside.
         weights: Where they go, in the folder of the graph.
     """
+    from onnx import TensorProto, helper
     from onnx.external_data_helper import set_external_data
 
+    casts = []
     for tensor in model.graph.initializer:
         content = bytes(tensor.raw_data)
-        if len(content) >= INLINE_BYTES:
-            set_external_data(tensor, weights.path.name, offset=weights.place(content), length=len(content))
-            tensor.ClearField("raw_data")
+        if len(content) < INLINE_BYTES:
+            continue
+        if tensor.data_type == TensorProto.FLOAT and (stored := weights.encode(content)) is not content:
+            name, content = tensor.name, stored
+            tensor.name, tensor.data_type = f"{name}.half", TensorProto.FLOAT16
+            casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
+        set_external_data(tensor, weights.path.name, offset=weights.place(content), length=len(content))
+        tensor.ClearField("raw_data")
+    put_first(model.graph, casts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,11 @@ def read_parts(model: Any, parts: Mapping[str, tuple[Tensor, Pick]], weights: Sh
         if part is None or not (part[1].front or part[1].indices):
             continue
         whole, pick = part
-        if (content := _bytes_of(whole)) not in weights:
+        content = _bytes_of(whole)
+        if (stored := weights.encode(content)) not in weights:
             continue
         name, taken = tensor.name, f"{tensor.name}.whole"
-        unread += len(content) - len(tensor.raw_data)
+        unread += len(stored) - len(stored) * len(tensor.raw_data) // len(content)
         model.graph.initializer.remove(tensor)
         constants = [helper.make_tensor(taken, TensorProto.FLOAT, whole.shape, content, raw=True)]
         steps: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
@@ -59,10 +60,15 @@ def read_parts(model: Any, parts: Mapping[str, tuple[Tensor, Pick]], weights: Sh
             nodes.append(helper.make_node(kind, [taken, *numbers], [made], **attributes))
             taken = made
         model.graph.initializer.extend(constants)
-    rest = list(model.graph.node)
-    del model.graph.node[:]
-    model.graph.node.extend([*nodes, *rest])
+    put_first(model.graph, nodes)
     return unread
+
+
+def put_first(graph: Any, nodes: Sequence[Any]) -> None:
+    """Nodes in front of those that an ONNX graph has."""
+    rest = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *rest])
 
 
 def _bytes_of(tensor: Tensor) -> bytes:

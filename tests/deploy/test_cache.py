@@ -12,6 +12,7 @@ from detachnet.deploy import cache
 from detachnet.deploy.backends import OnnxBackend
 from detachnet.deploy.cache import OPTIMIZED_WEIGHTS, optimized_folder
 from detachnet.deploy.manifest import read_manifest
+from tests import models
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +82,25 @@ def test_made_once_and_again_if_something_changed(exported: Path, tmp_path: Path
     changed = optimized_folder(tmp_path / "changed", read_manifest(tmp_path / "changed"))
     assert changed != folder
     assert sorted(home.iterdir()) == sorted([folder, changed])
+
+
+def test_what_was_made_of_exports_that_are_gone_is_removed(exported: Path, tmp_path: Path, home: Path) -> None:
+    kept = optimized_folder(exported, read_manifest(exported))
+    torch.manual_seed(0)
+    net = detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8)).eval()
+    made = []
+    for seed in range(3):  # exported anew into the same folder, then gone
+        torch.nn.init.constant_(net.base.fc.bias, seed)  # type: ignore[union-attr, arg-type]
+        shutil.rmtree(tmp_path / "mine", ignore_errors=True)
+        detachnet.export(net, tmp_path / "mine", models=["sub0"])
+        made.append(optimized_folder(tmp_path / "mine", read_manifest(tmp_path / "mine")))
+        assert sorted(home.iterdir()) == sorted([kept, made[-1]])
+    assert len(set(made)) == 3
+    (home / "strange").mkdir()
+    (home / "strange" / "index.json").write_text("{}")
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    cache._remove_old(home)
+    assert sorted(home.iterdir()) == sorted([kept, home / "strange"])
 
 
 @pytest.mark.parametrize("what", ["hardware", "versions"])

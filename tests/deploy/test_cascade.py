@@ -101,6 +101,22 @@ def test_says_where_a_single_model_is_better() -> None:
     assert better.verdicts() == ["0 of 1 cascades are worse than a single model alone: no cheaper, no better."]
 
 
+@pytest.mark.parametrize("shared", [0, 5])
+def test_says_what_an_image_that_goes_on_costs(shared: int) -> None:
+    scores = replace(SCORES, shared={("small", "large"): shared})
+    curves = {
+        threshold: Curve(
+            num_calibration=4,
+            singles=(evaluate(scores, ("large",), 0.0),),
+            points=(evaluate(scores, ("small", "large"), threshold),),
+        )
+        for threshold in (0.0, 1.1)
+    }
+    assert curves[0.0].reading == "No image goes on: the first model of each cascade is confident of all of them."
+    goes_on = "A model goes on from where the one in front parted" if shared else "they part at the image."
+    assert goes_on in curves[1.1].reading
+
+
 @pytest.fixture(scope="module")
 def net() -> detachnet.DetachableNet:
     """Its classifier is scaled so that confidences differ."""

@@ -175,11 +175,19 @@ def test_round_trip_of_the_file(net: detachnet.DetachableNet, tmp_path: Path) ->
     assert read_profile(path) == measured
 
 
-@pytest.mark.parametrize("text", ["{", '{"format_version": 2}', "[]"])
-def test_a_damaged_profile(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", ""),
+        ('{"format_version": 2}', "format_version is 2: it must be one of 1"),
+        ("[]", "it must be a table"),
+    ],
+)
+def test_a_damaged_profile(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "family.profile.json").write_text(text)
     with pytest.raises(
-        detachnet.MeasurementError, match=r"is not a profile this version reads[\s\S]*detachnet profile"
+        detachnet.MeasurementError,
+        match=rf"is not a profile this version reads[\s\S]*{said}[\s\S]*detachnet profile",
     ):
         read_profile(tmp_path / "family.safetensors")
 
