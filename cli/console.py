@@ -39,7 +39,7 @@ def console(stderr: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else 160  # a log file is no narrow terminal
-    return Console(stderr=stderr, highlight=False, width=width)
+    return Console(stderr=stderr, highlight=False, emoji=False, width=width)  # `:b:` is a span
 
 
 def friendly(command: Callable[P, R]) -> Callable[P, R]:

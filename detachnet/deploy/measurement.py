@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from detachnet.machine import MOST_THREADS
+
 Runtime = Literal["torch", "onnx"]
 _Count = Annotated[int, Field(ge=0)]
 _Positive = Annotated[int, Field(gt=0)]
@@ -31,7 +33,7 @@ class Latency(BaseModel):
     runtime: Runtime
     device: str
     batch: _Positive
-    threads: Annotated[int, Field(gt=0, le=4096)]
+    threads: Annotated[int, Field(gt=0, le=MOST_THREADS)]
     n: _Positive
     p50_s: _Seconds
     p90_s: _Seconds

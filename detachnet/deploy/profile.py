@@ -20,7 +20,7 @@ from detachnet.deploy.backends import Backend, Costs, OnnxBackend, TorchBackend
 from detachnet.deploy.measurement import Measurement, Runtime
 from detachnet.deploy.peak import resident_peaks
 from detachnet.errors import MeasurementError, one_line
-from detachnet.machine import find_device, hardware, versions
+from detachnet.machine import find_device, find_threads, hardware, versions
 from detachnet.progress import counted
 from detachnet.storage import locate, read_file, replace_file
 from detachnet.surgery.detachable import DetachableNet
@@ -146,7 +146,6 @@ class _Settings:
     def __init__(self, device: str | torch.device, batch: int, threads: int | None, n: int, warmup: int) -> None:
         for name, value, least in (
             ("batch", batch, 1),
-            ("threads", threads, 1),
             ("n", n, 1),
             ("warmup", warmup, 0),
         ):
@@ -154,7 +153,7 @@ class _Settings:
                 raise MeasurementError(f"{name}={value}: it is at least {least}")
         self.device = find_device(device)
         self.batch, self.n, self.warmup = batch, n, warmup
-        self.threads = threads or torch.get_num_threads()
+        self.threads = find_threads(threads)
 
     def measurement(
         self, runtime: Runtime, costs: Costs, seconds: Sequence[float], peak: int | None

@@ -82,6 +82,15 @@ def test_what_runs_and_what_propagates_may_be_given() -> None:
     assert seen == [{"which": net.names, "features": False}, losses[0] + 0.5 * losses[1] + losses[2]]
 
 
+def test_two_models_have_a_hint() -> None:
+    net, loss = family(), MultiModelLoss(hint=0.5)
+    outputs, features = copy.deepcopy(net)(IMAGES, which=("base", "sub1"), features=True)
+    expected = [float(one.detach()) for one in loss.per_model(outputs, LABELS, features).values()]
+    step = TrainingStep(net, ["base", "sub1"], loss, sgd(net))
+    assert step.add_gradients(IMAGES, LABELS).tolist() == pytest.approx(expected)
+    assert expected[1] > float(MultiModelLoss()(outputs, LABELS).detach()) - expected[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["private", "shared"])
 @pytest.mark.parametrize("teacher", ["base", "larger"])
