@@ -148,6 +148,16 @@ def test_numbers_that_are_none(run: Path) -> None:
     assert "no node has that name" in told(*vgg, "--cut", "9" * 5000)
     assert "'a:b:c' is no span" in told(*vgg, "--drop", "a:b:c")  # and no picture of a letter
     assert "threads=99999999999: it is at most 4096" in told("profile", str(run), "--threads", "99999999999")
+    assert "batch=99999999999: it is at most 1000000" in told("profile", str(run), "--batch", "99999999999")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_command_that_finds_no_memory(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def short(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("detachnet.report.comparison.compare", short)
+    assert "Error: there is no memory left for that" in told("compare", "runs/a")
 
 
 def test_a_profile_with_a_median_of_nothing(run: Path) -> None:

@@ -131,6 +131,7 @@ def test_within_bounds() -> None:
         (lambda f: f["plan"]["models"][0].update(macs=-5), "a count of base is negative"),
         (lambda f: f["plan"]["models"][1].update(num_params=-5), "a count of sub0 is negative"),
         (lambda f: f["plan"].update(model="\x1b]0;x\x07"), "is no name"),
+        (lambda f: f["plan"]["models"].append(f["plan"]["models"][1]), "a model is there twice"),
         (lambda f: f["data"].update(std=[0.1, 0.0, 0.1]), "mean, std"),
         (lambda f: f["data"].update(mean=[math.inf] * 3), "mean, std"),
         (lambda f: f["data"].update(num_test=-1), "mean, std"),
