@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import typer
 
-from detachnet.errors import DetachNetError, TrainingError
+from detachnet.errors import DetachNetError, TrainingError, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +39,7 @@ def console(stderr: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else 160  # a log file is no narrow terminal
-    return Console(stderr=stderr, highlight=False, width=width)
+    return Console(stderr=stderr, highlight=False, emoji=False, width=width)  # `:b:` is a span
 
 
 def friendly(command: Callable[P, R]) -> Callable[P, R]:
@@ -58,6 +58,13 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
             if _settings["traceback"] or isinstance(error, BrokenPipeError):
                 raise
             show_error(DetachNetError(f"cannot read or write: {error}"))
+            raise typer.Exit(2) from None
+        except (MemoryError, RuntimeError) as error:
+            from detachnet.memory import is_shortage
+
+            if _settings["traceback"] or not is_shortage(error):
+                raise
+            show_error(DetachNetError("there is no memory left for that", what=one_line(error)))
             raise typer.Exit(2) from None
 
     return run

@@ -213,9 +213,9 @@ def _parse_cuts(cuts: list[str]) -> Any:
     """`auto`, a number of sub-models, shares of MACs, or names."""
     if cuts == ["auto"]:
         return "auto"
-    if len(cuts) == 1 and cuts[0].isdecimal():
-        return int(cuts[0])
     try:
+        if len(cuts) == 1 and cuts[0].isdecimal():
+            return int(cuts[0])
         shares = [float(cut) for cut in cuts]
     except ValueError:
         return cuts

@@ -49,22 +49,25 @@ def run_recipe(checkpoint: Path) -> dict[str, Any]:
     """The tables of the recipe of the run that a checkpoint lies in; none if it lies in none."""
     import tomllib
 
+    from detachnet.storage import read_file
+
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     try:
-        return tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return tomllib.loads(read_file(folder / "recipe.toml").decode())
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
 def known_root(checkpoint: Path, data_root: Path | None) -> Path | None:
     """Where data sets are: as given, else where the run found them, if they are still there."""
-    import json
+    from detachnet.storage import read_file
+    from detachnet.text import parse_json
 
     if data_root is not None:
         return data_root
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     try:
-        told = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("data_root")
+        told = parse_json(read_file(folder / "run.json")).get("data_root")
     except (OSError, ValueError, AttributeError):
         return None
     return Path(told) if isinstance(told, str) and Path(told).is_dir() else None

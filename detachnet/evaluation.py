@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,11 +34,14 @@ def evaluate(
         device: Where to run.
 
     Raises:
-        CheckpointError: The family does not know what it was trained on.
+        CheckpointError: The family does not know what it was trained on, or a model gives no finite numbers.
     """
     models = net.facts.models(net.names)
     batches = Batches(images, net.facts.known_data, EVAL_BATCH, device) if isinstance(images, Split) else images
-    return scores(score_batches(net.to(device), batches, models), models)
+    found = scores(score_batches(net.to(device), batches, models), models)
+    for name, score in found.items():
+        _check_finite(name, score["loss"])
+    return found
 
 
 def score_batches(model: nn.Module, batches: BatchSource, models: Sequence[str]) -> Tensor:
@@ -64,6 +68,18 @@ def scores(totals: Tensor, models: Sequence[str]) -> dict[str, dict[str, float]]
     }
 
 
+def _check_finite(model: str, value: float) -> None:
+    """Refuse what a model says that has no finite weights: of such outputs the first class would be the largest.
+
+    Raises:
+        CheckpointError: It is no finite number.
+    """
+    if not math.isfinite(value):
+        raise CheckpointError(
+            f"{model} gives no finite numbers", hint="a weight of it is not finite: train again with a smaller lr"
+        )
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a model says about one image.
@@ -87,7 +103,7 @@ def predict(net: DetachableNet, images: Tensor, model: str, top: int = 5) -> lis
         top: How many classes; all of them where there are fewer.
 
     Raises:
-        CheckpointError: The family does not know its classes.
+        CheckpointError: The family does not know its classes, or the model gives no finite numbers.
     """
     classes = net.facts.known_data.classes
     like = next(p for p in net.parameters() if p.is_floating_point())
@@ -95,6 +111,7 @@ def predict(net: DetachableNet, images: Tensor, model: str, top: int = 5) -> lis
         shares = logits(net(images.to(like.device, like.dtype), which=model)).float().softmax(1)
     if shares.shape[1] != len(classes):
         raise CheckpointError(f"{model} has {shares.shape[1]} outputs, but {len(classes)} classes are named")
+    _check_finite(model, float(shares.sum()))
     best, indices = shares.topk(min(top, len(classes)))
     return [
         Prediction(tuple(classes[i] for i in row), tuple(values))

@@ -12,6 +12,23 @@ import torch
 
 from detachnet.errors import MeasurementError
 
+MOST_THREADS = 4096
+"""Of the CPU, per run: no machine has more cores."""
+
+
+def find_threads(threads: int | None) -> int:
+    """Threads of the CPU per run; torch's present number by default.
+
+    Raises:
+        MeasurementError: It is no such number.
+    """
+    if threads is None:
+        return torch.get_num_threads()
+    if not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS:
+        bound = f"at most {MOST_THREADS}" if isinstance(threads, int) and threads > 1 else "at least 1"
+        raise MeasurementError(f"threads={threads!r}: it is {bound}")
+    return threads
+
 
 def find_device(name: str | torch.device) -> torch.device:
     """A device that works.

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +95,9 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operator, if what it makes is not too much."""
         kwargs = kwargs or {}
-        arguments = func._schema.arguments
-        on_paper = torch.device(kwargs.get("device") or "cpu").type == "meta"
-        if arguments and arguments[0].name == "size" and args and not on_paper:
-            self._take(4 * math.prod(args[0]), 0)  # before it is there
-            self._bytes += 4 * math.prod(args[0])
+        if size := _size_of_new(func._schema, args, kwargs):
+            self._take(4 * size, 0)  # before it is there
+            self._bytes += 4 * size
         made = func(*args, **kwargs)
         if any(value.alias_info is None for value in func._schema.returns):
             for tensor in made if isinstance(made, tuple | list) else (made,):
@@ -113,6 +111,16 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._exceeded |= min(self._bytes, self._tensors) < 0
         if self._exceeded:  # whoever catches it and tries another way gets nothing either
             raise TooMuchError("more memory or layers than the file has weights for")
+
+
+def _size_of_new(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Values of the tensor that an operator makes of a size, or like another one; 0 if it takes no memory."""
+    first = schema.arguments[0].name if schema.arguments and args else ""
+    like = args[0] if first == "self" and schema.name.endswith("_like") else None
+    device = kwargs.get("device") or ("cpu" if like is None else like.device)
+    if torch.device(device).type == "meta" or (like is None and first != "size"):
+        return 0
+    return math.prod(args[0]) if like is None else int(like.numel())
 
 
 def _resident(field: str) -> int:

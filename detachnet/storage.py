@@ -58,7 +58,10 @@ def read_file(path: str | Path) -> bytes:
         OSError: As `open_file`.
     """
     with open_file(path) as file:
-        return file.read()
+        try:
+            return file.read()
+        except MemoryError as error:  # a file may have holes, and be larger than any disk
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from error
 
 
 LOCK = ".lock"

@@ -1,6 +1,7 @@
 """Whatever is typed or damaged: a message of detachnet's, of a few lines, and no traceback."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from detachnet_cli.app import app
+from PIL import Image
 from typer.testing import CliRunner
 
 import detachnet
 from detachnet.deploy.profile import write_profile
 from detachnet.errors import LONGEST, CheckpointError, DetachNetError, shorten
+from detachnet.evaluation import predict
 from detachnet.storage import locate
 from detachnet.text import MOST_NESTED, parse_json
 from detachnet.training.recipe import load_recipe
@@ -125,6 +129,35 @@ def test_flipped_bits_are_refused_or_harmless(run: Path, name: str) -> None:
             compare([run]) if name == "results.json" else read_run(run)
         except DetachNetError:
             continue
+
+
+def test_a_network_without_numbers_has_no_accuracy(run: Path, tmp_path: Path) -> None:
+    """Of outputs that are no numbers the first class is the largest: a tenth of them would be right."""
+    net = detachnet.load(run / "last.safetensors")
+    net.get_submodule("stepdowns.sub1").weight.data.view(-1)[0] = math.nan  # type: ignore[union-attr,operator]
+    detachnet.save(net, run / "last.safetensors")
+    (run / "last.profile.json").unlink()
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    for words in (["evaluate", str(run)], ["predict", str(run), str(tmp_path / "a.png"), "--model", "sub1"]):
+        assert "Error: sub1 gives no finite numbers" in told(*words)
+    assert predict(net, torch.zeros(1, 3, 32, 32), "base")[0].probabilities[0] > 0
+
+
+def test_numbers_that_are_none(run: Path) -> None:
+    vgg = ("inspect", "detachnet:vgg16_cifar")
+    assert "no node has that name" in told(*vgg, "--cut", "9" * 5000)
+    assert "'a:b:c' is no span" in told(*vgg, "--drop", "a:b:c")  # and no picture of a letter
+    assert "threads=99999999999: it is at most 4096" in told("profile", str(run), "--threads", "99999999999")
+    assert "batch=99999999999: it is at most 1000000" in told("profile", str(run), "--batch", "99999999999")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_command_that_finds_no_memory(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def short(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("detachnet.report.comparison.compare", short)
+    assert "Error: there is no memory left for that" in told("compare", "runs/a")
 
 
 def test_a_profile_with_a_median_of_nothing(run: Path) -> None:

@@ -15,16 +15,19 @@ import pytest
 import torch
 from detachnet_cli.app import app
 from detachnet_cli.console import plain
+from detachnet_cli.opening import known_root, run_recipe
 from safetensors.torch import save as to_bytes
 from typer.testing import CliRunner
 
 import detachnet
 from detachnet.checkpoint import content as checkpoint
+from detachnet.data.folders import _class_names, open_files
 from detachnet.data.images import read_image
 from detachnet.deploy.backends import OnnxBackend
 from detachnet.deploy.manifest import _digest
 from detachnet.memory import Bounded, TooMuchError
 from detachnet.storage import MANIFEST
+from detachnet.training.weights import read_start
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -128,6 +131,7 @@ def test_within_bounds() -> None:
         (lambda f: f["plan"]["models"][0].update(macs=-5), "a count of base is negative"),
         (lambda f: f["plan"]["models"][1].update(num_params=-5), "a count of sub0 is negative"),
         (lambda f: f["plan"].update(model="\x1b]0;x\x07"), "is no name"),
+        (lambda f: f["plan"]["models"].append(f["plan"]["models"][1]), "a model is there twice"),
         (lambda f: f["data"].update(std=[0.1, 0.0, 0.1]), "mean, std"),
         (lambda f: f["data"].update(mean=[math.inf] * 3), "mean, std"),
         (lambda f: f["data"].update(num_test=-1), "mean, std"),
@@ -187,6 +191,36 @@ def test_pipes_and_devices_are_not_opened(net: detachnet.DetachableNet, tmp_path
     put(tmp_path / "out" / MANIFEST)
     with pytest.raises(detachnet.ExportError, match="it is a pipe or a device"):
         detachnet.read_manifest(tmp_path / "out")
+
+
+def test_no_pipe_beside_a_file_is_opened(net: detachnet.DetachableNet, tmp_path: Path) -> None:
+    """What a command looks for on its way: a recipe, what a run noted, weights to start from, classes, images."""
+    for name in ("recipe.toml", "run.json", "w.safetensors", "w.pth", "classes.txt"):
+        os.mkfifo(tmp_path / name)
+    assert run_recipe(tmp_path) == {}
+    assert known_root(tmp_path, None) is None
+    for name in ("w.safetensors", "w.pth"):
+        with pytest.raises(detachnet.CheckpointError, match="it is a pipe or a device"):
+            read_start(tmp_path / name, ["a"])
+    with pytest.raises(detachnet.DataError, match=r"do not say their classes[\s\S]*it is a pipe or a device"):
+        _class_names(tmp_path)
+    detachnet.save(net, tmp_path / "last.safetensors")
+    with pytest.raises(
+        detachnet.CheckpointError, match=r"cannot read .*recipe\.toml[\s\S]*it is a pipe or a device"
+    ):
+        detachnet.push_to_hub(tmp_path, "me/mine", license="mit")
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        os.mkfifo(tmp_path / split / "a" / "x.png")
+    with pytest.raises(detachnet.DataError, match=r"x\.png cannot be read[\s\S]*it is a pipe or a device"):
+        open_files("folder", tmp_path, "train").read(0)
+
+
+def test_what_a_run_noted_may_be_deep(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text("a = " + "[" * 100_000)
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    assert run_recipe(tmp_path) == {}
+    assert known_root(tmp_path, None) is None
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,8 @@ TRAINER = "trainer."
 """Prefix of the optimizer's tensors, which only resuming the training needs."""
 LIVE = "live."
 """Prefix of the weights that are trained, in a file whose family is their average; needed for the same."""
+LARGEST_HEADER, MOST_TENSORS = 100_000_000, 100_000
+"""Bytes, which are safetensors' own limit, and tensors of a file that is read; large networks have thousands."""
 _FORMAT = {"format": "pt"}
 
 
@@ -76,9 +78,9 @@ def _content(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """A safetensors file's metadata and tensors, read through one descriptor."""
     try:
         content = read_file(path)
-        length = int.from_bytes(content[:8], "little")
+        header = _header(content)
         tensors = from_bytes(content)  # which checks the header, too
-        metadata = parse_json(content[8 : 8 + length]).get("__metadata__") or {}
+        metadata = header.get("__metadata__") or {}
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}") from error
     except (OSError, SafetensorError, ValueError, KeyError) as error:
@@ -88,6 +90,23 @@ def _content(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             hint="it may be no checkpoint, or truncated: then copy it again",
         ) from error
     return metadata, tensors
+
+
+def _header(content: bytes) -> dict[str, Any]:
+    """What a safetensors file says of its tensors, bounded before any of them is made.
+
+    Raises:
+        ValueError: It says nothing, or too much.
+    """
+    length = int.from_bytes(content[:8], "little")
+    if length > LARGEST_HEADER:
+        raise ValueError(f"its header is said to have {length} bytes")
+    header = parse_json(content[8 : 8 + length])
+    if not isinstance(header, dict) or len(header) > MOST_TENSORS:
+        raise ValueError(
+            f"its header names {len(header)} tensors" if isinstance(header, dict) else "it has no header"
+        )
+    return header
 
 
 def _in_order(content: bytes) -> bytes:

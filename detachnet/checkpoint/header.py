@@ -98,6 +98,8 @@ class Header(BaseModel):
             for name in names:
                 if name not in self.plan.names:
                     raise ValueError(f"{key} names {name!r}, which is none of the models {self.plan.names}")
+        if len(set(self.plan.names)) < len(self.plan.names):
+            raise ValueError("a model is there twice")
         for name, value in self.accuracy.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"the accuracy of {name} is {value}, not in [0, 1]")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from detachnet.errors import DataError, nearest
 from detachnet.facts import DataInfo
+from detachnet.storage import read_file
 
 COLUMNS = 100
 """Tiles per row of the embedded pictures."""
@@ -227,7 +228,7 @@ def _read_checked(path: Path, checksum: str) -> bytes:
         DataError: It is missing, or not the file the checksum belongs to.
     """
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise DataError(f"cannot read {path}", what=str(error)) from error
     if hashlib.sha256(data).hexdigest() != checksum:

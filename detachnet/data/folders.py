@@ -21,7 +21,7 @@ from timm.utils.misc import natural_key
 from detachnet.data.datasets import places_of
 from detachnet.data.images import SUFFIXES, read_image, to_mode
 from detachnet.errors import DataError, nearest
-from detachnet.storage import read_file
+from detachnet.storage import open_file, read_file
 
 _SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
 """Names of folders that stand for one another, as in timm's `create_dataset`."""
@@ -87,7 +87,7 @@ class Listed:
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
-        return open(path, "rb"), label
+        return open_file(path), label
 
     def filename(self, index: int, *, absolute: bool) -> str:
         """The path of an image."""
@@ -326,7 +326,8 @@ def _classes_of(name: str, folder: Path, split: str) -> Files:
             what=next(str(path) for path, label in reader.samples if label == reader.class_to_idx[""]),
             hint=f"put them in a folder per class: {folder}/CLASS/*.jpg",
         )
-    return Files(name, split, tuple(reader.class_to_idx), len(reader), reader=reader)
+    samples = Listed([(str(path), label) for path, label in reader.samples], str(folder))
+    return Files(name, split, tuple(reader.class_to_idx), len(reader), reader=samples)
 
 
 def _table(name: str, root: str | Path | None, split: str, held: Held | None) -> Files:
@@ -421,7 +422,7 @@ def _shards(name: str, root: str | Path | None, split: str) -> Files:
 def _class_names(place: Path) -> tuple[str, ...]:
     """What `classes.txt` says."""
     try:
-        lines = (place / CLASSES).read_text(encoding="utf-8").splitlines()
+        lines = read_file(place / CLASSES).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"the shards in {place} do not say their classes",

@@ -18,6 +18,7 @@ from detachnet.deploy.onnx_session import onnx_session, run_onnx
 from detachnet.errors import ExportError
 from detachnet.facts import DataInfo
 from detachnet.losses import logits
+from detachnet.machine import find_threads
 from detachnet.storage import MANIFEST
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.legs import Leg
@@ -80,7 +81,7 @@ class TorchBackend:
 
     def __init__(self, net: DetachableNet, threads: int | None = None) -> None:
         self.net = net
-        self.threads = threads or torch.get_num_threads()
+        self.threads = find_threads(threads)
         self.names, self.input_size, self.data = net.names, net.plan.input_size, net.facts.data
         like = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
         self.device, self.dtype = like.device, like.dtype
@@ -157,7 +158,7 @@ class OnnxBackend:
                 hint="detachnet export CHECKPOINT -o DIR --format onnx",
             )
         check_installed("onnx")
-        self.threads = threads or torch.get_num_threads()
+        self.threads = find_threads(threads)
         self.device = torch.device("cpu")
         image = self.manifest.input
         self.names, self.input_size = self.manifest.names, image.shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +20,7 @@ from detachnet.deploy.family import Family, Picture
 from detachnet.deploy.rests import measure_rests
 from detachnet.errors import BudgetError, DetachNetError, LateError, MeasurementError
 
+logger = logging.getLogger("detachnet")
 HOLD = 25
 """Requests in a row for which a more accurate model must have had room before it is taken."""
 ROOM = 0.7
@@ -246,7 +249,7 @@ class DeadlineRunner:
         self._family, self._clock = family, clock
         self._waiting: SimpleQueue[_Request | None] = SimpleQueue()
         self._closed = False
-        self._turn = threading.Lock()
+        self._turn, self._process = threading.Lock(), os.getpid()
         for name in ladder:  # a first run takes longer by far, which would count against the model
             family.run(torch.zeros(family.input_size), name)
         self._rests = measure_rests(family, ladder, clock) if refine else None
@@ -266,11 +269,14 @@ class DeadlineRunner:
         Raises:
             LateError: Behind those that wait even the fastest model would answer it too late.
             BudgetError: Too many requests wait.
-            DetachNetError: The runner is closed.
+            DetachNetError: The runner is closed, or another process made it.
         """
         arrived = self._clock()
-        image = image.clone() if isinstance(image, Tensor) else image.copy() if isinstance(image, Image) else image
-        request = _Request(image, arrived, Future(), on_answer)
+        if os.getpid() != self._process:
+            raise DetachNetError(
+                "the runner belongs to another process: a fork has no threads", hint="make one in each"
+            )
+        request = _Request(_copied(image), arrived, Future(), on_answer)
         with self._turn:  # so that nothing is put behind the end
             if self._closed:
                 raise DetachNetError("the runner is closed")
@@ -302,8 +308,11 @@ class DeadlineRunner:
 
     def _serve(self) -> None:
         while (request := self._waiting.get()) is not None:
-            if request.future.set_running_or_notify_cancel():
-                self._answer(request)
+            try:
+                if request.future.set_running_or_notify_cancel():
+                    self._answer(request)
+            except BaseException:  # of whoever listens to the future, or has ended it: others wait for this thread
+                logger.exception("what listens to an answer has failed")
 
     def _answer(self, request: _Request) -> None:
         began = self._clock()
@@ -374,6 +383,14 @@ def _check_numbers(target_ms: float, max_waiting: int) -> None:
         raise MeasurementError(f"target_ms is a number of milliseconds, not {target_ms!r}")
     if not isinstance(max_waiting, int) or max_waiting < 1:
         raise MeasurementError(f"max_waiting is a number of requests, not {max_waiting!r}")
+
+
+def _copied(image: Picture) -> Picture:
+    """A tensor or picture of its own; one that cannot be copied as it is: then its run says why."""
+    try:
+        return image.clone() if isinstance(image, Tensor) else image.copy() if isinstance(image, Image) else image
+    except Exception:  # a decoder raises anything on damaged bytes
+        return image
 
 
 @dataclass(frozen=True)

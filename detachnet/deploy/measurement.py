@@ -8,6 +8,7 @@ from pydantic import Field
 
 from detachnet.errors import MeasurementError
 from detachnet.fields import Fields
+from detachnet.machine import MOST_THREADS
 
 Runtime = Literal["torch", "onnx"]
 _Count = Annotated[int, Field(ge=0)]
@@ -34,7 +35,7 @@ class Latency(Fields):
     runtime: Runtime
     device: str
     batch: _Positive
-    threads: Annotated[int, Field(gt=0, le=4096)]
+    threads: Annotated[int, Field(gt=0, le=MOST_THREADS)]
     n: _Positive
     p50_s: _Seconds
     p90_s: _Seconds

@@ -21,7 +21,7 @@ from detachnet.deploy.measurement import Measurement, Runtime
 from detachnet.deploy.peak import resident_peaks
 from detachnet.errors import MeasurementError
 from detachnet.fields import Fields, read_error
-from detachnet.machine import find_device, hardware, versions
+from detachnet.machine import find_device, find_threads, hardware, versions
 from detachnet.progress import counted
 from detachnet.storage import locate, read_file, replace_file
 from detachnet.surgery.detachable import DetachableNet
@@ -141,21 +141,21 @@ def profile(
     return _profile_export(Path(family), settings, peak_memory)
 
 
+MOST = 1_000_000
+"""Images per run, and runs."""
+
+
 class _Settings:
     """The arguments of `profile`, checked."""
 
     def __init__(self, device: str | torch.device, batch: int, threads: int | None, n: int, warmup: int) -> None:
-        for name, value, least in (
-            ("batch", batch, 1),
-            ("threads", threads, 1),
-            ("n", n, 1),
-            ("warmup", warmup, 0),
-        ):
-            if value is not None and value < least:
-                raise MeasurementError(f"{name}={value}: it is at least {least}")
+        for name, value, least in (("batch", batch, 1), ("n", n, 1), ("warmup", warmup, 0)):
+            if not least <= value <= MOST:
+                bound = f"at least {least}" if value < least else f"at most {MOST}"
+                raise MeasurementError(f"{name}={value}: it is {bound}")
         self.device = find_device(device)
         self.batch, self.n, self.warmup = batch, n, warmup
-        self.threads = threads or torch.get_num_threads()
+        self.threads = find_threads(threads)
 
     def measurement(
         self, runtime: Runtime, costs: Costs, seconds: Sequence[float], peak: int | None

@@ -19,7 +19,7 @@ from detachnet.deploy.onnx_session import onnx_session, run_onnx
 from detachnet.deploy.onnx_writer import onnx_model
 from detachnet.deploy.program import MainOutput
 from detachnet.errors import ExportError, MeasurementError, one_line
-from detachnet.machine import hardware
+from detachnet.machine import find_threads, hardware
 
 RUNS, WARMUP = 50, 5
 """Timed runs of a module, and runs before these."""
@@ -43,12 +43,10 @@ class Stopwatch:
     ) -> None:
         if runtime not in get_args(Runtime):
             raise MeasurementError(f"runtime={runtime!r}: it is {' or '.join(get_args(Runtime))}")
-        if threads is not None and threads < 1:
-            raise MeasurementError(f"threads={threads}: it is at least 1")
         if runtime == "onnx":
             check_installed("onnx")
         self.runtime = runtime
-        self.threads = torch.get_num_threads() if threads is None else threads
+        self.threads = find_threads(threads)
         self.device = torch.device("cpu" if runtime == "onnx" else device)
 
     def __str__(self) -> str:

@@ -9,10 +9,11 @@ from torch import nn
 
 from detachnet.checkpoint.loading import load_family
 from detachnet.checkpoint.saving import loads_alone, save
+from detachnet.errors import CheckpointError, one_line
 from detachnet.hub import FAMILY, upload
 from detachnet.report.card import FIGURE, figure, make_card
 from detachnet.report.chart import write
-from detachnet.storage import locate_checkpoint
+from detachnet.storage import locate_checkpoint, read_file
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.training.runs import RunFolder
 
@@ -52,8 +53,7 @@ def push_to_hub(
     recipe = ""
     if not isinstance(family, DetachableNet):
         path = locate_checkpoint(family)
-        beside = RunFolder(path.parent).recipe
-        recipe = beside.read_text(encoding="utf-8") if beside.exists() else ""
+        recipe = _recipe_of(RunFolder(path.parent))
         family = load_family(path, model)
     alone = loads_alone(family)
     card = make_card(family, repo, license, recipe=recipe, base_model=base_model, loads_alone=alone)
@@ -64,3 +64,17 @@ def push_to_hub(
             write(chart, drawn := Path(folder, FIGURE))
             files[FIGURE] = drawn
         return upload(repo, files, f"{family.plan.model} and {len(family.names) - 1} sub-models", private)
+
+
+def _recipe_of(folder: RunFolder) -> str:
+    """A run's recipe, TOML; nothing where there is none.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        return read_file(folder.recipe).decode()
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {folder.recipe}", what=one_line(error)) from error

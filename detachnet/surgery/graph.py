@@ -19,6 +19,9 @@ from detachnet.surgery.modules import attribute, random_states_kept
 from detachnet.surgery.tracer import NO_LEAVES, PROBE_BATCH, Leaves, Spec, leaves_of, thaw
 from detachnet.surgery.whole import Reason
 
+LARGE_BYTES = 1 << 26
+"""Inputs of a layer for which memory is taken only where it is clear that their shapes do not do."""
+
 
 def has_tensor(value: Any) -> bool:
     """Whether a propagated value is, or contains, a tensor."""
@@ -65,8 +68,9 @@ class _Propagator(fx.Interpreter):
             out = super().run_node(n)
             if n.op == "call_module" and versions != [tensor._version for tensor in given]:
                 self.changing.add(n)
-        except (RuntimeError, NotImplementedError):
-            if n.op not in ("call_module", "call_function"):
+        except (RuntimeError, NotImplementedError) as error:
+            large = sum(tensor.nbytes for tensor in given) > LARGE_BYTES
+            if n.op not in ("call_module", "call_function") or (large and not _misses_values(error)):
                 raise
             out = self._run_on_zeros(n)
         # torch counts a multiply-add as two operations, and PROBE_BATCH images went through.
@@ -90,6 +94,11 @@ class _Propagator(fx.Interpreter):
             out = layer(*map_aggregate(args, zeros), **map_aggregate(kwargs, zeros))
         self.needs_values.add(n)
         return map_aggregate(out, lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf)
+
+
+def _misses_values(error: Exception) -> bool:
+    """Whether an operation fails on the meta device because that has no values: torch says so in words."""
+    return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
 
 
 @dataclass

@@ -16,16 +16,13 @@ from detachnet.surgery.modules import copy_model, unwrap
 from detachnet.surgery.plan import Cuts, DetachPlan, Head, Norm
 from detachnet.surgery.planning import make_plan
 from detachnet.surgery.proof import Check, UnlikeError, prove
-from detachnet.surgery.routes import narrow_models
+from detachnet.surgery.routes import MOST_MODELS, narrow_models
 from detachnet.surgery.state import generators_kept, generators_of
 from detachnet.surgery.stepdown import Stem, StepDownBuilder
 from detachnet.surgery.trace import outermost, trace
 from detachnet.surgery.tracer import Leaves
 from detachnet.surgery.whole import is_soft
 from detachnet.surgery.widths.storing import Narrowing
-
-MOST_MODELS = 1000
-"""Sub-models of a family."""
 
 
 def make_detachable(

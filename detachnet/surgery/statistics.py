@@ -14,10 +14,13 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from detachnet.errors import TraceError
 from detachnet.surgery.graph import TracedGraph
 from detachnet.surgery.modules import copy_model, random_states_kept, silence_hooks
 from detachnet.surgery.tracer import PREFIX, Spec
 
+IMAGES = 2
+"""That a layer is run on: norms need more than one, and memory is taken for them."""
 Statistics = Mapping[str, tuple[str, ...]]
 """Path of a layer in the base-model → paths in it of the parts that keep statistics, batch norms not counted."""
 
@@ -30,13 +33,23 @@ def find_statistics(traced: TracedGraph, base: nn.Module) -> Statistics:
         base: The model with its weights; it is left as it is, the random state too.
     """
     found: dict[str, tuple[str, ...]] = {}
+    values: Mapping[fx.Node, Any] = {}
     for node in traced.live:
         path = str(node.target).removeprefix(PREFIX)
         if node.op != "call_module" or path in found or not _could_keep(base.get_submodule(path)):
             continue
-        if parts := _parts_with_statistics(traced, node, base.get_submodule(path)):
+        values = values or _values_of_few(traced)
+        if parts := _parts_with_statistics(traced, values, node, base.get_submodule(path)):
             found[path] = parts
     return found
+
+
+def _values_of_few(traced: TracedGraph) -> Mapping[fx.Node, Any]:
+    """Node → its value for a few images; for those of the trace where it does not run with so few."""
+    try:
+        return traced.propagate(IMAGES).values
+    except TraceError:
+        return traced.values
 
 
 def _could_keep(layer: nn.Module) -> bool:
@@ -51,13 +64,15 @@ def _could_keep(layer: nn.Module) -> bool:
     return any(buffer.is_floating_point() and not buffer.is_meta for buffer in buffers)
 
 
-def _parts_with_statistics(traced: TracedGraph, node: fx.Node, layer: nn.Module) -> tuple[str, ...]:
+def _parts_with_statistics(
+    traced: TracedGraph, values: Mapping[fx.Node, Any], node: fx.Node, layer: nn.Module
+) -> tuple[str, ...]:
     """The parts of one layer whose buffers come to depend on what the layer sees; none if it cannot be run."""
     like = next((b for b in layer.buffers() if b.is_floating_point()), torch.empty(0))
     meta = traced.module.get_submodule(str(node.target))
     try:
         with random_states_kept(like.device), torch.no_grad():
-            one, two = (_buffers_after(traced, node, layer, meta, like, seed) for seed in (0, 1))
+            one, two = (_buffers_after(values, node, layer, meta, like, seed) for seed in (0, 1))
     except Exception:  # whatever a user's layer raises on random values
         return ()
     owners = [name.rpartition(".")[0] for name, value in one.items() if not torch.equal(value, two[name])]
@@ -65,13 +80,13 @@ def _parts_with_statistics(traced: TracedGraph, node: fx.Node, layer: nn.Module)
 
 
 def _buffers_after(
-    traced: TracedGraph, node: fx.Node, layer: nn.Module, meta: nn.Module, like: Tensor, seed: int
+    values: Mapping[fx.Node, Any], node: fx.Node, layer: nn.Module, meta: nn.Module, like: Tensor, seed: int
 ) -> dict[str, Tensor]:
     """A copy's floating-point buffers after one pass in the graph's mode on random values."""
     torch.manual_seed(seed)
 
     def value(leaf: fx.Node) -> Any:
-        return map_aggregate(traced.values[leaf], random_tensor)
+        return map_aggregate(values[leaf], random_tensor)
 
     def random_tensor(leaf: Any) -> Any:
         if not isinstance(leaf, Spec):

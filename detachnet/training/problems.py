@@ -12,6 +12,7 @@ from pydantic import (
 
 from detachnet.errors import nearest
 from detachnet.fields import wanted
+from detachnet.surgery.routes import MOST_MODELS
 from detachnet.training.tables import IN_FILES, IN_MEMORY, DataTable, FilesTable, RecipeTable
 
 Problem = tuple[str, list[str]]
@@ -33,7 +34,8 @@ def _choice(tables: Mapping[str, Any], loc: tuple[Any, ...]) -> str:
         return ""
     value = json.dumps(tables["family"][loc[1]], default=str)
     return (
-        f"family.{loc[1]} = {value}: give {names[loc[1]]}'auto', a number from 1 on, or shares such as [0.7, 0.4]"
+        f"family.{loc[1]} = {value}: give {names[loc[1]]}'auto', a number from 1 to {MOST_MODELS}, "
+        "or shares such as [0.7, 0.4]"
     )
 
 

@@ -17,10 +17,11 @@ from detachnet.data.datasets import is_files
 from detachnet.errors import RecipeError
 from detachnet.fields import Fields
 from detachnet.models import MOST
-from detachnet.surgery.routes import SubModel, narrow_models
+from detachnet.surgery.routes import MOST_MODELS, SubModel, narrow_models
 from detachnet.surgery.stepdown import Stem
 
 Positive = Annotated[int, Field(gt=0)]
+SubModels = Annotated[int, Field(gt=0, le=MOST_MODELS)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -55,10 +56,10 @@ class ModelTable(RecipeTable):
 class FamilyTable(RecipeTable):
     """How the base-model is made detachable."""
 
-    cuts: tuple[str, ...] | dict[str, str] | Literal["auto"] | Positive | tuple[Fraction, ...] = ()
+    cuts: tuple[str, ...] | dict[str, str] | Literal["auto"] | SubModels | tuple[Fraction, ...] = ()
     """Sub-models that drop the front: names of nodes, front to back; own names of sub-models to them; or as
     `make_detachable` chooses them, `"auto"`, a number of them or shares of the MACs."""
-    sub_models: Literal["auto"] | Positive | tuple[Fraction, ...] = ()
+    sub_models: Literal["auto"] | SubModels | tuple[Fraction, ...] = ()
     """Instead of cuts, sub-models whose routes are chosen likewise: `"auto"`, a number, or shares of the MACs."""
     widths: tuple[Fraction, ...] = ()
     """Instead of cuts, sub-models with these shares of the filters: `[0.75, 0.5]`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -81,8 +82,10 @@ def read_start(path: str | Path, names: Collection[str]) -> Start:
 
 def _is_plain(path: Path) -> bool:
     """Whether a file is no family of ours; a damaged one is left to the reader of those."""
+    if not os.path.isfile(path):  # which a pipe is not either
+        return False
     if path.suffix != ".safetensors":
-        return path.is_file() and not _is_safetensors(path)
+        return not _is_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
             return KEY not in (file.metadata() or {})
@@ -106,7 +109,7 @@ def _read_plain(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # an unpickler raises anything on damaged bytes
         raise CheckpointError(
             f"{path} cannot be started from: it is no state dict",
             what=_reason(error),

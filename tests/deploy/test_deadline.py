@@ -5,10 +5,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from io import BytesIO
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import detachnet
 from detachnet.deploy.backends import TorchBackend
@@ -561,6 +565,48 @@ def test_a_run_that_ends_the_program_fails_its_request_only(
     assert isinstance(futures[1].exception(0), error)
     assert [future.exception(0) for i, future in enumerate(futures) if i != 1] == [None] * 3
     assert (runner.counts.answered, runner.counts.failed) == (3, 1)
+
+
+def test_what_listens_to_a_future_ends_nothing(family: Family, gate: threading.Event) -> None:
+    def leave_with(error: type[BaseException]) -> Callable[[object], None]:
+        def leave(_: object) -> None:
+            raise error
+
+        return leave
+
+    with DeadlineRunner(family, target_ms=10_000) as runner:
+        futures = [runner.submit(torch.zeros(3, 32, 32)) for _ in range(6)]
+        for future, error in zip(futures, (SystemExit, KeyboardInterrupt, ValueError), strict=False):
+            future.add_done_callback(leave_with(error))
+        futures[4].set_result(Served("nobody", torch.zeros(10), 0, 0))  # somebody else's answer
+        gate.set()
+    assert [future.exception(0) for future in futures] == [None] * 6
+    assert futures[4].result(0).model == "nobody"
+
+
+def test_a_picture_that_cannot_be_copied_fails_its_request_only(family: Family, tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    family.data = detachnet.DataInfo(name="n", classes=(), mean=(0.5,) * 3, std=(0.2,) * 3)
+    with DeadlineRunner(family, target_ms=10_000) as runner:
+        cut = runner.submit(Image.open(BytesIO(content[:2000])))
+        wide = runner.submit(torch.zeros(1).expand(3, 10**6, 10**8))
+        right = runner.submit(Image.open(BytesIO(content)))
+    assert isinstance(cut.exception(0), detachnet.DataError)
+    assert isinstance(wide.exception(0), detachnet.DataError)
+    assert right.result(0).output.shape == (10,)
+    assert (runner.counts.answered, runner.counts.failed) == (1, 2)
+
+
+def test_another_process_has_no_thread_of_it(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    with DeadlineRunner(family, target_ms=10_000) as runner:
+        with monkeypatch.context() as patch:
+            patch.setattr("detachnet.deploy.deadline.os.getpid", lambda: -1)
+            with pytest.raises(
+                detachnet.DetachNetError, match="belongs to another process: a fork has no threads"
+            ):
+                runner.submit(torch.zeros(3, 32, 32))
+        assert runner.submit(torch.zeros(3, 32, 32)).result(10).output.shape == (10,)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,18 @@ def fuzz(number: int) -> settings:
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_memory_without_end() -> Iterator[None]:
+    """What would take all memory of the machine fails instead."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    taken = Path("/proc/self/statm")
+    if taken.exists():
+        there = resource.getpagesize() * int(taken.read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (there + 4 * MOST_BYTES, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def harmless(run: Callable[[], object]) -> object:

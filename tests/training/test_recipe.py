@@ -73,7 +73,12 @@ def test_loss_weights_are_those_of_the_trained_models() -> None:
             "data.name=cifar11",
             r"data.name = \"cifar11\": it must be one of 'cifar10', 'cifar10-mini' or 'mnist'; or 'folder'",
         ),
-        ("family.cuts=[1]", r"family.cuts = \[1\]: give names of nodes, .*'auto', a number from 1 on, or shares"),
+        (
+            "family.cuts=[1]",
+            r"family.cuts = \[1\]: give names of nodes, .*'auto', a number from 1 to 1000, or shares",
+        ),
+        ("family.cuts=1000000000", r"family.cuts = 1000000000: give .*, a number from 1 to 1000, or shares"),
+        ("family.sub_models=1001", r"family.sub_models = 1001: give 'auto', a number from 1 to 1000, or shares"),
         ('train.models=["sub7"]', r"train.models names 'sub7', but the models are base, sub0, sub1"),
         ('train.models=["base", "base"]', r"train.models names a model twice"),
         ("loss.weights.sub9=1", r"loss.weights names 'sub9'"),

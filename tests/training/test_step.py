@@ -1,6 +1,7 @@
 """One step of a family's training: the same whichever way it is made."""
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import detachnet
 from detachnet.losses import MultiModelLoss
 from detachnet.surgery.plan import Norm
 from detachnet.training.step import Strategy, TrainingStep
+from tests import models
+
+Teacher = Literal["base", "larger"]
 
 IMAGES, LABELS = torch.randn(12, 3, 32, 32, dtype=torch.double), torch.arange(12) % 10
 
@@ -86,12 +90,42 @@ def test_what_runs_and_what_propagates_may_be_given() -> None:
     assert seen == [{"which": net.names, "features": False}, losses[0] + 0.5 * losses[1] + losses[2]]
 
 
+def test_two_models_have_a_hint() -> None:
+    net, loss = family(), MultiModelLoss(hint=0.5)
+    outputs, features = copy.deepcopy(net)(IMAGES, which=("base", "sub1"), features=True)
+    expected = [float(one.detach()) for one in loss.per_model(outputs, LABELS, features).values()]
+    step = TrainingStep(net, ["base", "sub1"], loss, sgd(net))
+    assert step.add_gradients(IMAGES, LABELS).tolist() == pytest.approx(expected)
+    assert expected[1] > float(MultiModelLoss()(outputs, LABELS).detach()) - expected[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["private", "shared"])
 @pytest.mark.parametrize("teacher", ["base", "larger"])
 def test_separate_passes_give_the_same_gradients(norm: Norm, teacher: str) -> None:
     loss = MultiModelLoss({"sub1": 0.3}, distillation=1.0, teacher=teacher)
     assert_close(gradients(loss, norm), gradients(loss, norm, "separate"))
+
+
+@pytest.mark.parametrize("teacher", ["base", "larger"])
+@pytest.mark.parametrize("strategy", ["joint", "separate"])
+def test_a_step_of_a_small_family_is_the_loss_of_its_outputs(strategy: Strategy, teacher: Teacher) -> None:
+    """Losses, gradients, and statistics, which move once where two models are one network."""
+    subs = {"front": detachnet.SubModel(drop=[":pool"]), "late": detachnet.SubModel(drop=["conv2:bn2"])}
+    net = detachnet.make_detachable(models.Plain(), subs, (3, 8, 8), check="none").double().train()
+    other, images, labels = copy.deepcopy(net), torch.randn(6, 3, 8, 8).double(), torch.arange(6) % 5
+    loss = MultiModelLoss({"late": 0.3}, distillation=0.7, temperature=2.0, teacher=teacher)
+    step = TrainingStep(net, net.names, loss, sgd(net), strategy=strategy)
+    losses = step.add_gradients(images, labels)
+    expected = loss.per_model(other(images, which="all"), labels)
+    loss.total(expected).backward()
+    torch.testing.assert_close(losses, torch.stack([one.detach() for one in expected.values()]))
+    for (name, one), (_, two) in zip(net.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, msg=name)
+    torch.testing.assert_close(dict(net.named_buffers()), dict(other.named_buffers()))
+    assert net.base.get_buffer("bn1.num_batches_tracked") == 1
+    step(images, labels)
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 @pytest.mark.slow
