@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 _PLAIN = (int, float, complex, str, bytes, type(None))
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _OF_MODULES = {*vars(nn.Module()), "_is_full_backward_hook"}
-_OPAQUE = (*sys.stdlib_module_names, "torch", "numpy")
+_OPAQUE = (*sys.stdlib_module_names, "torch", "numpy", "detachnet")
 """Packages whose objects hold nothing that counts here, generators of random numbers and containers apart."""
 MOST = 256
 """Items of a container that are looked at; of longer ones only their number."""
