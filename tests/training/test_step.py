@@ -10,6 +10,7 @@ import detachnet
 from detachnet.losses import MultiModelLoss
 from detachnet.surgery.plan import Norm
 from detachnet.training.step import Strategy, TrainingStep
+from tests.helpers import nightly_but
 
 IMAGES, LABELS = torch.randn(12, 3, 32, 32, dtype=torch.double), torch.arange(12) % 10
 
@@ -96,7 +97,7 @@ def test_separate_passes_give_the_same_gradients(norm: Norm, teacher: str) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["joint", "separate"])
-@pytest.mark.parametrize("norm", ["private", "shared"])
+@pytest.mark.parametrize("norm", nightly_but(["private"], ["private", "shared"]))
 def test_the_compiled_step_is_one_graph_and_the_same(
     norm: Norm, strategy: Strategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

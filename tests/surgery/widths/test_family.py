@@ -292,7 +292,7 @@ def test_groups_of_filters() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["half", "best", "front", "late"])
+@pytest.mark.parametrize("which", nightly_but(["best", "front"], ["half", "best", "front", "late"]))
 def test_files(which: str, tmp_path: Path) -> None:
     net = family().eval()
     x = images((3, 32, 32))
@@ -413,7 +413,7 @@ def test_recalibration() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["joint", "separate"])
+@pytest.mark.parametrize("strategy", nightly_but(["joint"], ["joint", "separate"]))
 def test_training(strategy: Any) -> None:
     """A few steps of both strategies change all models, alike."""
     torch.manual_seed(0)
