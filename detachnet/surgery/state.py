@@ -27,8 +27,8 @@ _PLAIN = (int, float, complex, str, bytes, type(None))
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _OF_MODULES = {*vars(nn.Module()), "_is_full_backward_hook"}
 _SINGLE = (Tensor, fx.Proxy, fx.Node, nn.Module, type, FunctionType, BuiltinFunctionType, MethodType)
-_LIBRARIES = ("detachnet", "timm", "torchvision")
-_OPAQUE = (*sys.stdlib_module_names, "torch", "numpy")
+_LIBRARIES = ("timm", "torchvision")
+_OPAQUE = (*sys.stdlib_module_names, "torch", "numpy", "detachnet")
 """Packages whose objects hold nothing that counts here, generators of random numbers and containers apart."""
 MOST = 256
 """Items of a container that are looked at; of longer ones only their number."""

@@ -76,7 +76,7 @@ def test_a_report_says_all(options: argparse.Namespace, capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", nightly_but([False], [False, True]))
 def test_training_step(
     compiled: bool,
     options: argparse.Namespace,

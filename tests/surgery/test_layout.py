@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import detachnet
 from detachnet.surgery.layout import image_layout
+from tests.helpers import nightly_but
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,7 @@ print(detachnet.train(recipe, sys.argv[2]).status)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("widest_instructions", ["AVX2", "DEFAULT"])
+@pytest.mark.parametrize("widest_instructions", nightly_but(["AVX2"], ["AVX2", "DEFAULT"]))
 def test_a_thin_resnet_is_trained(tmp_path, widest_instructions: str) -> None:
     """In a process of its own: where the layout is wrong the heap is corrupted, with AVX2 within a few steps."""
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": widest_instructions, "OMP_NUM_THREADS": "1"}

@@ -103,7 +103,7 @@ TOYS = {
 @pytest.mark.parametrize("norm", ["shared", "private"])
 @pytest.mark.parametrize("toy", TOYS)
 def test_toys(toy: type[torch.nn.Module], norm: str) -> None:
-    net = detachnet.make_detachable(toy().double(), TOYS[toy], (3, 8, 8), norm=norm)
+    net = detachnet.make_detachable(toy().double(), TOYS[toy], (3, 8, 8), norm=norm, check="none")
     assert_joint_equals_separate(net, torch.randn(4, 3, 8, 8, dtype=torch.double))
 
 

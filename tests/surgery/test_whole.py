@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import detachnet
+from detachnet.surgery import state
 from detachnet.surgery.listening import _REPLACED
 from detachnet.surgery.plan import DetachPlan
 from detachnet.surgery.trace import trace
@@ -1112,3 +1113,14 @@ def test_a_profiler_goes_on() -> None:
         profiler.disable()
     assert "random numbers" in net.plan.whole["middle"]
     assert later.__code__ in [entry.code for entry in profiler.getstats()]
+
+
+def test_the_graphs_of_a_family_are_not_searched_for_generators(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    parts = state._parts
+    monkeypatch.setattr(state, "_parts", lambda value: seen.append(value) or parts(value))
+    net = detachnet.make_detachable(Net(Block(without_gradients)), ["a"], SIZE, check="none")
+    seen.clear()
+    assert {type(found) for found in state.generators_of(net)} == {random.Random, np.random.Generator}
+    assert seen
+    assert not [value for value in seen if isinstance(value, fx.Node)]

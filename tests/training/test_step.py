@@ -14,6 +14,7 @@ from detachnet.training.step import Strategy, TrainingStep
 from tests import models
 
 Teacher = Literal["base", "larger"]
+from tests.helpers import nightly_but
 
 IMAGES, LABELS = torch.randn(12, 3, 32, 32, dtype=torch.double), torch.arange(12) % 10
 
@@ -130,7 +131,7 @@ def test_a_step_of_a_small_family_is_the_loss_of_its_outputs(strategy: Strategy,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["joint", "separate"])
-@pytest.mark.parametrize("norm", ["private", "shared"])
+@pytest.mark.parametrize("norm", nightly_but(["private"], ["private", "shared"]))
 def test_the_compiled_step_is_one_graph_and_the_same(
     norm: Norm, strategy: Strategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ USUAL = (
     *("detachnet:vgg16_cifar", "timm:test_efficientnet", "torchvision:shufflenet_v2_x0_5", "timm:test_convnext"),
     *("timm:test_nfnet", "timm:densenet121 thin", "timm:convnextv2_atto thin", "timm:res2net50_26w_4s thin"),
 )
+FEW = ("detachnet:vgg16_cifar", "timm:test_efficientnet", "timm:densenet121 thin", "timm:convnextv2_atto thin")
 SUBS: dict[str, Any] = {"half": SubModel(width=0.5), "best": SubModel(width=0.75, filters="important")}
 
 
@@ -120,7 +121,7 @@ def test_attached_is_detached_is_the_reference(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", nightly_but(USUAL, NETWORKS))
+@pytest.mark.parametrize("name", nightly_but(FEW, NETWORKS))
 def test_gradients_are_the_small_networks_put_back(name: str) -> None:
     """A joint pass, separate passes, and detached networks whose gradients are scattered into the base-model's."""
     model, size = base(name)
@@ -291,7 +292,7 @@ def test_groups_of_filters() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["half", "best", "front", "late"])
+@pytest.mark.parametrize("which", nightly_but(["best", "front"], ["half", "best", "front", "late"]))
 def test_files(which: str, tmp_path: Path) -> None:
     net = family().eval()
     x = images((3, 32, 32))
@@ -412,7 +413,7 @@ def test_recalibration() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["joint", "separate"])
+@pytest.mark.parametrize("strategy", nightly_but(["joint"], ["joint", "separate"]))
 def test_training(strategy: Any) -> None:
     """A few steps of both strategies change all models, alike."""
     torch.manual_seed(0)
