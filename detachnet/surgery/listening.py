@@ -25,7 +25,7 @@ from detachnet.surgery.whole import Watch
 
 _local = threading.local()
 _LIBRARIES = (
-    *(str(Path(package.__file__).parent) for package in (torch, timm, torchvision)),
+    *(str(Path(f"{package.__file__}").parent) for package in (torch, timm, torchvision)),
     str(Path(__file__).parents[1]),
 )
 """What may ask what is switched on without deciding anything by it."""

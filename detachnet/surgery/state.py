@@ -95,7 +95,8 @@ def _held(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
         return
     own = [(name, value) for name, value in vars(module).items() if name not in _OF_MODULES]
     yield from [(vars(module), *pair) for pair in own]
-    functions = dict.fromkeys(_methods(type(module)))
+    kind: Any = type(module)
+    functions = dict.fromkeys(_methods(kind))
     for _, value in own:
         if isinstance(function := getattr(value, "__func__", value), FunctionType):
             functions |= dict.fromkeys(_called(function))

@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -955,6 +956,56 @@ def test_plain_attributes_are_followed(caplog: pytest.LogCaptureFixture) -> None
         net.train()
         assert not torch.equal(net(images, which="sub0"), net(images, which="sub0"))
         torch.testing.assert_close(copy.deepcopy(net).eval()(images), model.eval()(images))
+
+
+SCALES = {"out": 1.0}
+
+
+def outside_scale() -> float:
+    return SCALES["out"]
+
+
+def scheduled(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * module.options.scale * module.table["scale"][0] * outside_scale()
+    return module.act(h if module.mask is None else h * module.mask)  # type: ignore[no-any-return]
+
+
+def test_what_is_scheduled_in_objects_and_variables_is_followed() -> None:
+    model = Net(Block(scheduled))
+    own = model.middle
+    vars(own).update(options=SimpleNamespace(scale=1.0), table={"scale": [1.0]}, mask=None, act=F.relu)
+    net = detachnet.make_detachable(model, ["a"], SIZE, check="outputs").eval()
+    images, kept = torch.randn(2, *SIZE), vars(net.base.middle)
+
+    def same() -> bool:
+        with torch.no_grad():
+            return torch.allclose(net(images), net.base(images), atol=1e-5)
+
+    passes = [same()]
+    kept["options"].scale = 2.0
+    passes.append(same())
+    kept["table"]["scale"][0] = 3.0
+    passes.append(same())
+    kept["mask"] = torch.rand(8, 1, 1)
+    passes.append(same())
+    kept["mask"].mul_(2)
+    passes.append(same())
+    kept["act"] = torch.tanh
+    passes.append(same())
+    SCALES["out"] = 2.0
+    passes.append(same())
+    SCALES["out"] = 1.0
+    assert passes == 7 * [True]
+
+
+def by_batch(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if x.shape[0] > 100 else 1)
+    return h
+
+
+def test_a_decision_by_the_number_of_images_is_refused() -> None:
+    with pytest.raises(detachnet.TraceError, match=r"forward pass of 'middle' \(Block\) needs values"):
+        detachnet.make_detachable(Net(Block(by_batch)), ["a"], SIZE)
 
 
 def by_size(module: Any, x: Tensor) -> Tensor:
