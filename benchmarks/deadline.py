@@ -19,6 +19,7 @@ import random
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
@@ -103,8 +104,8 @@ def begin_with_family(doc: str | None) -> tuple[argparse.Namespace, detachnet.De
         return options, detachnet.load(path), path
 
 
-def train(folder: Path) -> Path:
-    detachnet.train(load_recipe(RECIPE, OVERRIDES), folder)
+def train(folder: Path, changes: Sequence[str] = ()) -> Path:
+    detachnet.train(load_recipe(RECIPE, [*OVERRIDES, *changes]), folder)
     return folder / "last.safetensors"
 
 

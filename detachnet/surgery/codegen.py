@@ -6,12 +6,15 @@ import ast
 import linecache
 from collections.abc import Callable, Mapping
 from itertools import count
+from threading import Lock
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 Run = Callable[[nn.Module, Tensor], Any]
 _number = count()
+_parsing = Lock()
+"""Two threads that parse at once can meet an error in Python before 3.11.8: python/cpython issue 106905."""
 
 
 def compile_graph(graph: fx.Graph, label: str) -> Run:
@@ -24,8 +27,10 @@ def compile_source(source: str, scope: Mapping[str, Any], label: str) -> Run:
     """A forward pass as a function of (module, images), with its source where tracebacks look for it."""
     filename = f"<detachnet {label} {next(_number)}>"
     names = dict(scope)
-    tree = ast.fix_missing_locations(_DirectCalls().visit(ast.parse(source)))
-    exec(compile(tree, filename, "exec"), names)
+    with _parsing:
+        tree = ast.fix_missing_locations(_DirectCalls().visit(ast.parse(source)))
+        code = compile(tree, filename, "exec")
+    exec(code, names)
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     return names["forward"]  # type: ignore[no-any-return]
 

@@ -1,15 +1,22 @@
 """The ways to choose that a search is compared with keep the budget, and find what they say."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import search
+import search_latency
 import search_workers
+from detachnet.selection import searching
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.costs import counted
 from detachnet.selection.worth import Judge, Worth
@@ -71,7 +78,34 @@ def test_workers_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """By threads here: processes are tried elsewhere."""
     pools = {"one process": nullcontext, "2 threads": partial(ThreadPoolExecutor, 2)}
     monkeypatch.setattr(search_workers, "ways", lambda options: pools)
-    rows, (one, two) = search_workers.compare(trained(), images(40, 2), images(40, 1), SimpleNamespace(workers=2))  # type: ignore[arg-type]
+    rows, (one, two) = search_workers.compare(
+        trained(), images(40, 2), images(40, 1), SimpleNamespace(workers=2, quick=False)
+    )  # type: ignore[arg-type]
     assert [row["by"] for row in rows] == list(pools)
     assert one.found == two.found
     assert rows[0]["of_one"] == 1
+
+
+@pytest.mark.slow
+def test_what_is_promised_is_beside_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stopwatch that counts MACs, and so takes as long for the sum as for the whole."""
+
+    def stopwatch(*_: object) -> Callable[[nn.Module, Tensor], float]:
+        def seconds(module: nn.Module, value: Tensor) -> float:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                module(value.clone())
+            return counter.get_total_flops() / 2
+
+        return seconds
+
+    for place in (search_latency, searching):
+        monkeypatch.setattr(place, "Stopwatch", stopwatch)
+    options: Any = SimpleNamespace(runtime="torch", threads=1, rounds=2)
+    rows = search_latency.compare(trained(), (images(40, 2), images(40, 1)), (0.6,), options)
+    assert [row["model"] for row in rows] == ["base", rows[1]["model"]]
+    assert rows[0]["budget_ms"] is None
+    for row in rows:
+        assert row["promised_off"] == pytest.approx(0)
+        assert row["measured_ms"] == pytest.approx(row["macs_of_base"] * rows[0]["measured_ms"])
+    assert rows[1]["measured_ms"] <= rows[1]["budget_ms"] == pytest.approx(0.6 * rows[0]["measured_ms"])
+    load_recipe("resnet20_cifar10", search_latency.CHANGES)

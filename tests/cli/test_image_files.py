@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import detachnet
+from detachnet.report import page
 from detachnet.selection.images import run_images
 from tests import folders, searched
 
@@ -65,6 +67,17 @@ def test_images_that_decide_are_held_out_ones(root: Path, run: Path) -> None:
     (run / "recipe.toml").write_text(chosen)
     with pytest.raises(detachnet.DataError, match="was trained on all its training images: none is held out"):
         run_images(run, 20, root)
+
+
+def test_a_report_shows_held_out_images(root: Path, run: Path) -> None:
+    """Where the run was evaluated on these."""
+    chosen, net = (
+        detachnet.load_recipe(run / "recipe.toml"),
+        detachnet.load(run / "last.safetensors", searched.Tiny()),
+    )
+    shown = page._test_images(SimpleNamespace(recipe=chosen, info={}, net=net), root)  # type: ignore[arg-type]
+    held_out, _ = run_images(run, page.NUM_PICTURES, root)
+    assert torch.equal(shown.images, held_out.images)
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
 """Tracing replaces functions of torch; what other threads see of that."""
 
+import ast
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import detachnet
+from detachnet.surgery import codegen
 
 CONV = nn.Conv2d(3, 4, 1)
 MAKE = (
@@ -118,3 +121,23 @@ def test_traces_take_turns() -> None:
         assert first.result(PATIENCE_S) == second.result(PATIENCE_S)
     assert all(len(names) == 1 for names in overlaps)
     assert torch.randn is original
+
+
+def test_one_thread_at_a_time_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11.7 and older count the depth of all syntax trees in one place."""
+    parse, inside, most = ast.parse, [0], [0]
+
+    def slowly(*args: object, **options: object) -> ast.AST:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.02)
+        inside[0] -= 1
+        return parse(*args, **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(codegen.ast, "parse", slowly)
+    source = "def forward(self, x):\n    return self.layer(x)\n"
+    with ThreadPoolExecutor(4) as pool:
+        runs = list(pool.map(lambda i: codegen.compile_source(source, {}, str(i)), range(4)))
+    layers = nn.ModuleDict({"layer": nn.Identity()})
+    assert [run(layers, torch.ones(1)).item() for run in runs] == [1] * 4
+    assert most == [1]
