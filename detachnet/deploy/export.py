@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from detachnet.surgery.legs import Leg
 
 logger = logging.getLogger("detachnet")
 _Splits = tuple[Split, Split]
+_T = TypeVar("_T")
 
 
 def export(
@@ -60,9 +61,10 @@ def export(
 
     `onnx` writes a small graph per model and one file of weights in which tensors that are equal are stored once;
     batch norms stay layers of their own, so that the models go on sharing the weights in front of them. Models
-    with fewer filters read parts of the tensors that are there; without the base-model they have small ones. `pt2`
-    (torch.export) and `pte` (ExecuTorch, XNNPACK) write a file per model with weights of its own. The number of
-    images per run is free (up to 8 in `pte`).
+    with fewer filters read parts of the tensors that are there; without the base-model they have small ones. `pte`
+    (ExecuTorch, XNNPACK) is one file with a method of each model's name, in which tensors that are equal are there
+    once, too. `pt2` (torch.export) is a file per model with weights of its own. The number of images per run is
+    free (up to 8 in `pte`).
 
     Every graph is run before this returns, on several images at two batch sizes, and compared with PyTorch. The
     folder appears complete or not at all.
@@ -101,8 +103,7 @@ def export(
     with new_folder(Path(folder)) as inside:
         writer = _writer(net, inside, format, precision, int8)
         exporting = _Export(net, inside, format, writer)
-        each = counted(names, len(names), "models written and compared")
-        models_written = tuple(exporting.model(name, (latency or {}).get(name)) for name in each)
+        models_written = exporting.models(names, latency or {})
         manifest = exporting.manifest(models_written, exporting.legs(names) if legs else ())
         write_new(inside / MANIFEST, dump(manifest).encode())
     return manifest
@@ -147,7 +148,7 @@ def _writer(
         return Int8Writer(folder, *int8, net.facts.known_data)
     if format == "onnx":
         return OnnxWriter(folder, precision)
-    return Pt2Writer() if format == "pt2" else PteWriter()
+    return Pt2Writer() if format == "pt2" else PteWriter(folder)
 
 
 class _Export:
@@ -159,15 +160,30 @@ class _Export:
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(max(CHECKED_BATCHES), *net.plan.input_size, generator=generator)
 
-    def model(self, name: str, latency: Latency | None) -> ExportedModel:
-        """Write one model; what the manifest says of it."""
-        path, plan = self.folder / f"{name}.{self.format}", self.net.plan[name]
+    def models(self, names: Sequence[str], latency: Mapping[str, Latency]) -> tuple[ExportedModel, ...]:
+        """Write the models; what the manifest says of each."""
+        each = counted(names, len(names), "models written and compared")
+        written = {name: self._model(name) for name in each}
+        self._guard("the family", self.writer.finish)
+        return tuple(self._described(name, latency.get(name), written[name]) for name in names)
+
+    def _path(self, name: str) -> Path:
+        """The file of a model."""
+        return self.folder / (self.writer.file or f"{name}.{self.format}")
+
+    def _model(self, name: str) -> Written:
+        """Write one model."""
         metadata, parts = _metadata(self.net, name), self.net.parts(name)
-        written = self._write(Piece(name, self._module(name), self.images, metadata=metadata, parts=parts), path)
-        file, known = exported_file(path), self.net.facts.accuracy.get(name)
-        measured = written.accuracy is not None
+        piece = Piece(name, self._module(name), self.images, metadata=metadata, parts=parts)
+        written = self._write(piece, self._path(name))
         if self.net is not self.trained:
             self._log_rounding(name)
+        return written
+
+    def _described(self, name: str, latency: Latency | None, written: Written) -> ExportedModel:
+        """What the manifest says of a model."""
+        file, plan, known = exported_file(self._path(name)), self.net.plan[name], self.net.facts.accuracy.get(name)
+        measured = written.accuracy is not None
         return ExportedModel(
             name=name,
             file=file.file,
@@ -222,14 +238,18 @@ class _Export:
         Raises:
             ExportError: The format cannot express it, or it does not compute what PyTorch does.
         """
+        return self._guard(piece.name, lambda: self.writer.write(piece, path))
+
+    def _guard(self, name: str, write: Callable[[], _T]) -> _T:
+        """Write something; whatever an exporter raises is one of ours."""
         try:
-            return self.writer.write(piece, path)
+            return write()
         except (ExportError, OSError):
             raise
-        except Exception as error:  # whatever an exporter raises
+        except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             what = ": ".join([type(error).__name__, "; ".join(lines[:3])])
-            raise ExportError(f"{piece.name} cannot be exported as {self.format}", what=what) from error
+            raise ExportError(f"{name} cannot be exported as {self.format}", what=what) from error
 
     def _module(self, name: str) -> nn.Module:
         """One model, which returns its main output alone."""

@@ -69,11 +69,13 @@ class Writer(Protocol):
     Attributes:
         precision: What the weights are stored in; in int8 the graphs compute in it, too.
         weights: Name of the file of weights that all graphs share; None where each one has its own.
+        file: Name of the one file that all graphs are in; None where each has its own.
         num_test: Images that accuracies were measured on; None where they were not.
     """
 
     precision: Precision
     weights: str | None
+    file: str | None
     num_test: int | None
 
     def write(self, piece: Piece, path: Path) -> Written:
@@ -81,6 +83,13 @@ class Writer(Protocol):
 
         Raises:
             ExportError: It does not compute what the module does.
+        """
+
+    def finish(self) -> None:
+        """Write what can be written only when all modules are known.
+
+        Raises:
+            ExportError: It does not compute what the modules do.
         """
 
 

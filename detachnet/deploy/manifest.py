@@ -50,11 +50,11 @@ class ExportedModel(_Exported):
 
     Attributes:
         name: `base`, `sub0`, …
-        file: Its graph's file in the folder.
+        file: Its graph's file in the folder; of `pte` the one with all models, as methods of their names.
         sha256: Checksum of that file, hexadecimal.
         macs: Multiply-accumulates for one image.
         num_params: Number of parameters.
-        num_bytes: Bytes of its graph and of the weights it uses: what it takes alone.
+        num_bytes: Bytes of its graph and of the weights it uses: what it takes alone; in `pte` of its tensors.
         accuracy: Test accuracy, in [0, 1], if it is known: of the trained model in float32 (also where weights are
             stored in float16), of this very file in int8.
         float_accuracy: That of the trained model, where `accuracy` is that of an int8 file.

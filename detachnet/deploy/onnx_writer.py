@@ -27,6 +27,7 @@ class OnnxWriter:
     """
 
     weights: str | None = WEIGHTS
+    file: str | None = None
     num_test: int | None = None
 
     def __init__(self, folder: Path, precision: Precision = "float32") -> None:
@@ -40,6 +41,9 @@ class OnnxWriter:
         written = self._write(model, piece.metadata, path)
         compare(piece, open_onnx(path))
         return Written(written - unread)
+
+    def finish(self) -> None:
+        """All is written already."""
 
     def _write(self, model: Any, metadata: Mapping[str, str], path: Path) -> int:
         """Write a graph that refers to the file of weights; the bytes it takes alone."""

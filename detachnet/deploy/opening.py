@@ -14,23 +14,32 @@ from detachnet.errors import ExportError
 _OPENERS: dict[str, tuple[Format, Callable[[Path], Runner]]] = {
     ".onnx": ("onnx", open_onnx),
     ".pt2": ("pt2", open_pt2),
-    ".pte": ("pte", open_pte),
 }
+_PTE = ".pte"
 
 
-def open_graph(path: str | Path) -> Runner:
+def open_graph(path: str | Path, model: str | None = None) -> Runner:
     """A graph's file as a function of images, through the runtime its format is for.
 
     Nothing of the file's is run but its graph: a pt2 file is read, checked and written again with tensors and
     known operators only before torch sees it, and an ONNX graph may read no file but the weights beside it.
 
+    Args:
+        path: The file.
+        model: Which one, of a pte file with several.
+
     Raises:
-        ExportError: The file is of no known format, holds what detachnet never writes, or the format's packages
-            are not installed.
+        ExportError: The file is of no known format, holds what detachnet never writes or not that model, or the
+            format's packages are not installed.
     """
     path = Path(path)
+    if path.suffix == _PTE:
+        check_installed("pte")
+        return open_pte(path, model)
     if path.suffix not in _OPENERS:
         raise ExportError(f"{path} is no graph of a known format", hint=".onnx, .pt2 or .pte")
+    if model is not None:
+        raise ExportError(f"{path} holds one model", hint="open_graph(path)")
     format, opener = _OPENERS[path.suffix]
     check_installed(format)
     return opener(path)

@@ -19,6 +19,7 @@ class Pt2Writer:
 
     precision: Precision = "float32"
     weights: str | None = None
+    file: str | None = None
     num_test: int | None = None
 
     def write(self, piece: Piece, path: Path) -> Written:
@@ -30,6 +31,9 @@ class Pt2Writer:
         torch.export.save(program, path)
         compare(piece, open_pt2(path))
         return Written(path.stat().st_size)
+
+    def finish(self) -> None:
+        """All is written already."""
 
 
 def open_pt2(path: Path) -> Runner:

@@ -21,6 +21,8 @@ from detachnet.deploy.export import export
 from detachnet.deploy.manifest import Manifest, _digest, read_manifest
 from detachnet.deploy.measurement import Latency
 from detachnet.deploy.opening import open_graph
+from detachnet.deploy.program import trace
+from detachnet.deploy.pte import separate_norms
 from detachnet.deploy.verify import compare
 from detachnet.losses import logits as main_output
 from tests import models
@@ -502,13 +504,47 @@ def test_no_pt2_file_is_unpickled(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_executorch(toy: detachnet.DetachableNet, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_executorch(tmp_path: Path) -> None:
+    """One program with a method for each model, hardly larger than that of the base-model."""
     pytest.importorskip("executorch", reason="executorch is not installed")
-    manifest = export(toy, tmp_path / "out", "pte", ["sub1"])
+    net = family("efficientnet")
+    manifest = export(net, tmp_path / "out", "pte")
+    alone = export(net, tmp_path / "base", "pte", ["base"])
     assert manifest.input.max_batch == 8
+    assert {model.file for model in manifest.models} == {"family.pte"}
+    assert read_manifest(tmp_path / "out") == manifest
+    path = tmp_path / "out" / "family.pte"
+    rest = alone["base"].num_bytes - (tmp_path / "base" / "family.pte").stat().st_size
+    assert path.stat().st_size + rest < 1.25 * alone["base"].num_bytes  # graphs weigh more in a network as small
+    images = torch.randn(2, 3, 32, 32)
+    for name in net.names:
+        with torch.no_grad():
+            close(open_graph(path, name)(images), net(images, which=name))
+    with pytest.raises(detachnet.ExportError, match="holds base, sub0"):
+        open_graph(path)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_become_a_scale_and_a_shift(affine: bool) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3, affine=affine).eval()
+    for tensor in (norm.running_mean, norm.running_var, *norm.parameters()):
+        tensor.data.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+    module = nn.Sequential(nn.Conv2d(3, 3, 3), norm, nn.ReLU(), norm)  # the same one twice
     images = torch.randn(2, 3, 8, 8)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    program = trace(formats.Piece("base", module, images), "pte")
+    separate_norms(program)
+    assert not program.graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default)
     with torch.no_grad():
-        close(open_graph(tmp_path / "out" / "sub1.pte")(images), toy(images, which="sub1"))
+        close(program.module()(images), module(images))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_only_a_program_holds_several_models(tmp_path: Path) -> None:
+    with pytest.raises(detachnet.ExportError, match="holds one model"):
+        open_graph(tmp_path / "base.onnx", "base")
 
 
 def test_manifest_is_its_own_json(exported: Path) -> None:
