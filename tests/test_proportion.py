@@ -12,6 +12,7 @@ from detachnet.checkpoint import content as checkpoint
 from detachnet.memory import Bounded, TooMuchError
 from detachnet.storage import read_file
 from detachnet.surgery import graph, statistics
+from detachnet.surgery.widths.storing import _bits
 from tests import models
 
 
@@ -145,3 +146,13 @@ def test_a_tensor_like_another_counts_before_it_is_there(monkeypatch: pytest.Mon
     with Bounded(10**6, 10):
         assert torch.zeros_like(large).is_meta
         assert torch.zeros_like(torch.ones(10)).sum() == 0
+
+
+@pytest.mark.parametrize("units", [10**18, 9, 0, -1, "1ff", "0", "-1", "f" * 10_000, "zz"])
+def test_a_stored_width_of_more_filters_than_there_are(units: int | str) -> None:
+    """A number of bits is compared with them before there are so many."""
+    with pytest.raises(detachnet.WidthError, match=r"a stored width keeps .* of 'conv', which has 8"):
+        _bits("conv", units, 8)
+    assert _bits("conv", 8, 8).all()
+    assert _bits("conv", 3, 8).tolist() == [True] * 3 + [False] * 5
+    assert _bits("conv", "81", 8).tolist() == [True, *[False] * 6, True]

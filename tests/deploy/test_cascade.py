@@ -83,6 +83,8 @@ def test_pareto_and_thin() -> None:
     for point in points:
         assert any(f.accuracy >= point.accuracy and f.mean_macs <= point.mean_macs for f in front)
     assert [f.accuracy for f in front] == sorted({f.accuracy for f in front})
+    worse, better = (points[0].model_copy(update={"mean_macs": 9.0, "accuracy": a}) for a in (0.5, 0.7))
+    assert pareto([worse, better]) == pareto([better, worse]) == [better]
     assert thin(range(100), 4) == [0, 33, 66, 99]  # type: ignore[arg-type,comparison-overlap]
 
 
@@ -95,6 +97,8 @@ def test_says_where_a_single_model_is_better() -> None:
         "1 of 2 cascades are worse than large alone: no cheaper, no better.",
         "Use large alone instead of the cascade chosen: 100.00 % for 100 MACs.",
     ]
+    just = bad.model_copy(update={"mean_macs": singles[2].mean_macs, "accuracy": singles[2].accuracy})
+    assert curve.better_single(just) == "large"  # as accurate for the same
     remarks = [row[1] for row in curve.table.rows]
     assert remarks == ["alone", "alone", "alone", "", "worse than large", "chosen"]
     better = curve.model_copy(update={"chosen": good, "points": (good,)})
@@ -161,6 +165,8 @@ def test_as_confident_as_the_threshold_is_confident_enough(net: detachnet.Detach
     answer = Cascade(family, ("sub1", "base"), threshold).run(images)
     assert answer.models[7] == "sub1"
     assert answer.models.count("sub1") == int((confidence >= threshold).sum())
+    behind = answer.models.count("base") * net.plan["base"].macs
+    assert answer.macs == len(images) * net.plan["sub1"].macs + behind
 
 
 def routes() -> detachnet.DetachableNet:

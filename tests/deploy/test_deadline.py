@@ -116,6 +116,10 @@ def test_comes_back_after_25_requests_with_room_and_one_step_at_a_time() -> None
     calm = [policy.choose(0.0, 0) for _ in range(24)]
     policy.choose(0.050, 0)  # in time with sub1, but without room for sub0: it counts anew
     assert calm + [policy.choose(0.0, 0) for _ in range(25)] == ["sub1"] * 48 + ["sub0"]
+    assert policy.choose(0.0, 1000) == "sub1"
+    calm = [policy.choose(0.0, 0) for _ in range(24)]
+    policy.choose(0.0, 1000)  # too late even with sub1: it counts anew, too
+    assert calm + [policy.choose(0.0, 0) for _ in range(25)] == ["sub1"] * 48 + ["sub0"]
 
 
 @pytest.mark.parametrize(("target_s", "back"), [(0.0172, "base"), (0.0170, "sub0")])
@@ -276,6 +280,20 @@ def test_refusals(family: Family, gate: threading.Event) -> None:
         runner.submit(torch.zeros(3, 32, 32))
 
 
+def test_what_cannot_be_in_time_is_refused_at_once(family: Family, gate: threading.Event) -> None:
+    """A run of sub1 takes 0.8 ms, 2 at most: behind 35 others, of which one has begun, that is 30."""
+    with DeadlineRunner(family, target_ms=30.4, models=["sub1"], clock=lambda: 0.0) as runner:
+        futures = [runner.submit(torch.zeros(3, 32, 32))]
+        while not futures[0].running():
+            pass
+        futures += [runner.submit(torch.zeros(3, 32, 32)) for _ in range(36)]
+        with pytest.raises(detachnet.LateError, match=r"even sub1 could not answer .* 36 requests wait before it"):
+            runner.submit(torch.zeros(3, 32, 32))
+        assert runner.counts.hopeless == 1
+        gate.set()
+    assert [future.exception(0) for future in futures] == [None] * 37
+
+
 def test_without_accuracies_or_profile(family: Family) -> None:
     family.profile, profile = None, family.profile
     with pytest.raises(detachnet.MeasurementError, match="was not measured on a device yet"):
@@ -391,6 +409,23 @@ def test_a_wait_is_no_slowness_of_a_model(monkeypatch: pytest.MonkeyPatch) -> No
     assert (served.model, served.waited_s, served.service_s) == ("base", 0.030, pytest.approx(0.010))
     # The run took its median: the mean stays, the deviation of 0.05 loses a 32nd.
     assert runner.policy.expect_s("base", 0, 0) == pytest.approx(0.010 * (1 + 4 * 0.05 * 31 / 32))
+
+
+def test_what_is_not_run_brings_the_estimate_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one stall of the machine would have all that come later refused."""
+    monkeypatch.setattr(threading, "Thread", NoThread)
+    stub = Stub()
+    runner = DeadlineRunner(stub, 1e3 * TARGET_S, clock=lambda: stub.now)  # type: ignore[arg-type]
+    for _ in range(100):
+        runner.policy.observe("sub1", 100 * LATENCY_S["sub1"][0])
+    before = runner.policy.expect_s("sub1", 0, 0)
+    future = runner.submit(torch.zeros(3, 2, 2))
+    request = runner._waiting.get()
+    assert request is not None
+    runner._answer(request)
+    assert isinstance(future.exception(0), detachnet.LateError)
+    assert runner.policy.expect_s("sub1", 0, 0) < 0.98 * before
+    assert (runner.counts.dropped, runner.counts.answered) == (1, 0)
 
 
 @pytest.mark.slow

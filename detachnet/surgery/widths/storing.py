@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 
 import torch
@@ -66,10 +67,12 @@ def restore(channels: Channels, stored: Stored) -> Kept:
 
 def _bits(name: str, units: int | str, count: int) -> Tensor:
     """Unit → whether it is kept."""
-    try:
-        number = (1 << units) - 1 if isinstance(units, int) else int(units, 16)
-    except ValueError:
-        number = 0
+    number = 0
+    if isinstance(units, str):
+        with suppress(ValueError):
+            number = int(units, 16)
+    elif 0 < units <= count:  # before there are so many bits
+        number = (1 << units) - 1
     if not 0 < number < 1 << count:
         raise WidthError(f"a stored width keeps {units!r} of {name!r}, which has {count}")
     return torch.tensor([bool(number >> i & 1) for i in range(count)])
