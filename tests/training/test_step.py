@@ -12,9 +12,9 @@ from detachnet.losses import MultiModelLoss
 from detachnet.surgery.plan import Norm
 from detachnet.training.step import Strategy, TrainingStep
 from tests import models
+from tests.helpers import nightly_but
 
 Teacher = Literal["base", "larger"]
-from tests.helpers import nightly_but
 
 IMAGES, LABELS = torch.randn(12, 3, 32, 32, dtype=torch.double), torch.arange(12) % 10
 
