@@ -15,7 +15,8 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from detachnet.surgery.graph import Root, TracedGraph
+from detachnet.errors import TraceError
+from detachnet.surgery.graph import Root, TracedGraph, writes_in_place
 from detachnet.surgery.modules import copy_model, random_states_kept
 from detachnet.surgery.tracer import PREFIX, PROBE_BATCH, Leaves, Spec, Tracer, leaves_of
 
@@ -81,10 +82,20 @@ def _forward(traced: TracedGraph, node: fx.Node, module: nn.Module, leaves: Leav
         forward = tracer.trace(root)
     except Exception:  # whatever a forward pass raises that cannot be traced
         return None
-    if tracer.watch.found or tracer.watch.lost:
+    watch = tracer.watch
+    if watch.found or watch.lost or watch.filled() or _writes_aside(TracedGraph(root, forward, {}, spec, {})):
         return None
     # torch.fx keeps tensors that a forward pass makes on the root; the model has none of that name.
     return None if any(isinstance(value, torch.Tensor) for value in vars(root).values()) else forward
+
+
+def _writes_aside(traced: TracedGraph) -> bool:
+    """Whether a graph changes a value in place that does not follow its input: no family's graph may."""
+    written = [node for node in traced.graph.nodes if writes_in_place(node)]
+    try:
+        return any(traced.data.isdisjoint(node.all_input_nodes) for node in written)
+    except TraceError:  # of which the shapes cannot be told
+        return True
 
 
 def _may_assign(module: nn.Module) -> bool:

@@ -52,6 +52,26 @@ class Cached(nn.Module):
         self.grid = torch.linspace(0.0, 1.0, size, dtype=torch.double)
 
 
+class Dropping(nn.Module):
+    """Draws its mask in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.empty(x.shape[0], 1, 1, 1).bernoulli_(0.5).to(x)
+
+
+class Queue(nn.Module):
+    """What a pass leaves in a list, the next one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = [torch.zeros(())]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.seen[0]
+        self.seen[0] = x.detach().mean()
+        return x
+
+
 class Net(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -91,6 +111,11 @@ def test_what_assigns_what_it_holds_stays(has_run: bool) -> None:
         net(torch.zeros(1, 3, 4, 4, dtype=torch.double))
     assert reasons(net)[0] == "'layer': Cached is a layer that is not known"
     assert narrowed(net, (3, 4, 4)).error == 0.0
+
+
+@pytest.mark.parametrize("kind", [Dropping, Queue])
+def test_what_a_graph_cannot_do_alone_stays(kind: type[nn.Module]) -> None:
+    assert reasons(Net(kind()))[0] == f"'layer': {kind.__name__} is a layer that is not known"
 
 
 def test_the_same_values_have_the_same_names() -> None:
