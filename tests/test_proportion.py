@@ -24,6 +24,7 @@ def header(count: int, length: int | None = None) -> bytes:
     return (len(text) if length is None else length).to_bytes(8, "little") + text
 
 
+@pytest.mark.slow
 def test_many_tensors_are_refused_before_one_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(from_bytes(header(1000))) == 1000  # safetensors itself reads such files
     path = tmp_path / "f.safetensors"
