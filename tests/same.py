@@ -163,10 +163,10 @@ def steps(net: nn.Module, passes: Passes, draw: float, rules: Rules) -> Result:
         images = torch.randn(rules.images, *rules.size, dtype=torch.double, generator=generator)
         with fixed(draw, rules.patches(net, draw)), torch.set_grad_enabled(training):
             made = {f"{n}.{k}": t for n, v in passes(net, images).items() for k, t in enumerate(tensors(v))}
-        floating = [out for out in made.values() if out.is_floating_point()]
-        terms = [(out * (torch.arange(out.numel()).view_as(out) % 7 - 3)).sum() for out in floating]
-        if training and terms and sum(terms).requires_grad:  # type: ignore[union-attr]
-            sum(terms).backward()  # type: ignore[union-attr]
+            floating = [out for out in made.values() if out.is_floating_point()]
+            terms = [(out * (torch.arange(out.numel()).view_as(out) % 7 - 3)).sum() for out in floating]
+            if training and terms and sum(terms).requires_grad:  # type: ignore[union-attr]
+                sum(terms).backward()  # type: ignore[union-attr]  # a backward pass may draw, too
         found |= {f"output {i} {name}": out.detach() for name, out in made.items()}
     found |= {f"gradient {n}": p.grad for n, p in net.named_parameters() if p.grad is not None}
     found |= {f"value {n}": p.detach().clone() for n, p in net.named_parameters()}
