@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import detachnet
-from tests.surgery.widths.test_channels import TRAPS
+from tests.traps import TRAPS
 from tests.widths import first, narrowed, randomize
 
 TABLE = Path(__file__).with_name("pruning.csv")
