@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.utils import checkpoint
 
 from detachnet.surgery.state import drawn_from, marks_of, state_of
 
@@ -230,8 +231,11 @@ class Watch:
                 self.note(_RANDOM[2], decides=True)
 
     def asked(self, name: str) -> None:
-        """A traced value is asked for something that its twin answers in another way."""
-        if name in _QUESTIONS_AT_ONCE:
+        """A traced value is asked for something that its twin answers in another way.
+
+        Checkpointing asks, too, in torch 2.11, and is noted as what it is.
+        """
+        if name in _QUESTIONS_AT_ONCE and sys._getframe(2).f_code.co_filename != checkpoint.__file__:
             self.note(f"a question about .{name}", decides=True)
 
     def decides(self, node: fx.Node) -> None:

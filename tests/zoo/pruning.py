@@ -15,6 +15,7 @@ import argparse
 import copy
 import csv
 import logging
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from tests.widths import first, narrowed, randomize
 
 TABLE = Path(__file__).with_name("pruning.csv")
 EQUAL = 1e-9
+MOST_SECONDS = 120
 IMAGE, SMALL = (3, 64, 64), (3, 8, 8)
 NETWORKS = (
     *("alexnet", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "mnasnet0_5", "mobilenet_v2"),
@@ -112,18 +114,26 @@ def judge(
     make: Callable[[], nn.Module],
     image: tuple[int, ...],
 ) -> tuple[str, str, str]:
-    """A verdict, the share of the MACs that is left, and seconds."""
+    """A verdict, the share of the MACs that is left, and seconds; after too many of them it is stopped."""
     torch.manual_seed(0)
     whole, began = make().eval(), time.perf_counter()
+    signal.signal(signal.SIGALRM, _stop)
+    signal.alarm(MOST_SECONDS)
     try:
         error, narrow = how(copy.deepcopy(whole), image)
     except Exception as problem:
         words = next(iter(str(problem).splitlines()), "")[:90]
         return f"{type(problem).__name__}: {words}", "", ""
+    finally:
+        signal.alarm(0)
     seconds = time.perf_counter() - began
     zeros = torch.zeros(1, *image)
     share = count_macs(narrow.float(), zeros) / count_macs(whole, zeros)
     return ("equal" if error < EQUAL else f"different ({error:.0e})"), f"{share:.2f}", f"{seconds:.1f}"
+
+
+def _stop(_signal: int, _frame: object) -> None:
+    raise TimeoutError(f"more than {MOST_SECONDS} s")
 
 
 def read() -> Iterator[Row]:
