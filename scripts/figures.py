@@ -21,14 +21,13 @@ ACCURACY = Axis("test accuracy", percent)
 ALONE = {"base": "base-alone", "sub0": "sub0-alone", "sub1": "sub1-alone"}
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw the figures of README and docs.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs", help="their folder")
-    folder = parser.parse_args().out
+    folder = parser.parse_args(words).out
+    folder.mkdir(parents=True, exist_ok=True)
     write(results(read("routes-cifar10.json"), read("front-cifar10.json")), folder / "results.svg")
     write(study(read("study-short.json")["rows"]), folder / "study.svg")
-    routes, others = read("study-routes.json")["rows"], read("accuracy.json")["rows"]
-    write(approaches(routes, others), folder / "approaches.svg")
 
 
 def read(name: str) -> dict[str, Any]:
@@ -73,48 +72,9 @@ def study(rows: Iterable[Mapping[str, Any]]) -> Chart:
     )
 
 
-def approaches(rows: Sequence[Mapping[str, Any]], others: Iterable[Mapping[str, Any]]) -> Chart:
-    """Sub-models of families beside the same networks alone and the alternatives, trained with the same effort."""
-    by_run = {(row["run"], row["model"]): row for row in rows}
-
-    def models(*runs: str) -> tuple[Point, ...]:
-        """Models of families that have a base-model in common: each where it is first named."""
-        found = {row["model"]: row for run in reversed(runs) for row in rows if row["run"] == run}
-        return in_order(over_seeds(row) for row in found.values())
-
-    alone = [over_seeds(row) for (run, model), row in by_run.items() if run == f"{model}-alone"]
-    peers: dict[str, list[Mapping[str, Any]]] = {}
-    for row in others:
-        peers.setdefault(row["run"], []).append(row)
-    means = {run: mean_of(run, of) for run, of in peers.items()}
-    series = {
-        "routes, in a family": models("late+middle"),
-        "fewer filters": models("wide+narrow"),
-        "routes and fewer filters": models("thin+slim"),
-        "dropping the front": models("front"),
-        "each network alone": in_order(alone),
-        "pruned and trained on": in_order(point for run, point in means.items() if run.startswith("pruned")),
-        "early exits": in_order(point for run, point in means.items() if run.startswith("exits")),
-    }
-    return Chart(
-        "Accuracy against multiply-accumulates, short budget",
-        "Families of routes and of fewer filters beside the same networks alone, pruned networks and early exits.",
-        MACS,
-        ACCURACY,
-        tuple(Series(name, points, i) for i, (name, points) in enumerate(series.items()) if points),
-    )
-
-
-def mean_of(run: str, rows: Sequence[Mapping[str, Any]]) -> Point:
-    """The mean over seeds of an alternative."""
-    tests = [row["test"] for row in rows]
-    return Point(mean(row["macs"] for row in rows), mean(tests), run, error=stdev(tests) if tests[1:] else 0.0)
-
-
 def over_seeds(row: Mapping[str, Any]) -> Point:
     """The mean over seeds, with its standard deviation."""
-    last = row["last"]
-    return Point(row["macs"], mean(last), row["model"], error=stdev(last) if last[1:] else 0.0)
+    return Point(row["macs"], mean(row["last"]), row["model"], error=stdev(row["last"]))
 
 
 def in_order(points: Iterable[Point]) -> tuple[Point, ...]:
