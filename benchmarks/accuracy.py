@@ -2,11 +2,12 @@
 
     make .venv/peers/ready  # early exits and pruning, in an environment of their own
     .venv/peers/bin/python benchmarks/accuracy.py [NAME ...] [--data-root DIR] [--study runs/study]
-        [--out runs/accuracy] [--seeds 3] [--json FILE] [--quick]
+        [--out runs/accuracy] [--seeds 3] [--set TABLE.KEY=VALUE] [--device cuda] [--json FILE] [--quick]
 
 Images, epochs, batches, augmentation, optimizer and schedule are those of `recipes/study_cifar10.toml`, whose
-families and single networks `scripts/study.py` trains. `effort` is training images × the network's
-multiply-accumulates, over all of a row's trainings, over that of the base-model alone.
+families and single networks `scripts/study.py` trains; what is changed of it by `--set` is to be changed alike in
+both. `effort` is training images × the network's multiply-accumulates, over all of a row's trainings, over that of
+the base-model alone.
 
 `pruned-*`: the study's trained base-model (`base-alone`), pruned by torch-pruning to a share of its
 multiply-accumulates (magnitudes, groups of layers, the same share everywhere), and trained on as long as it was
@@ -51,6 +52,7 @@ EXITS = ("features.13", "features.23")
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.8)
 """Mean multiply-accumulates of early exits, as shares of the base-model's."""
 QUICK = ("data.num_train=256", "train.epochs=1", "schedule.warmup_epochs=0")
+CPU = torch.device("cpu")
 
 Outputs = tuple[Tensor, ...]
 
@@ -83,13 +85,14 @@ class Study:
         recipe: The study's.
         data_root: Where CIFAR-10 is.
         runs: The folder of `scripts/study.py`.
+        device: Where networks are trained.
     """
 
-    def __init__(self, recipe: Recipe, data_root: str | None, runs: Path) -> None:
-        self.recipe, self.runs = recipe, runs
+    def __init__(self, recipe: Recipe, data_root: str | None, runs: Path, device: torch.device = CPU) -> None:
+        self.recipe, self.runs, self.device = recipe, runs, device
         whole, self.test = load_data(recipe.data.name, data_root)
         count = recipe.data.num_train
-        self.train, self.held_out = whole.part(0, count), whole.part(count, 5 * count // 2)  # CIFAR-10's rest
+        self.train, self.held_out = whole.part(0, count), whole.part(count, 5 * count // 2)  # its rest at most
         self.info = describe_data(recipe.data.name, (self.train, self.test))
 
     def base(self, seed: int) -> nn.Module:
@@ -100,7 +103,7 @@ class Study:
     def fit(
         self, model: nn.Module, seed: int, loss: Callable[[Tensor], Tensor] | None = None, lr: float = 0.0
     ) -> None:
-        """Train a network as the recipe has it.
+        """Train a network as the recipe has it, and leave it on the device.
 
         Args:
             model: Takes normalized images `(B, 3, 32, 32)`.
@@ -111,7 +114,11 @@ class Study:
         recipe = self.recipe
         if lr:
             recipe = recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"lr": lr})})
-        optimizer = make_optimizer(recipe, list(model.parameters()), fused=False)
+        on_cuda = self.device.type == "cuda"
+        model.to(self.device)
+        if on_cuda:
+            model.to(memory_format=torch.channels_last)
+        optimizer = make_optimizer(recipe, list(model.parameters()), fused=on_cuda)
         batches = self._batches(seed)
         schedule = make_schedule(recipe, optimizer, len(batches))
         compute = loss or (lambda images, labels: F.cross_entropy(model(images), labels))
@@ -128,16 +135,17 @@ class Study:
     def _batches(self, seed: int) -> Batches:
         """Training images; channels-last, which none of these networks is broken by (`image_layout`)."""
         data, size, layout = self.recipe.data, self.recipe.train.batch_size, torch.channels_last
+        augmented = {"pad": data.pad, "flip": data.flip}
         return Batches(
-            self.train, self.info, size, pad=data.pad, flip=data.flip, shuffle=True, seed=seed, layout=layout
+            self.train, self.info, size, self.device, **augmented, shuffle=True, seed=seed, layout=layout
         )
 
     @torch.no_grad()
     def answers(self, run: Callable[[Tensor], Outputs], split: Split) -> tuple[list[Tensor], Tensor]:
         """Logits of each output, `(N, 10)`, and labels `(N,)`, of all images of a split."""
-        found = [(run(images), labels) for images, labels in Batches(split, self.info, 500).epoch()]
-        outputs = [torch.cat(parts) for parts in zip(*(out for out, _ in found), strict=True)]
-        return outputs, torch.cat([labels for _, labels in found])
+        found = [(run(images), labels) for images, labels in Batches(split, self.info, 500, self.device).epoch()]
+        outputs = [torch.cat(parts).cpu() for parts in zip(*(out for out, _ in found), strict=True)]
+        return outputs, torch.cat([labels for _, labels in found]).cpu()
 
     def row(self, run: str, seed: int, model: nn.Module, effort: float) -> Row:
         """What a network with one output reaches."""
@@ -145,7 +153,7 @@ class Study:
         for split in (self.held_out, self.test):
             (logits,), labels = self.answers(lambda images: (model(images),), split)
             scores.append(accuracy(logits, labels))
-        return Row(run, seed, count_macs(model), *scores, effort)
+        return Row(run, seed, count_macs(model, self.device), *scores, effort)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -153,10 +161,10 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).double().mean().item()
 
 
-def count_macs(model: Callable[[Tensor], Any]) -> int:
+def count_macs(model: Callable[[Tensor], Any], device: torch.device = CPU) -> int:
     """Multiply-accumulates for one image; a multiply-accumulate is two of torch's FLOPs."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, 32, 32))
+        model(torch.zeros(1, 3, 32, 32, device=device))
     return counter.get_total_flops() // 2
 
 
@@ -180,8 +188,9 @@ def pruned(study: Study, seed: int, share: float, lr: float = FINE_TUNING_LR) ->
     )
     while count_macs(model) > share * whole:
         pruner.step()
+    macs = count_macs(model)
     study.fit(model, seed, lr=lr)
-    yield study.row(f"pruned-{share:.0%}", seed, model, 1 + count_macs(model) / whole)
+    yield study.row(f"pruned-{share:.0%}", seed, model, 1 + macs / whole)
 
 
 # Early exits.
@@ -201,7 +210,7 @@ def exits(study: Study, seed: int) -> Iterator[Row]:
         return weighted_multi_exit_loss(model(images, mode="training"), labels, model.config.loss_weights)
 
     study.fit(model, seed, loss)
-    costs = [*exit_costs(model, len(EXITS)), float(whole)]
+    costs = [*exit_costs(model, len(EXITS), study.device), float(whole)]
     run = partial(model, mode="training")  # every exit's logits; the modules are in evaluation mode
     held_out, test = (study.answers(run, split) for split in (study.held_out, study.test))
     for budget in BUDGETS:
@@ -210,12 +219,13 @@ def exits(study: Study, seed: int) -> Iterator[Row]:
         yield Row(f"exits-{budget:.0%}", seed, rows[1][1], rows[0][0], rows[1][0], 1.0)
 
 
-def exit_costs(model: Any, count: int) -> Iterator[float]:
+def exit_costs(model: Any, count: int, device: torch.device = CPU) -> Iterator[float]:
     """Multiply-accumulates of an image that leaves at each exit, having asked those before it."""
-    model(torch.zeros(1, 3, 32, 32), mode="inference")  # the first run also estimates costs, with runs of its own
+    image = torch.zeros(1, 3, 32, 32, device=device)
+    model(image, mode="inference")  # the first run also estimates costs, with runs of its own
     for index in range(count):
         model.config.confidence_thresholds = [0.0 if other == index else 1.0 for other in range(count)]
-        yield float(count_macs(partial(model, mode="inference")))
+        yield float(count_macs(partial(model, mode="inference"), device))
 
 
 def routed(
@@ -246,8 +256,9 @@ def small(study: Study, seed: int, name: str, make: Callable[[], nn.Module]) -> 
     torch.manual_seed(seed)
     model = make()
     base = detachnet.create_model(study.recipe.model.name, **study.recipe.model.kwargs)
+    effort = count_macs(model) / count_macs(base.eval())
     study.fit(model, seed)
-    yield study.row(name, seed, model, count_macs(model) / count_macs(base.eval()))
+    yield study.row(name, seed, model, effort)
 
 
 def shufflenet() -> nn.Module:
@@ -288,20 +299,23 @@ def finished(study: Study, name: str, seed: int, out: Path) -> list[dict[str, An
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = arguments(__doc__, fixed=True)
+    parser = arguments(__doc__)
+    parser.set_defaults(threads=1)
     parser.add_argument("names", nargs="*", choices=[[], *RUNS], help="only these; all if none is named")
     parser.add_argument("--data-root", help="where CIFAR-10 is")
     parser.add_argument("--study", type=Path, default=Path("runs/study"), help="folder of the study's runs")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"), help="folder of these runs")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="changes the recipe")
     options = begin(parser, words)
     keep_freed()
-    recipe = load_recipe(RECIPE, QUICK if options.quick else ())
-    study = Study(recipe, options.data_root, options.study)
+    recipe = load_recipe(RECIPE, [*options.set, *(QUICK if options.quick else ())])
+    study = Study(recipe, options.data_root, options.study, options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     names = options.names or list(RUNS)
     rows = [row for s in range(options.seeds) for name in names for row in finished(study, name, s, options.out)]
-    report(options, rows, recipe=RECIPE.stem, num_test=len(study.test), num_held_out=len(study.held_out))
+    about = {"recipe": RECIPE.stem, "changes": options.set, "epochs": recipe.train.epochs}
+    report(options, rows, **about, num_test=len(study.test), num_held_out=len(study.held_out))
     return 0
 
 

@@ -1,7 +1,7 @@
 """What a search finds, beside routes and widths spread evenly and random candidates, on images it never saw.
 
     python benchmarks/search.py [NETWORK ...] [--data-root DIR] [--out runs/search] [--seeds 3] [--evolve 0]
-                                [--set TABLE.KEY=VALUE] [--quick] [--json FILE]
+                                [--set TABLE.KEY=VALUE] [--device cuda] [--quick] [--json FILE]
 
 For each network (`vgg16_quarter`, `resnet20`) and seed a family is trained to search in, on 20 000 images of
 CIFAR-10 for 6 epochs: in each step the base-model, the smallest and a random one of its sub-models. Then, within
@@ -23,8 +23,6 @@ import argparse
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import torch
 
 import detachnet
 from common import Row, arguments, begin, report, write
@@ -64,8 +62,7 @@ QUICK = ("data.name=cifar10-mini", "data.num_train=0", "data.holdout=500", "trai
 
 
 def main() -> None:
-    parser = arguments(__doc__, fixed=True)
-    parser.set_defaults(threads=torch.get_num_threads())
+    parser = arguments(__doc__)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}; all by default")
     parser.add_argument("--data-root", metavar="DIR", help="where data sets are")
     parser.add_argument("--out", type=Path, default=Path("runs/search"), help="where runs go, and go on from")
@@ -90,7 +87,7 @@ def of_network(network: str, seed: int, options: argparse.Namespace) -> list[Row
     quick = QUICK if options.quick else ()
     recipe = load_recipe(name, [*changes, *quick, *options.set, f"train.seed={seed}"])
     folder = options.out / f"{network}-{seed}{'-quick' if options.quick else ''}"
-    net = trained(recipe, folder, options.data_root)
+    net = trained(recipe, folder, options.data_root).to(options.device)
     held_out, calibration = run_images(folder, options.images, options.data_root)
     test = load_data(recipe.data.name, options.data_root)[1]
     budgets = BUDGETS[:1] if options.quick else BUDGETS

@@ -16,16 +16,17 @@ import sys
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import detachnet
 from detachnet.data.datasets import Split, load_data
 from detachnet.evaluation import evaluate
-from detachnet.machine import hardware, versions
 from detachnet.memory import keep_freed
 from detachnet.report import comparison
 from detachnet.training.recipe import Recipe, load_recipe
+from detachnet.training.results import read_info
 from detachnet.training.runs import RunFolder
 from detachnet.training.trainer import Listener, train
 
@@ -83,10 +84,15 @@ RUNS: dict[str, tuple[str, ...]] = {
     "exit": (NO_CUTS, EXIT, NO_WEIGHTS),
     "front": (NO_CUTS, FRONT, NO_WEIGHTS),
     "late+middle": (NO_CUTS, LATE, MIDDLE, NO_WEIGHTS),
+    "late+middle-half": (NO_CUTS, LATE, MIDDLE, "loss.weights={late=0.5, middle=0.5}"),
+    "middle-half": (NO_CUTS, MIDDLE, "loss.weights={middle=0.5}"),
+    "middle-fifth": (NO_CUTS, MIDDLE, "loss.weights={middle=0.2}"),
+    "middle-labels": (NO_CUTS, MIDDLE, NO_WEIGHTS, NO_DISTILLATION),
     "late+inner": (NO_CUTS, LATE, INNER, NO_WEIGHTS),
     "late-alone": (NO_CUTS, LATE, 'train.models=["late"]', NO_WEIGHTS),
     "middle-alone": (NO_CUTS, MIDDLE, 'train.models=["middle"]', NO_WEIGHTS),
     "inner-alone": (NO_CUTS, INNER, 'train.models=["inner"]', NO_WEIGHTS),
+    "front-alone": (NO_CUTS, FRONT, 'train.models=["front"]', NO_WEIGHTS),
     "exit-alone": (NO_CUTS, EXIT, 'train.models=["exit"]', NO_WEIGHTS),
     "wide+narrow": (NO_CUTS, WIDE, NARROW, NO_WEIGHTS),
     "thin+slim": (NO_CUTS, *THIN, *SLIM, NO_WEIGHTS),
@@ -96,6 +102,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "slim-alone": (NO_CUTS, *SLIM, 'train.models=["slim"]', NO_WEIGHTS),
 }
 """Name -> what is overridden in the recipe, which has all levers that help together."""
+MACHINE = ("device", "cpu_cores", "threads", "python", "detachnet", "torch", "torchvision", "timm")
+"""What is quoted of the machines that runs were trained on."""
 
 
 def run(name: str, seed: int, out: Path, data_root: str | None, changes: list[str]) -> None:
@@ -120,20 +128,25 @@ def held_out(folder: RunFolder, data_root: str | None) -> dict[str, float]:
         train_split, _ = load_data(recipe.data.name, data_root)
         first = recipe.data.num_train
         rest = Split(train_split.images[first:], train_split.labels[first:], train_split.classes)
-        scores = evaluate(detachnet.load(folder.last), rest)
+        scores = evaluate(detachnet.load(folder.last), rest, "cuda" if torch.cuda.is_available() else "cpu")
         known.write_text(json.dumps({name: row["accuracy"] for name, row in scores.items()}))
     return dict(json.loads(known.read_text()))
 
 
 def write_rows(entries: list[comparison.Entry], out: Path, seeds: int, data_root: str | None, file: Path) -> None:
-    """The entries as JSON, with the machine."""
-    rows = []
+    """The entries as JSON, with what all runs share of their recipes and the machines they ran on."""
+    rows, machines = [], list[dict[str, Any]]()
     for entry in entries:
         folders = [RunFolder(out / f"{entry.run}-{seed}") for seed in range(seeds)]
-        shares = [held_out(f, data_root)[entry.model] for f in folders if f.results.exists()]
+        folders = [folder for folder in folders if folder.results.exists()]
+        shares = [held_out(folder, data_root)[entry.model] for folder in folders]
         rows.append(asdict(entry) | {"held_out": shares})
-    machine = hardware(torch.device("cpu")) | versions("torch")
-    file.write_text(json.dumps({"date": f"{date.today()}", "machine": machine, "rows": rows}, indent=1) + "\n")
+        infos = (read_info(folder.info) for folder in folders)
+        machines += [machine for info in infos if (machine := {key: info[key] for key in MACHINE}) not in machines]
+    recipe = load_recipe(folders[0].recipe)
+    train = {"num_train": recipe.data.num_train, "epochs": recipe.train.epochs, "batch": recipe.train.batch_size}
+    result = {"date": f"{date.today()}", "machines": machines, "train": train, "rows": rows}
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
