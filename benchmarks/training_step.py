@@ -1,7 +1,7 @@
 """What does training a whole family cost, in one joint pass, in separate passes, and beside the base-model alone?
 
     python benchmarks/training_step.py [--quick] [--json FILE] [--device cuda] [--threads N]
-        [--compile] [--layouts]
+        [--compile] [--layouts] [--only TEXT]
 
 One step is the trainer's (`TrainingStep`): forward, the sum of the models' losses, backward and update (SGD with
 momentum), on random images.
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument(
         "--layouts", action="store_true", help="only the joint step, with both layouts of images in memory"
     )
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases with this in their name")
     options = begin(parser)
     keep_freed()
     if options.layouts:
@@ -110,6 +111,8 @@ def main() -> None:
         return
     rows, targets = [], []
     for case in QUICK if options.quick else cases():
+        if options.only not in case.name:
+            continue
         if reason := left_out(case, rows, options.device):
             print(f"left out: {case.name}: {reason}")
             continue
