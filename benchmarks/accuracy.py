@@ -41,6 +41,7 @@ import detachnet
 from common import arguments, begin, report
 from detachnet.data.batches import Batches
 from detachnet.data.datasets import Split, describe_data, load_data
+from detachnet.machine import hardware
 from detachnet.memory import keep_freed
 from detachnet.training.optimizer import make_optimizer, make_schedule
 from detachnet.training.recipe import Recipe, load_recipe
@@ -68,6 +69,7 @@ class Row:
         held_out: Accuracy on training images that it was not trained on, in [0, 1].
         test: Accuracy on the test images.
         effort: Trained images × multiply-accumulates over those of the base-model alone.
+        device: What it was trained on.
     """
 
     run: str
@@ -76,6 +78,7 @@ class Row:
     held_out: float
     test: float
     effort: float
+    device: str
 
 
 class Study:
@@ -153,7 +156,11 @@ class Study:
         for split in (self.held_out, self.test):
             (logits,), labels = self.answers(lambda images: (model(images),), split)
             scores.append(accuracy(logits, labels))
-        return Row(run, seed, count_macs(model, self.device), *scores, effort)
+        return self.of(run, seed, count_macs(model, self.device), *scores, effort)
+
+    def of(self, run: str, seed: int, macs: float, held_out: float, test: float, effort: float) -> Row:
+        """A row of this device."""
+        return Row(run, seed, macs, held_out, test, effort, hardware(self.device)["device"])
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -216,7 +223,7 @@ def exits(study: Study, seed: int) -> Iterator[Row]:
     for budget in BUDGETS:
         thresholds = best_thresholds(*held_out, costs, budget * whole)
         rows = [routed(*images, costs, thresholds) for images in (held_out, test)]
-        yield Row(f"exits-{budget:.0%}", seed, rows[1][1], rows[0][0], rows[1][0], 1.0)
+        yield study.of(f"exits-{budget:.0%}", seed, rows[1][1], rows[0][0], rows[1][0], effort=1.0)
 
 
 def exit_costs(model: Any, count: int, device: torch.device = CPU) -> Iterator[float]:
