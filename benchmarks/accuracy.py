@@ -111,7 +111,7 @@ class Study:
         recipe = self.recipe
         if lr:
             recipe = recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"lr": lr})})
-        optimizer = make_optimizer(recipe, list(model.parameters()), fused=False)
+        optimizer = make_optimizer(recipe, model, list(model.parameters()), fused=False)
         batches = self._batches(seed)
         schedule = make_schedule(recipe, optimizer, len(batches))
         compute = loss or (lambda images, labels: F.cross_entropy(model(images), labels))
