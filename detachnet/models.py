@@ -121,7 +121,7 @@ def _stage(in_chs: int, out_chs: int, count: int, stride: int) -> nn.Sequential:
 
 
 class AirbenchCifar(nn.Module):
-    """A plain convolutional network for 32×32 images that learns CIFAR-10 in some ten epochs.
+    """A plain convolutional network for short trainings on 32×32 images.
 
     2×2 filters that whiten the image, then three blocks of two 3×3 convolutions, the first of which is pooled. The
     first filters of a convolution, as many as it has inputs, start as the identity: a block without its second
