@@ -121,7 +121,7 @@ class Study:
         model.to(self.device)
         if on_cuda:
             model.to(memory_format=torch.channels_last)
-        optimizer = make_optimizer(recipe, list(model.parameters()), fused=on_cuda)
+        optimizer = make_optimizer(recipe, model, list(model.parameters()), fused=on_cuda)
         batches = self._batches(seed)
         schedule = make_schedule(recipe, optimizer, len(batches))
         compute = loss or (lambda images, labels: F.cross_entropy(model(images), labels))

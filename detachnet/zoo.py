@@ -19,7 +19,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from detachnet.errors import ModelError, nearest
-from detachnet.models import NSN, ResNetCifar, VGG16Cifar
+from detachnet.models import NSN, AirbenchCifar, ResNetCifar, VGG16Cifar
 
 logger = logging.getLogger("detachnet")
 WEIGHTS = frozenset({"checkpoint_path", "pretrained", "weights"})
@@ -46,6 +46,7 @@ class ModelSource:
 _OWN: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "vgg16_cifar": (VGG16Cifar, (3, 32, 32)),
     "resnet_cifar": (ResNetCifar, (3, 32, 32)),
+    "airbench": (AirbenchCifar, (3, 32, 32)),
     "nsn": (NSN, (1, 28, 28)),
 }
 

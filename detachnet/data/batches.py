@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,8 @@ class Batches:
         batch_size: Images per batch.
         device: Where the images live and are augmented.
         pad: Zero padding in pixels around an image before a random crop of its own size; 0 for no crop.
-        flip: Mirror each image left to right with probability one half.
+        flip: Mirror each image left to right with probability one half; `alternating`: with that probability in
+            the first epoch and from then on in every other one.
         shuffle: A new order each epoch, full batches only; else the order of the split, all of it.
         seed: Decides order and augmentation together with epoch and step.
         share: This process's place among all, `(index, count)`; each gets its part of every batch.
@@ -62,7 +63,7 @@ class Batches:
         device: torch.device | str = "cpu",
         *,
         pad: int = 0,
-        flip: bool = False,
+        flip: bool | Literal["alternating"] = False,
         shuffle: bool = False,
         seed: int = 0,
         share: tuple[int, int] = (0, 1),
@@ -76,6 +77,8 @@ class Batches:
         self.batch_size = batch_size
         self.pad, self.flip, self.shuffle, self.seed, self.share = pad, flip, shuffle, seed, share
         self.layout = layout
+        generator = torch.Generator(device).manual_seed(mix(seed, "flip"))
+        self._first = torch.rand(len(split), generator=generator, device=device) < 0.5
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +95,7 @@ class Batches:
         index, count = self.share
         for step in range(start, len(self)):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size][index::count]
-            yield self._prepare(self.images.index_select(0, batch), epoch, step), self.labels[batch]
+            yield self._prepare(batch, epoch, step), self.labels[batch]
 
     def _order(self, epoch: int) -> Tensor:
         device = self.images.device
@@ -101,19 +104,23 @@ class Batches:
         generator = torch.Generator(device).manual_seed(mix(self.seed, "order", epoch))
         return torch.randperm(len(self.labels), generator=generator, device=device)
 
-    def _prepare(self, images: Tensor, epoch: int, step: int) -> Tensor:
+    def _prepare(self, batch: Tensor, epoch: int, step: int) -> Tensor:
+        images = self.images.index_select(0, batch)
         if self.pad or self.flip:
             seed = mix(self.seed, "augment", epoch, step, 0)  # one stream for all processes
             generator = torch.Generator(images.device).manual_seed(seed)
-            images = augment(images, self.pad, self.flip, generator, self.share)
+            flip = self.flip if isinstance(self.flip, bool) else self._first[batch] ^ bool(epoch % 2)
+            images = augment(images, self.pad, flip, generator, self.share)
         images = images.float().mul_(self.scale).sub_(self.shift)
         return images.contiguous(memory_format=self.layout)
 
 
 def augment(
-    images: Tensor, pad: int, flip: bool, generator: torch.Generator, share: tuple[int, int] = (0, 1)
+    images: Tensor, pad: int, flip: bool | Tensor, generator: torch.Generator, share: tuple[int, int] = (0, 1)
 ) -> Tensor:
     """Random crop after zero padding, and random mirroring, drawn for each image; `(B, C, H, W)` to the same.
+
+    Or `flip` says which are mirrored, `(B,)`.
 
     `share` says which images of a batch these are, where it is dealt out to several processes: an image is
     augmented alike whatever their number.
@@ -126,11 +133,12 @@ def augment(
     each = torch.arange(batch, device=device)
     windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
     cropped = windows.permute(0, 2, 3, 1, 4, 5)[each, top, left]
-    if not flip:
+    if flip is False:
         return cropped
-    mirrored = torch.rand(batch * count, 1, generator=generator, device=device)[index::count, 0] < 0.5
+    if flip is True:
+        flip = torch.rand(batch * count, 1, generator=generator, device=device)[index::count, 0] < 0.5
     both = torch.cat([cropped, cropped.flip(3)])
-    return both.index_select(0, each + batch * mirrored)
+    return both.index_select(0, each + batch * flip)
 
 
 def mix(*parts: object) -> int:

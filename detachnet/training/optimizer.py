@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from detachnet.errors import RecipeError
 from detachnet.losses import MultiModelLoss
@@ -34,8 +35,10 @@ def make_loss(recipe: Recipe) -> MultiModelLoss:
     )
 
 
-def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter], fused: bool) -> torch.optim.Optimizer:
-    """The recipe's optimizer; `fused` makes one kernel of its updates.
+def make_optimizer(
+    recipe: Recipe, net: nn.Module, parameters: Sequence[nn.Parameter], fused: bool
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer of a network's `parameters`; `fused` makes one kernel of its updates.
 
     Raises:
         RecipeError: There is nothing to train.
@@ -44,7 +47,7 @@ def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter], fused: bo
         raise RecipeError("train.freeze_base leaves nothing to train: no step-down has weights")
     table = recipe.optimizer
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        parameters,
+        _groups(recipe, net, parameters) if table.norm_bias_lr != 1 else parameters,
         opt=_OPTIMIZERS[table.name],
         lr=table.lr,
         momentum=table.momentum,
@@ -52,6 +55,22 @@ def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter], fused: bo
         fused=fused,
     )
     return optimizer
+
+
+def _groups(recipe: Recipe, net: nn.Module, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """The parameters, those that are no norm's bias first: a run's learning rate is that of the first group."""
+    factor = recipe.optimizer.norm_bias_lr
+    biases = set(_norm_biases(net)) & set(parameters)
+    rates = {"lr": recipe.optimizer.lr * factor, "weight_decay": recipe.weight_decay / factor}
+    of_norms, others = ([p for p in parameters if (p in biases) == wanted] for wanted in (True, False))
+    return [{"params": others}, {"params": of_norms, **rates}]
+
+
+def _norm_biases(net: nn.Module) -> Iterator[nn.Parameter]:
+    """The biases of a network's norms."""
+    for layer in net.modules():
+        if isinstance(layer, _NormBase | nn.LayerNorm | nn.GroupNorm) and layer.bias is not None:
+            yield layer.bias
 
 
 def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
@@ -63,8 +82,10 @@ def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) 
         milestones = [epoch * steps + 1 for epoch in table.milestones]  # timm's m applies at step m - 1
         warmup["warmup_prefix"] = False
         return MultiStepLRScheduler(optimizer, milestones, decay_rate=table.decay, **warmup)
-    rest = recipe.train.epochs * steps - warmup_steps
-    return CosineLRScheduler(optimizer, t_initial=max(1, rest), warmup_prefix=True, **warmup)
+    rest = max(1, recipe.train.epochs * steps - warmup_steps)
+    if table.name == "linear":
+        return PolyLRScheduler(optimizer, t_initial=rest, power=1.0, warmup_prefix=True, **warmup)
+    return CosineLRScheduler(optimizer, t_initial=rest, warmup_prefix=True, **warmup)
 
 
 class AveragedWeights(ModelEmaV3):  # type: ignore[misc]

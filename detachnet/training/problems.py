@@ -28,7 +28,10 @@ def explain(error: ValidationError, tables: Mapping[str, Any], recipe: type[Reci
 
 
 def _choice(tables: Mapping[str, Any], loc: tuple[Any, ...]) -> str:
-    """A problem with one of the two keys that take several kinds of values, all of its kinds in one sentence."""
+    """A problem with one of the keys that take several kinds of values, all of its kinds in one sentence."""
+    if loc[:3] == ("data", IN_MEMORY, "flip"):
+        value = json.dumps(tables["data"]["flip"], default=str)
+        return f"data.flip = {value}: it must be true, false or 'alternating'"
     names = {"cuts": "names of nodes, own names of sub-models to them, ", "sub_models": ""}
     if len(loc) < 2 or loc[0] != "family" or loc[1] not in names:
         return ""

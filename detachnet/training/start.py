@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from detachnet.errors import CheckpointError, RecipeError
 from detachnet.losses import logits
+from detachnet.models import FromImages
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.making import make_detachable
 from detachnet.surgery.modules import evaluating
@@ -148,6 +149,9 @@ def starting_family(
                 f"train.freeze_base would keep {new[0]!r} untrained, which {recipe.train.init} has no weights for",
                 hint="start from a base-model of the same classes, or without train.freeze_base",
             )
+    elif not resuming and isinstance(net.base, FromImages):
+        batches, _ = source.batches(recipe.train, device, (0, 1), torch.contiguous_format)
+        net.base.initialize_from(next(iter(batches.epoch()))[0])  # the same in all processes
     net.to(device)
     if on_cuda:
         net.to(memory_format=torch.channels_last)

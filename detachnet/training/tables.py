@@ -161,8 +161,9 @@ class DataTable(RecipeTable):
     holdout: Annotated[int, Field(ge=0)] = 0
     """Evaluate on the last so many training images, which are not trained on, instead of the test images: for
     choosing settings. Files of such a run quote no accuracy; `test_*` in its metrics is of the held-out images."""
-    flip: bool = False
-    """Mirror each image left to right with probability one half."""
+    flip: bool | Literal["alternating"] = False
+    """Mirror each image left to right with probability one half; or `"alternating"`, with that probability in the
+    first epoch and from then on in every other one (arXiv 2404.00498), which helps short trainings."""
     normalize: Literal["channel", "none"] = "channel"
     """Mean 0 and standard deviation 1 for each channel of the training images; or values in [0, 1] as they are."""
 
@@ -228,6 +229,8 @@ class OptimizerTable(RecipeTable):
     """Of SGD."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """L2 penalty on every parameter."""
+    norm_bias_lr: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of the learning rate of norms' biases, and divisor of their weight decay; 64 in arXiv 2404.00498."""
     weight_decay_alone: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Model → its weight decay when `train.models` names it alone."""
 
@@ -235,8 +238,8 @@ class OptimizerTable(RecipeTable):
 class ScheduleTable(RecipeTable):
     """The learning rate over time, one of timm's schedules, set at every step."""
 
-    name: Literal["multistep", "cosine"] = "cosine"
-    """`multistep` multiplies by `decay` after each milestone; `cosine` goes down to 0."""
+    name: Literal["multistep", "cosine", "linear"] = "cosine"
+    """`multistep` multiplies by `decay` after each milestone; `cosine` and `linear` go down to 0."""
     milestones: tuple[Positive, ...] = ()
     """Epochs after which `multistep` decays."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.1

@@ -118,6 +118,28 @@ def test_an_image_is_augmented_alike_whatever_the_number_of_processes(count: int
             assert torch.equal(image, whole[i])
 
 
+def test_each_is_mirrored_in_every_other_epoch() -> None:
+    """Half of them in the first, drawn by the seed; the same wherever an epoch goes on."""
+    images = torch.arange(2, dtype=torch.uint8).expand(400, 1, 1, 2).clone()
+    split = Split(images, torch.arange(400), ("a",) * 400)
+
+    def mirrored(epoch: int, seed: int = 0, start: int = 0) -> dict[int, bool]:
+        source = Batches(split, INFO, 40, flip="alternating", shuffle=True, seed=seed)
+        return {
+            int(i): bool(image[0, 0, 0] > image[0, 0, 1])
+            for images, labels in source.epoch(epoch, start)
+            for i, image in zip(labels, images, strict=True)
+        }
+
+    first = mirrored(0)
+    assert sum(first.values()) == pytest.approx(200, abs=5 * 10)
+    assert mirrored(1) == mirrored(3) == {i: not was for i, was in first.items()}
+    assert mirrored(2) == first != mirrored(0, seed=1)
+    rest = mirrored(2, start=7)
+    assert len(rest) == 120
+    assert rest.items() <= first.items()
+
+
 def test_half_are_mirrored_and_every_corner_is_as_likely() -> None:
     count = 20_000
     images = torch.arange(1, 17, dtype=torch.uint8).view(1, 1, 4, 4).repeat(count, 1, 1, 1)

@@ -14,6 +14,7 @@ from tests.helpers import assert_joint_equals_separate, without_dropout
 FAMILIES: dict[str, tuple[list[str], int]] = {
     "detachnet:vgg16_cifar": (["features.6", "features.23"], 32),
     "detachnet:resnet_cifar": (["layer1", "layer2"], 32),
+    "detachnet:airbench": (["block1", "block2.act1"], 32),
     "torchvision:resnet18": (["layer1", "layer3.0"], 64),
     "torchvision:densenet121": (["features.transition1", "features.denseblock3"], 64),
     "torchvision:mobilenet_v3_small": (["features.2", "features.8"], 64),

@@ -31,7 +31,7 @@ def test_an_optimizer_is_torchs(name: str, alone: bool) -> None:
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
     optimizers = (
-        make_optimizer(chosen, list(ours.parameters()), fused=False),
+        make_optimizer(chosen, ours, list(ours.parameters()), fused=False),
         OPTIMIZERS[name](theirs.parameters()),
     )
     for _ in range(4):
@@ -40,6 +40,41 @@ def test_an_optimizer_is_torchs(name: str, alone: bool) -> None:
             optimizer.zero_grad()
             layer(images).square().mean().backward()
             optimizer.step()
+    torch.testing.assert_close(dict(ours.named_parameters()), dict(theirs.named_parameters()))
+
+
+@pytest.mark.parametrize("name", ["nesterov", "adamw"])
+def test_biases_of_norms_have_a_rate_of_their_own_and_decay_as_the_others(name: str) -> None:
+    """`OPTIMIZERS` has torch's for the rest; the batch norm's factor is frozen, as in a network of ours."""
+    chosen = recipe(
+        *(f"optimizer.{key}" for key in (f"name={name}", "lr=0.3", "momentum=0.6", "weight_decay=0.2")),
+        "optimizer.norm_bias_lr=4",
+    )
+    ours, theirs = (
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.LayerNorm(4, bias=False), nn.GroupNorm(2, 4))
+        for _ in range(2)
+    )
+    ours[1].weight.requires_grad_(False)
+    theirs.load_state_dict(ours.state_dict())
+    trained = [p for p in ours.parameters() if p.requires_grad]
+    biases = [theirs[1].bias, theirs[3].bias]
+    others = [p for n, p in theirs.named_parameters() if n not in ("1.weight", "1.bias", "3.bias")]
+    optimizer = make_optimizer(chosen, ours, trained, fused=False)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [4, 2]
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    quick = OPTIMIZERS[name](iter(biases))
+    quick.param_groups[0] |= {"lr": 1.2, "weight_decay": 0.05}
+    optimizers: dict[nn.Module, list[torch.optim.Optimizer]] = {
+        ours: [optimizer],
+        theirs: [quick, OPTIMIZERS[name](iter(others))],
+    }
+    for _ in range(4):
+        images = torch.randn(5, 3)
+        for layers, steps in optimizers.items():
+            layers.zero_grad()
+            layers(images).sub(1).square().mean().backward()
+            for one in steps:
+                one.step()
     torch.testing.assert_close(dict(ours.named_parameters()), dict(theirs.named_parameters()))
 
 
@@ -61,6 +96,11 @@ def test_half_a_wave_behind_the_warm_up() -> None:
     assert rates("schedule.name=cosine", "schedule.warmup_epochs=1.2") == pytest.approx(warm + wave)
     whole = [0.3 * (1 + math.cos(math.pi * i / 20)) for i in range(20)]
     assert rates("schedule.name=cosine", "schedule.warmup_epochs=0") == pytest.approx(whole)
+
+
+def test_a_triangle() -> None:
+    up, down = [0.6 * i / 6 for i in range(6)], [0.6 * (1 - i / 14) for i in range(14)]
+    assert rates("schedule.name=linear", "schedule.warmup_epochs=1.2") == pytest.approx(up + down)
 
 
 def test_steps_down_after_the_milestones() -> None:

@@ -86,6 +86,8 @@ def test_loss_weights_are_those_of_the_trained_models() -> None:
         ("schedule.milestones=[3]", r"schedule.milestones is for 'multistep' only"),
         ("schedule.name=multistep", r"schedule.milestones is needed for 'multistep'"),
         ("schedule.warmup_epochs=999", r"schedule.warmup_epochs is longer than train.epochs"),
+        ("data.flip=1", r"data.flip = 1: it must be true, false or 'alternating'\n  where"),
+        ("optimizer.norm_bias_lr=0", r"optimizer.norm_bias_lr = 0: it must be above 0"),
         ("data.pad=33", r"data.pad = 33: it must be at most 32"),
         (
             "train.epochs=10000000000000",

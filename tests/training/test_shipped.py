@@ -12,6 +12,7 @@ from detachnet.training.shipped import find_recipe, shipped_recipes
 ROOT = Path(__file__).parents[2]
 SMALL = ["data.name=cifar10-mini", "data.num_train=200", "data.holdout=50", "train.batch_size=50"]
 TINY = {
+    "airbench_cifar10": ["model.kwargs.width=0.1"],
     "quickstart": ["model.kwargs.width=0.05"],
     "resnet20_cifar10": ["model.kwargs.depth=8", "family.models={}"],
 }

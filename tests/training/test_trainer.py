@@ -405,6 +405,31 @@ def test_stems_and_distillation_resume_exactly(tmp_path: Path, monkeypatch: pyte
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_whitening_is_of_the_first_batch_stays_and_resumes_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    small = ("data.name=cifar10-mini", "data.num_train=150", "train.batch_size=50", "model.kwargs.width=0.05")
+    small += ('family.models={short={drop=["block1.act1:block1"]}}', "loss.weights={}")
+    path = QUICKSTART.with_name("airbench_cifar10.toml")
+    chosen = load_recipe(path, [*small, "train.epochs=2", "schedule.warmup_epochs=1"])
+    assert train(chosen, tmp_path / "whole").status == "finished"
+    with pytest.raises(Killed):
+        train(chosen, tmp_path / "killed", listener=KillAfter(4))
+    train(chosen, tmp_path / "killed", resume=True)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+    model = detachnet.create_model("detachnet:airbench", width=0.05)
+    images, _ = next(iter(loop(chosen, tmp_path / "first").batches.epoch()))
+    model.initialize_from(images)  # type: ignore[operator]
+    filters = model.get_parameter("whiten.weight")
+    saved = detachnet.load(tmp_path / "whole" / "last.safetensors")
+    assert torch.equal(saved.base.get_parameter("whiten.weight"), filters)
+    others = load_recipe(path, [*small, "train.seed=1", f"train.init={tmp_path / 'whole'}"])
+    assert torch.equal(loop(others, tmp_path / "more").state.net.base.get_parameter("whiten.weight"), filters)
+
+
 def test_separate_passes_need_no_hint_and_one_process() -> None:
     with pytest.raises(detachnet.RecipeError, match=r"needs train.strategy 'joint'"):
         recipe("train.strategy=separate", "loss.hint=1.0")
@@ -470,7 +495,10 @@ def move_to_paper(module: torch.nn.Module) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    nightly_but(["vgg16_cifar10_improved"], ["vgg16_cifar10", "vgg16_cifar10_improved", "resnet20_cifar10"]),
+    nightly_but(
+        ["vgg16_cifar10_improved"],
+        ["vgg16_cifar10", "vgg16_cifar10_improved", "resnet20_cifar10", "airbench_cifar10"],
+    ),
 )
 def test_on_cuda_nothing_of_a_step_is_elsewhere_or_reads_a_value(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -488,10 +516,10 @@ def test_on_cuda_nothing_of_a_step_is_elsewhere_or_reads_a_value(
         move_to_paper(averaged.module)
         layout = image_layout(net, OnPaper.device)
         one.batches = Batches(
-            splits[0], net.facts.data, 8, OnPaper.device, pad=4, flip=True, shuffle=True, layout=layout
+            splits[0], net.facts.data, 8, OnPaper.device, pad=4, flip=chosen.data.flip, shuffle=True, layout=layout
         )
         # A fused update is one kernel, which fake tensors have not.
-        optimizer = make_optimizer(chosen, list(net.parameters()), fused=False)
+        optimizer = make_optimizer(chosen, net, list(net.parameters()), fused=False)
         one.accelerator = OnPaper(net.parameters())
         one.step = TrainingStep(net, net.names, make_loss(chosen), optimizer, backward=one.accelerator.backward)
         one.state.sums = one.state.sums.to(OnPaper.device)
