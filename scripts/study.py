@@ -88,6 +88,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "middle-half": (NO_CUTS, MIDDLE, "loss.weights={middle=0.5}"),
     "middle-fifth": (NO_CUTS, MIDDLE, "loss.weights={middle=0.2}"),
     "middle-labels": (NO_CUTS, MIDDLE, NO_WEIGHTS, NO_DISTILLATION),
+    "exit-labels": (NO_CUTS, EXIT, NO_WEIGHTS, NO_DISTILLATION),
+    "late+middle-labels": (NO_CUTS, LATE, MIDDLE, NO_WEIGHTS, NO_DISTILLATION),
     "late+inner": (NO_CUTS, LATE, INNER, NO_WEIGHTS),
     "late-alone": (NO_CUTS, LATE, 'train.models=["late"]', NO_WEIGHTS),
     "middle-alone": (NO_CUTS, MIDDLE, 'train.models=["middle"]', NO_WEIGHTS),

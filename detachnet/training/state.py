@@ -150,7 +150,8 @@ def new_state(recipe: Recipe, net: DetachableNet, device: torch.device) -> RunSt
     """
     parameters = net.parameters_of(recipe.models)
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
-    optimizer = make_optimizer(recipe, net, trained, fused=device.type == "cuda")
+    fused = device.type == "cuda" and not recipe.train.sample  # torch's kernel wants a momentum of every parameter
+    optimizer = make_optimizer(recipe, net, trained, fused=fused)
     decay = recipe.train.ema_decay
     averaged = AveragedWeights(net, decay, use_warmup=True) if decay else None
     sums_on = "cpu" if device.type == "mps" else device  # no float64 there
