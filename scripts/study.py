@@ -15,8 +15,8 @@ import json
 import sys
 from dataclasses import asdict
 from datetime import date
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,6 +28,7 @@ from detachnet.report import comparison
 from detachnet.training.recipe import Recipe, load_recipe
 from detachnet.training.results import read_info
 from detachnet.training.runs import RunFolder
+from detachnet.training.start import build_family
 from detachnet.training.trainer import Listener, train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "study_cifar10.toml"
@@ -104,8 +105,6 @@ RUNS: dict[str, tuple[str, ...]] = {
     "slim-alone": (NO_CUTS, *SLIM, 'train.models=["slim"]', NO_WEIGHTS),
 }
 """Name -> what is overridden in the recipe, which has all levers that help together."""
-MACHINE = ("device", "cpu_cores", "threads", "python", "detachnet", "torch", "torchvision", "timm")
-"""What is quoted of the machines that runs were trained on."""
 
 
 def run(name: str, seed: int, out: Path, data_root: str | None, changes: list[str]) -> None:
@@ -136,19 +135,31 @@ def held_out(folder: RunFolder, data_root: str | None) -> dict[str, float]:
 
 
 def write_rows(entries: list[comparison.Entry], out: Path, seeds: int, data_root: str | None, file: Path) -> None:
-    """The entries as JSON, with what all runs share of their recipes and the machines they ran on."""
-    rows, machines = [], list[dict[str, Any]]()
+    """The entries as JSON, with what all runs share of their recipes and the machines that each ran on."""
+    rows = []
     for entry in entries:
         folders = [RunFolder(out / f"{entry.run}-{seed}") for seed in range(seeds)]
         folders = [folder for folder in folders if folder.results.exists()]
+        recipe = load_recipe(folders[0].recipe)
         shares = [held_out(folder, data_root)[entry.model] for folder in folders]
-        rows.append(asdict(entry) | {"held_out": shares})
-        infos = (read_info(folder.info) for folder in folders)
-        machines += [machine for info in infos if (machine := {key: info[key] for key in MACHINE}) not in machines]
-    recipe = load_recipe(folders[0].recipe)
+        infos = [read_info(folder.info) for folder in folders]
+        on = sorted({f"{info['device']}, torch {info['torch']}" for info in infos})
+        rows.append(asdict(entry) | {"held_out": shares, "effort": effort(recipe), "on": on})
     train = {"num_train": recipe.data.num_train, "epochs": recipe.train.epochs, "batch": recipe.train.batch_size}
-    result = {"date": f"{date.today()}", "machines": machines, "train": train, "rows": rows}
+    result = {"date": f"{date.today()}", "train": train, "rows": rows}
     file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@cache
+def effort(recipe: Recipe) -> float:
+    """Multiply-accumulates for an image in training, over those of the base-model alone.
+
+    What a sub-model shares with the base-model runs once, where both are trained.
+    """
+    base, *subs = build_family(recipe, (3, 32, 32)).plan.models
+    trained = {model.name: model for model in (base, *subs) if model.name in recipe.models}
+    once = sum(model.shared_macs for model in trained.values()) if base.name in trained else 0
+    return (sum(model.macs for model in trained.values()) - once) / base.macs
 
 
 def main() -> None:
