@@ -142,6 +142,15 @@ class RunState:
             self.optimizer.state[owner][key] = tensor.clone() if on_cpu else here.detach().copy_(tensor)
 
 
+def fuses(recipe: Recipe, device: torch.device) -> bool:
+    """Whether one kernel makes all updates: on CUDA, unless a step trains some of the models only.
+
+    torch's kernel fails where some of the parameters it updates have a momentum and others none yet, as after such
+    a step (seen with torch 2.11 to 2.15).
+    """
+    return device.type == "cuda" and not recipe.train.sample
+
+
 def new_state(recipe: Recipe, net: DetachableNet, device: torch.device) -> RunState:
     """The state before the first step.
 
@@ -150,8 +159,7 @@ def new_state(recipe: Recipe, net: DetachableNet, device: torch.device) -> RunSt
     """
     parameters = net.parameters_of(recipe.models)
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
-    fused = device.type == "cuda" and not recipe.train.sample  # torch's kernel wants a momentum of every parameter
-    optimizer = make_optimizer(recipe, net, trained, fused=fused)
+    optimizer = make_optimizer(recipe, net, trained, fused=fuses(recipe, device))
     decay = recipe.train.ema_decay
     averaged = AveragedWeights(net, decay, use_warmup=True) if decay else None
     sums_on = "cpu" if device.type == "mps" else device  # no float64 there

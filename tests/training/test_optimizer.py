@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detachnet.training.optimizer import AveragedWeights, make_loss, make_optimizer, make_schedule
+from detachnet.training.state import fuses
 from tests.runs import recipe
 
 Make = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
@@ -128,3 +129,9 @@ def test_an_average_has_the_counts_of_its_norms() -> None:
         now: Tensor = net.state_dict()[name]
         expected = 0.5 * before[name] + 0.5 * now if tensor.is_floating_point() else now
         torch.testing.assert_close(tensor, expected)
+
+
+@pytest.mark.parametrize("sample", [0, 1])
+def test_updates_are_fused_where_a_step_trains_all(sample: int) -> None:
+    assert fuses(recipe(f"train.sample={sample}"), torch.device("cuda")) == (not sample)
+    assert not fuses(recipe(f"train.sample={sample}"), torch.device("cpu"))

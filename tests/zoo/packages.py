@@ -347,7 +347,7 @@ def check(package: str, network: str, make: Callable[[], nn.Module], size: Size,
     for family in kinds:
         verdict, words = judge(model, size, FAMILIES[family])
         row = replace(row, **{family: verdict})
-        said |= dict.fromkeys(words)
+        said |= dict.fromkeys(line for word in words for line in word.split("; "))
     return replace(row, said="; ".join(said))
 
 
