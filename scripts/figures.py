@@ -18,6 +18,8 @@ from detachnet.text import si
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MACS = Axis("multiply-accumulates for one image", si, from_zero=True)
 ACCURACY = Axis("test accuracy", percent)
+ROUTES = "late+middle"
+"""The study's family of two routes."""
 ALONE = {"base": "base-alone", "sub0": "sub0-alone", "sub1": "sub1-alone"}
 
 
@@ -28,6 +30,7 @@ def main(words: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write(results(read("routes-cifar10.json"), read("front-cifar10.json")), folder / "results.svg")
     write(study(read("study-short.json")["rows"]), folder / "study.svg")
+    write(approaches(read("study-routes.json")["rows"], read("alternatives.json")["rows"]), folder / "approaches.svg")
 
 
 def read(name: str) -> dict[str, Any]:
@@ -70,6 +73,43 @@ def study(rows: Iterable[Mapping[str, Any]]) -> Chart:
         ACCURACY,
         tuple(Series(name, in_order(map(over_seeds, ways[name])), i) for i, name in enumerate(ways)),
     )
+
+
+def approaches(rows: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, Any]]) -> Chart:
+    """Families of routes and widths beside the same networks alone, pruning, early exits and small networks."""
+    found = {(row["run"], row["model"]): row for row in rows}
+    seeds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in others:
+        seeds.setdefault(row["run"], []).append(row)
+
+    def family(run: str, *models: str) -> tuple[Point, ...]:
+        return in_order(over_seeds(found[run, model]) for model in models)
+
+    def other(*starts: str, named: bool = True) -> tuple[Point, ...]:
+        runs = {name: rows for name, rows in seeds.items() if name.startswith(starts)}
+        return in_order(runs_over_seeds(name if named else "", rows) for name, rows in runs.items())
+
+    base = over_seeds(found["base-alone", "base"])
+    return Chart(
+        "Accuracy against multiply-accumulates, short budget",
+        "Families of routes and widths beside pruning, early exits, small networks and sub-models without the front.",
+        MACS,
+        ACCURACY,
+        (
+            Series("routes, one family", family(ROUTES, "base", "late", "middle"), 0),
+            Series("routes and widths, one family", family("thin+slim", "base", "thin", "slim"), 3),
+            Series("pruned and trained on, a training each", in_order((*other("pruned"), base)), 1),
+            Series("early exits, on average", other("exits", named=False), 2),
+            Series("without the front, one family", family("front", "base", "front"), 4),
+            Series("small networks, a training each", other("resnet20-half", "shufflenet"), 5),
+        ),
+    )
+
+
+def runs_over_seeds(label: str, rows: Sequence[Mapping[str, Any]]) -> Point:
+    """The mean over seeds of an alternative, with its standard deviation."""
+    scores = [row["test"] for row in rows]
+    return Point(mean(row["macs"] for row in rows), mean(scores), label, error=stdev(scores))
 
 
 def over_seeds(row: Mapping[str, Any]) -> Point:

@@ -99,6 +99,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "exit-alone": (NO_CUTS, EXIT, 'train.models=["exit"]', NO_WEIGHTS),
     "wide+narrow": (NO_CUTS, WIDE, NARROW, NO_WEIGHTS),
     "thin+slim": (NO_CUTS, *THIN, *SLIM, NO_WEIGHTS),
+    "thin+slim-labels": (NO_CUTS, *THIN, *SLIM, NO_WEIGHTS, NO_DISTILLATION),
     "wide-alone": (NO_CUTS, WIDE, 'train.models=["wide"]', NO_WEIGHTS),
     "narrow-alone": (NO_CUTS, NARROW, 'train.models=["narrow"]', NO_WEIGHTS),
     "thin-alone": (NO_CUTS, *THIN, 'train.models=["thin"]', NO_WEIGHTS),
