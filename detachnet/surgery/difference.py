@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from detachnet.surgery.graph import TracedGraph
 from detachnet.surgery.modules import copies_of_computed_tensors
+from detachnet.surgery.outside import Outside
 from detachnet.surgery.state import generators_kept, generators_of
 from detachnet.surgery.tracer import leaves_of, thaw
 
@@ -125,7 +126,8 @@ def seed_all() -> None:
 def _seeded_run(net: DetachableNet, training: bool, run: Callable[[], Any]) -> None:
     net.train(training)
     seed_all()
-    with generators_kept(generators_of(net)), torch.set_grad_enabled(training):  # some models ask
+    kept = generators_kept(generators_of(net)), Outside(net.base).kept()
+    with kept[0], kept[1], torch.set_grad_enabled(training):  # some models ask
         run()
 
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from detachnet.errors import TraceError
 from detachnet.surgery.modules import attribute, random_states_kept
+from detachnet.surgery.outside import Outside
 from detachnet.surgery.tracer import NO_LEAVES, PROBE_BATCH, Leaves, Spec, leaves_of, thaw
 from detachnet.surgery.whole import Reason
 
@@ -178,7 +179,8 @@ class TracedGraph:
         node = "the input"
         try:
             quiet = warnings.catch_warnings()
-            with random_states_kept(), torch.device("meta"), counting, torch.no_grad(), quiet:
+            kept = random_states_kept(), Outside(self.root).kept()
+            with kept[0], kept[1], torch.device("meta"), counting, torch.no_grad(), quiet:
                 warnings.simplefilter("ignore")  # what a layer has to say of a pass without values or gradients
                 propagator.run(self.image.example(batch))
         except Exception as error:

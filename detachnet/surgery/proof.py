@@ -7,9 +7,11 @@ trace has lost shows in the outputs, the gradients or the buffers. All of it run
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ from detachnet.surgery.modules import (
     random_states_kept,
     silence_hooks,
 )
+from detachnet.surgery.outside import Outside, Taken
 from detachnet.surgery.plan import BASE
 from detachnet.surgery.rewrite import build_view
 from detachnet.surgery.state import generator_state, generators_kept, generators_of
@@ -155,6 +158,10 @@ class _Prover:
         """Whether passes in evaluation mode are compared on one image."""
         self.of_joint = self.gradients & _telling(net) if self.one_image else self.gradients
         """The parameters whose gradients are compared, and those of joint passes."""
+        self.outside = Outside(net.base)
+        self.before = self.outside.taken()
+        self.after = WeakKeyDictionary[nn.Module, Taken]()
+        """Copy → what its last pass has left outside, where its next one begins."""
         self.dtype, self.notes = dtype, list[str]()
         self.exact: _Prover | None = None
         """Compares joint passes in float64 instead; a model may ask for its own dtype, as autocast does."""
@@ -222,7 +229,7 @@ class _Prover:
         seed_all()
         generators = generators_of(net)
         before = random_states(self.images.device), list(map(generator_state, generators))
-        with generators_kept(generators), torch.set_grad_enabled(training and bool(of)):
+        with self._going_on(net), generators_kept(generators), torch.set_grad_enabled(training and bool(of)):
             images = self.images[:1] if self.one_image and not training else self.images
             outputs = tensors(run(net, images.clone()))
             draws = before != (random_states(self.images.device), list(map(generator_state, generators)))
@@ -231,6 +238,16 @@ class _Prover:
         kept = {name: buffer for name, buffer in every if name not in net._buffers}
         kept |= {name: p.detach() for name, p in net.named_parameters() if self._has_changed(name, p)}
         return _Pass([out.detach() for out in outputs], found, kept, draws, net)
+
+    @contextmanager
+    def _going_on(self, net: DetachableNet) -> Iterator[None]:
+        """What copies share, as this one left it; afterwards as it was."""
+        self.outside.put(self.after.get(net, self.before), anew=True)
+        try:
+            yield
+            self.after[net] = self.outside.taken()
+        finally:
+            self.outside.put(self.before)
 
     def _has_changed(self, name: str, parameter: Tensor) -> bool:
         """Whether a pass has given a parameter of a copy another value."""

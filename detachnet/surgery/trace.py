@@ -22,6 +22,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from detachnet.errors import TraceError, nearest
 from detachnet.surgery.graph import Root, TracedGraph, TracedModel
 from detachnet.surgery.modules import meta_twin, random_states_kept
+from detachnet.surgery.outside import Outside
 from detachnet.surgery.settle import cut_gradients, settle_augmented
 from detachnet.surgery.state import generators_kept, generators_of
 from detachnet.surgery.tracer import NO_LEAVES, PREFIX, PROBE_BATCH, Leaves, Spec, Tracer
@@ -53,10 +54,11 @@ def trace(
     image = _image_spec(model, input_size, example_input)
     _check_model(model, image, leaves)
     whole: dict[str, str] = {}
+    outside = Outside(model)
     with random_states_kept(), generators_kept(generators_of(model)):
         while True:
             try:
-                return _traced(model, image, leaves, whole, others)
+                return _traced(model, image, leaves, whole, others, outside)
             except _KeepWholeError as error:
                 whole |= error.found
                 leaves = leaves.with_paths(error.found)
@@ -76,6 +78,7 @@ def _traced(
     leaves: Leaves,
     whole: Mapping[str, str],
     others: Mapping[bool, Collection[str]],
+    outside: Outside,
     closely: bool = False,
 ) -> TracedModel:
     """Trace once in each mode; again where a random state has moved, to hear whether this thread did it."""
@@ -90,16 +93,17 @@ def _traced(
         tracer.watch.closely = closely
         for path, reason in hooked(model).items():
             tracer.watch.hooks[path] = reason
-        graph = _trace_root(tracer, root)
+        with outside.kept():
+            graph = _trace_root(tracer, root)
+            filled |= tracer.watch.filled()
         found |= {path: str(reason) for path, reason in tracer.watch.found.items()}
-        filled |= tracer.watch.filled()
         if graph is not None:
             graphs[training] = TracedGraph(root, graph, _flatten(tracer.calls), image, tracer.calls)
             constants |= _take_constants(root, graph, "train" if training else "eval")
     if found:
         raise _KeepWholeError(found)
     if not closely and any(tracer.watch.moved for tracer in tracers):
-        return _traced(model, image, leaves, whole, others, closely=True)
+        return _traced(model, image, leaves, whole, others, outside, closely=True)
     lost = {reason.what: reason for tracer in tracers for reason in tracer.watch.lost}
     for reason in lost.values():
         if reason.decides:
