@@ -117,10 +117,36 @@ def functions_of(module: nn.Module) -> list[FunctionType]:
     """A module's methods, the functions that it holds, and those of a user's that any of them calls."""
     kind: Any = type(module)
     functions = dict.fromkeys(_methods(kind))
+    for _, function in functions_in(module):
+        functions |= dict.fromkeys(_called(function))
+    return list(functions)
+
+
+def functions_in(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
+    """Name of an attribute → the function that it is."""
     for name, value in vars(module).items():
         if name not in _OF_MODULES and (function := _function_in(value)):
-            functions |= dict.fromkeys(_called(function))
-    return list(functions)
+            yield name, function
+
+
+def reached_by(function: FunctionType) -> Iterator[Any]:
+    """What the variables around a function, and around those that it calls, and their default arguments are."""
+    for called in _called(function):
+        for value in [*(called.__defaults__ or ()), *(called.__kwdefaults__ or {}).values()]:
+            yield from _single_parts(value)
+        for cell in called.__closure__ or ():
+            with suppress(ValueError):  # an empty one
+                yield from _single_parts(cell.cell_contents)
+
+
+def _single_parts(value: Any, seen: tuple[int, ...] = ()) -> Iterator[Any]:
+    """A value, or what is in it; of a method its object."""
+    if isinstance(value, MethodType):
+        value = value.__self__
+    yield value
+    parts = [] if id(value) in seen or isinstance(value, _SINGLE) else parts_of(value) or []
+    for _, part in parts[:MOST]:
+        yield from _single_parts(part, (*seen, id(value)))
 
 
 def _function_in(value: Any) -> FunctionType | None:

@@ -24,7 +24,14 @@ from detachnet.surgery.graph import Root, TracedGraph, TracedModel
 from detachnet.surgery.modules import meta_twin, random_states_kept
 from detachnet.surgery.outside import Outside
 from detachnet.surgery.settle import cut_gradients, settle_augmented
-from detachnet.surgery.state import generators_kept, generators_of
+from detachnet.surgery.state import (
+    functions_in,
+    functions_of,
+    generators_kept,
+    generators_of,
+    names_in,
+    reached_by,
+)
 from detachnet.surgery.tracer import NO_LEAVES, PREFIX, PROBE_BATCH, Leaves, Spec, Tracer
 from detachnet.surgery.whole import LostError, Reason, asking_for_mode, attributes_read, hooked
 from detachnet.zoo import default_input_size
@@ -144,6 +151,7 @@ def _check_model(model: nn.Module, image: Spec, leaves: Leaves) -> None:
                 hint=f"run the model once first: model(torch.zeros(2, {shape}))",
                 node=path,
             )
+    _check_functions(model)
     paths = [path for path, _ in model.named_modules()]
     for path in leaves.paths:
         if path not in paths[1:]:
@@ -166,6 +174,28 @@ def _check_model(model: nn.Module, image: Spec, leaves: Leaves) -> None:
             f"cannot trace {name}: a model takes one image, but its forward takes {', '.join(needed)}",
             hint=f"wrap it as self.net in a module: def forward(self, {first}): return self.net({first}, {rest})",
         )
+
+
+def _check_functions(model: nn.Module) -> None:
+    """Refuse a function in place of a method that holds parts of the model: a copy would go on using those.
+
+    Raises:
+        TraceError: There is one.
+    """
+    parts: dict[int, str] = {id(module): path or "the model itself" for path, module in model.named_modules()}
+    parts |= {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    for path, module in model.named_modules():
+        for name, function in functions_in(module):
+            used = name == "forward" or any(name in names_in(method) for method in functions_of(module))
+            held = next((parts[id(value)] for value in reached_by(function) if id(value) in parts), "")
+            if used and held:
+                place = f"{path}.{name}".lstrip(".")
+                raise TraceError(
+                    f"cannot copy {type(model).__name__}: {place!r} is a function that holds {held!r}",
+                    what="a family has a copy of the model; that function would go on using the original",
+                    hint="let it take the module as self: module.forward = types.MethodType(function, module)",
+                    node=path or None,
+                )
 
 
 def _trace_root(tracer: Tracer, root: Root) -> fx.Graph | None:
