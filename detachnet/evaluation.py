@@ -14,7 +14,7 @@ from detachnet.data.datasets import Split
 from detachnet.errors import CheckpointError
 from detachnet.losses import logits
 from detachnet.progress import counted
-from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.detachable import DetachableNet, family_in
 from detachnet.surgery.modules import evaluating
 
 EVAL_BATCH = 500
@@ -34,8 +34,10 @@ def evaluate(
         device: Where to run.
 
     Raises:
+        TraceError: This is no family.
         CheckpointError: The family does not know what it was trained on, or a model gives no finite numbers.
     """
+    net = family_in(net)
     models = net.facts.models(net.names)
     batches = Batches(images, net.facts.known_data, EVAL_BATCH, device) if isinstance(images, Split) else images
     found = scores(score_batches(net.to(device), batches, models), models)

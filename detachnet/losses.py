@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -129,9 +130,11 @@ class MultiModelLoss(nn.Module):
 
 
 def logits(output: Any) -> Tensor:
-    """The main output of a model that may also return auxiliary ones: the first of a tuple or of a dict."""
+    """The main output of a model that may also return others: the first of a tuple, a dict or a dataclass."""
     if isinstance(output, Mapping):
         output = next(iter(output.values()))
+    elif is_dataclass(output):
+        output = getattr(output, fields(output)[0].name)
     if isinstance(output, tuple | list):
         output = output[0]
     tensor: Tensor = output

@@ -223,7 +223,13 @@ _TORCHS = ("_modules", "_parameters", "_buffers", *(name for name in vars(nn.Mod
 def as_new(net: nn.Module) -> Iterator[nn.Module]:
     """A network that is afterwards as before, plain attributes too; a copy of a family would be traced again."""
     parts = [part for part in net.modules() if not type(part).__module__.startswith(("detachnet.", "torch.jit."))]
-    plain = [(vars(p), copy.deepcopy({k: v for k, v in vars(p).items() if k not in _TORCHS})) for p in parts]
+    listed = {
+        id(tensor): tensor for tensor in [*net.parameters(), *net.buffers()]
+    }  # as recurrent layers list them
+    plain = [
+        (vars(p), copy.deepcopy({k: v for k, v in vars(p).items() if k not in _TORCHS}, dict(listed)))
+        for p in parts
+    ]
     held = [(m._buffers, dict(m._buffers)) for m in net.modules() if isinstance(m._buffers, dict)]
     values = [(t, t.detach().clone()) for t in [*net.parameters(), *net.buffers()]]
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any
 
 import torch
@@ -54,8 +55,15 @@ def _built(source: ModelSource) -> nn.Module:
 
 
 def _layers(model: nn.Module) -> dict[str, dict[str, str]]:
-    """Path -> what a layer is."""
-    return {path: _layer(module) for path, module in model.named_modules()}
+    """Path -> what a layer is; where two have one tensor, the second one's is said to be the first one's."""
+    seen, layers = dict[int, str](), {}
+    for path, module in model.named_modules():
+        tensors = {**module._parameters, **module._buffers}
+        own = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        tied = {name: f"that of {seen[id(tensor)]!r}" for name, tensor in own.items() if id(tensor) in seen}
+        layers[path] = _layer(module) | tied
+        seen = {id(tensor): f"{path}.{name}".lstrip(".") for name, tensor in own.items()} | seen
+    return layers
 
 
 def _layer(module: nn.Module) -> dict[str, str]:
@@ -81,3 +89,23 @@ def _said(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return ""
     return str(getattr(value, "__qualname__", type(value).__qualname__))
+
+
+def unstored(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Tensors that no state dict has: buffers that are not persistent, and plain attributes.
+
+    Returns:
+        Their name → their mean size, and a mean that tells most tensors of that size from each other.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        buffers = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+        plain = {} if module._forward_pre_hooks else vars(module)  # which compute weights from what is stored
+        for name, value in {**buffers, **plain}.items():
+            if isinstance(value, torch.Tensor) and value.numel() and not (value.is_meta or value.is_complex()):
+                numbers = value.detach().double().cpu().flatten()
+                weighed = numbers * torch.linspace(1, 2, len(numbers), dtype=torch.double)
+                both = float(numbers.abs().mean()), float(weighed.mean())
+                if all(map(math.isfinite, both)):
+                    found[f"{path}.{name}".lstrip(".")] = both
+    return found

@@ -67,6 +67,8 @@ class Header(BaseModel):
             whole family.
         training: Present in the files a training goes on from.
         fingerprint: Of the base-model's layers; empty in files from before it was kept.
+        unstored: Tensors that no file holds (buffers that are not persistent, plain attributes) → their size and a
+            number that tells one from another.
         extra_state: What layers keep besides tensors (`get_extra_state`), by its name in the state dict.
     """
 
@@ -84,6 +86,7 @@ class Header(BaseModel):
     training: TrainingState | None = None
     fingerprint: str = ""
     extra_state: dict[str, Any] = {}
+    unstored: dict[str, tuple[float, float]] = {}
 
     @property
     def facts(self) -> Facts:

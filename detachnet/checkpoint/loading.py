@@ -5,7 +5,6 @@ Nothing in a file is executed: the zoo builds the model from a name and plain ar
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from detachnet.checkpoint.content import LIVE, TRAINER, read, without_prefix
-from detachnet.checkpoint.fingerprint import fingerprint
+from detachnet.checkpoint.fingerprint import fingerprint, unstored
 from detachnet.checkpoint.header import Header
 from detachnet.errors import CheckpointError, DetachNetError, ModelError, TraceError, one_line
 from detachnet.memory import Bounded, TooMuchError
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.making import make_detachable
+from detachnet.surgery.modules import copy_model
 from detachnet.surgery.plan import BASE, DetachPlan, ModelPlan
 from detachnet.surgery.stepdown import StepDownBuilder
 from detachnet.surgery.tracer import NO_LEAVES, Leaves
@@ -95,6 +95,7 @@ def build(
             _check_plan(header, net.plan, own=model is not None)
     with _fits(base, path):
         load_weights(net, header, tensors)
+    _warn_of_others(header, net.base, path)
     net.facts = header.facts
     return net.eval()
 
@@ -173,7 +174,7 @@ def _base(
 
     The zoo's is compared with the tensors, if there are any, before it takes memory.
     """
-    base = copy.deepcopy(model) if model is not None else _create(header, path, tensors)
+    base = copy_model(model) if model is not None else _create(header, path, tensors)
     if stepdown is None and header.plan.entry == "custom":
         raise CheckpointError(f"{path} was made with a user's own step-down", hint="load(path, stepdown=it)")
     if header.fingerprint not in ("", fingerprint(base)):
@@ -181,6 +182,21 @@ def _base(
             "%s was made from a %s whose layers had other classes, attributes or shapes", path, header.plan.model
         )
     return base.to(getattr(torch, header.dtype)) if header.dtype in ("float16", "bfloat16", "float64") else base
+
+
+def _warn_of_others(header: Header, base: nn.Module, path: str | Path) -> None:
+    """Warn where a base-model has other tensors that no file holds than it had."""
+    found = unstored(base)
+    both = [(name, found[name], said) for name, said in header.unstored.items() if name in found]
+    others = [
+        name
+        for name, now, said in both
+        if max(abs(a - b) for a, b in zip(now, said, strict=True)) > 1e-3 * said[0]
+    ]
+    if others:
+        logger.warning(
+            "%s holds no %s, which was another one in what it was made from", path, ", ".join(map(repr, others))
+        )
 
 
 def _family(header: Header, base: nn.Module, stepdown: StepDownBuilder | None, leaves: Leaves) -> DetachableNet:

@@ -12,11 +12,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from detachnet.checkpoint.content import split_state, write_file
-from detachnet.checkpoint.fingerprint import difference_from_source, fingerprint
+from detachnet.checkpoint.fingerprint import difference_from_source, fingerprint, unstored
 from detachnet.checkpoint.header import Header, Source, TrainingState
 from detachnet.errors import CheckpointError, ModelError, one_line
-from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.detachable import DetachableNet, family_in
 from detachnet.surgery.plan import BASE
+from detachnet.surgery.whole import hooked
 from detachnet.zoo import ModelSource, inferred_source
 
 logger = logging.getLogger("detachnet")
@@ -36,9 +37,11 @@ def save(net: DetachableNet, path: str | Path, which: str | None = None, *, own:
             then needs `load(path, model=...)`.
 
     Raises:
+        TraceError: This is no family.
         CutError: No model is called `which`.
         CheckpointError: The file cannot be written, or loading would not give this model.
     """
+    net = family_in(net)
     check_storable(net, own)
     header = _header(net, own)
     if header.source is None:
@@ -78,6 +81,9 @@ def check_storable(net: DetachableNet, own: bool = False) -> None:
             what=difference,
             hint=_AS_OWN,
         )
+    if hooks := hooked(net.base):
+        names = ", ".join(repr(path) if path else "the model itself" for path in hooks)
+        logger.warning("a file has no hooks: what loading gives is without those of %s; %s", names, _AS_OWN)
 
 
 def write(
@@ -105,6 +111,7 @@ def _header(net: DetachableNet, own: bool = False) -> Header:
     tensors = [*net.parameters(), *net.buffers()]
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     said: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "fingerprint": fingerprint(net.base)}
+    said["unstored"] = unstored(net.base)
     try:
         return Header(source=source, plan=net.plan, **said, **dict(net.facts))
     except ValidationError as error:

@@ -38,7 +38,7 @@ from detachnet.errors import ExportError, nearest
 from detachnet.losses import logits
 from detachnet.progress import counted
 from detachnet.storage import MANIFEST, new_folder, write_new
-from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.detachable import DetachableNet, family_in
 from detachnet.surgery.legs import Leg
 
 logger = logging.getLogger("detachnet")
@@ -91,12 +91,14 @@ def export(
         ExportError: The folder exists or cannot be written, a package is missing, a model cannot be expressed in
             the format, or a graph's output differs from PyTorch's.
         CutError: No model has one of the names.
+        TraceError: This is no family.
 
     Examples:
         >>> manifest = detachnet.export(net, "family-onnx")
         >>> manifest.names
         ('base', 'sub0', 'sub1')
     """
+    net = family_in(net)
     names = _chosen(net, models)
     _check(net, format, precision, int8, legs)
     check_installed(format)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import torch
 
@@ -20,7 +18,7 @@ def rounded(net: DetachableNet) -> DetachableNet:
     Raises:
         ExportError: A weight is beyond what float16 has.
     """
-    net = copy.deepcopy(net)
+    net = net.copied()
     for name, weight in net.named_parameters():
         if weight.ndim < 2:
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from detachnet.fields import Fields, read_error
 from detachnet.machine import find_device, find_threads, hardware, versions
 from detachnet.progress import counted
 from detachnet.storage import locate, read_file, replace_file
-from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.detachable import DetachableNet, family_in
 from detachnet.surgery.modules import evaluating
 from detachnet.text import Table, parse_json, si
 
@@ -132,12 +131,13 @@ def profile(
         peak_memory: Measure that too, which takes a few seconds per model.
 
     Raises:
+        TraceError: This is no family.
         MeasurementError: The device is not there, or a number is out of range.
         ExportError: The folder is no complete export to ONNX, or ONNX Runtime is not installed.
     """
     settings = _Settings(device, batch, threads, n, warmup)
-    if isinstance(family, DetachableNet):
-        return _profile_net(family, settings, peak_memory)
+    if not isinstance(family, str | Path):
+        return _profile_net(family_in(family), settings, peak_memory)
     return _profile_export(Path(family), settings, peak_memory)
 
 
@@ -183,7 +183,7 @@ def _profile_net(net: DetachableNet, settings: _Settings, peak_memory: bool) -> 
     here = next(net.parameters(), torch.empty(0)).device
     device = settings.device
     if here.type != device.type or device.index not in (None, here.index):
-        net = copy.deepcopy(net).to(device)
+        net = net.copied().to(device)
     backend = TorchBackend(net, settings.threads)
     with evaluating(net):
         seconds = _alternate_models(backend, settings)

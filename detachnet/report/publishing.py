@@ -14,7 +14,7 @@ from detachnet.hub import FAMILY, upload
 from detachnet.report.card import FIGURE, figure, make_card
 from detachnet.report.chart import write
 from detachnet.storage import locate_checkpoint, read_file
-from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.detachable import DetachableNet, family_in
 from detachnet.training.runs import RunFolder
 
 
@@ -51,7 +51,9 @@ def push_to_hub(
         >>> detachnet.push_to_hub("runs/mine", "me/mine", license="apache-2.0")
     """
     recipe = ""
-    if not isinstance(family, DetachableNet):
+    if not isinstance(family, str | Path):
+        family = family_in(family)
+    else:
         path = locate_checkpoint(family)
         recipe = _recipe_of(RunFolder(path.parent))
         family = load_family(path, model)

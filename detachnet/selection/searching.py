@@ -28,7 +28,7 @@ from detachnet.selection.latency import Latency
 from detachnet.selection.space import Cost, Space
 from detachnet.selection.worth import Judge, Worth, at_chance, judged
 from detachnet.storage import locked
-from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.detachable import DetachableNet, family_in
 from detachnet.surgery.enlarging import enlarged
 from detachnet.surgery.routes import SubModel
 
@@ -85,6 +85,7 @@ def search(
         MeasurementError: The base-model, or all that is left when anything is left out, answers at chance; or a
             part of the network cannot be measured.
         CutError: Nothing can be left out.
+        TraceError: This is no family.
         CheckpointError: The family does not know its data, or the folder has the file of another search.
 
     Examples:
@@ -92,6 +93,7 @@ def search(
         >>> front.net.names
         ('base', 'macs60', 'macs30')
     """
+    net = family_in(net)
     stopwatch = _stopwatch(by, runtime, threads, net)
     if not len(data):
         raise DataError("there are no held-out images to search with", hint="keep some from the training images")

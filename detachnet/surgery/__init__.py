@@ -1,7 +1,8 @@
 """model -> family: what rewriting a network's graph takes, and nothing of images, files or training.
 
 modules, stepdown, norms, codegen, detached   layers, and modules that run without torch.fx
-state, whole, listening                       what of a model is kept whole, and how that is noticed
+state, outside                                what modules hold and reach besides tensors, and how it is put back
+whole, listening                              what of a model is kept whole, and how that is noticed
 tracer -> graph, settle -> trace              a model's forward pass as a graph, with all shapes known
 preparation -> analysis -> cuts, spans        how the image is prepared, where a network can be cut
 routes -> choice                              what is left out

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, fx, nn
 
-from detachnet.errors import CutError, StepDownError, nearest
+from detachnet.errors import CutError, StepDownError, TraceError, nearest
 from detachnet.facts import Facts
 from detachnet.surgery.codegen import Run, compile_graph
 from detachnet.surgery.detached import DetachedModel
@@ -26,6 +26,7 @@ from detachnet.surgery.modules import (
     parameters_in,
     put,
     random_states_kept,
+    unwrap,
 )
 from detachnet.surgery.ownership import HEADS, NORMS, SLICES, view_sources
 from detachnet.surgery.plan import BASE, DetachPlan
@@ -399,10 +400,16 @@ class DetachableNet(nn.Module):
         detached.training = False
         return detached
 
+    def copied(self) -> DetachableNet:
+        """A copy, also where `copy.deepcopy` refuses what hooks have computed."""
+        copied = copy_model(self)
+        assert isinstance(copied, DetachableNet)
+        return copied
+
     def with_private_norms(self) -> DetachableNet:
         """A copy in which each sub-model has batch norms of its own, equal to those it had."""
         if self.plan.norm == "private":
-            return copy.deepcopy(self)
+            return self.copied()
         memo = copies_of_computed_tensors(self)
         places = [path for both in self._of_width.values() for path in both[True].bridges]
         bridges = {path: copy.deepcopy(self.get_submodule(path), memo) for path in places}
@@ -469,6 +476,22 @@ class DetachableNet(nn.Module):
     def _repr_html_(self) -> str:
         """What a notebook shows: the plan."""
         return self.plan._repr_html_()
+
+
+def family_in(net: Any) -> DetachableNet:
+    """The family inside `torch.compile(net)` or DataParallel.
+
+    Raises:
+        TraceError: There is none.
+    """
+    net = unwrap(net)
+    if isinstance(net, DetachableNet):
+        return net
+    inside = isinstance(getattr(net, "module", None), DetachableNet)
+    raise TraceError(
+        f"this takes a family of networks, not {type(net).__name__}",
+        hint="give what is in it, net.module" if inside else "detachnet.make_detachable(model, 2) makes one",
+    )
 
 
 def _in_turn(runs: Mapping[str, Run], copies: bool, net: DetachableNet, x: Tensor) -> dict[str, Any]:

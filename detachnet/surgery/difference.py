@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from detachnet.surgery.graph import TracedGraph
 from detachnet.surgery.modules import copies_of_computed_tensors
+from detachnet.surgery.outside import Outside
 from detachnet.surgery.state import generators_kept, generators_of
 from detachnet.surgery.tracer import leaves_of, thaw
 
@@ -38,9 +40,14 @@ def twin(net: DetachableNet, memo: dict[int, Any]) -> DetachableNet:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """The tensors in what a model returns, an object with attributes among them."""
-    plain = isinstance(value, Tensor | tuple | list | dict) or not hasattr(value, "__dict__")
-    return [leaf for leaf in leaves_of(value if plain else vars(value)) if isinstance(leaf, Tensor)]
+    """The tensors in what a model returns, or several do; those in objects with attributes among them."""
+    found = list[Tensor]()
+    for leaf in leaves_of(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) or (leaf is value and hasattr(leaf, "__dict__")):
+            found += tensors(vars(leaf))
+    return found
 
 
 def close(one: Tensor, two: Tensor, bound: float) -> bool:
@@ -125,7 +132,8 @@ def seed_all() -> None:
 def _seeded_run(net: DetachableNet, training: bool, run: Callable[[], Any]) -> None:
     net.train(training)
     seed_all()
-    with generators_kept(generators_of(net)), torch.set_grad_enabled(training):  # some models ask
+    kept = generators_kept(generators_of(net)), Outside(net.base).kept()
+    with kept[0], kept[1], torch.set_grad_enabled(training):  # some models ask
         run()
 
 

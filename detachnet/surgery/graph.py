@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from detachnet.errors import TraceError
 from detachnet.surgery.modules import attribute, random_states_kept
+from detachnet.surgery.outside import Outside
 from detachnet.surgery.tracer import NO_LEAVES, PROBE_BATCH, Leaves, Spec, leaves_of, thaw
 from detachnet.surgery.whole import Reason
 
@@ -45,7 +47,7 @@ class Root(nn.Module):
 
 
 class _Propagator(fx.Interpreter):
-    """Runs a graph on the meta device and keeps every node's value and MACs."""
+    """Runs a graph on the meta device and keeps every node's value and, inside its counter, MACs."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -128,7 +130,7 @@ class TracedGraph:
 
     @cached_property
     def _probe(self) -> _Propagator:
-        return self.propagate(PROBE_BATCH)
+        return self.propagate(PROBE_BATCH, counts=True)
 
     @property
     def values(self) -> dict[fx.Node, Any]:
@@ -170,13 +172,15 @@ class TracedGraph:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         return name in _VIEWS
 
-    def propagate(self, batch: int) -> _Propagator:
-        """Run the graph on the meta device with `batch` images."""
+    def propagate(self, batch: int, counts: bool = False) -> _Propagator:
+        """Run the graph on the meta device with `batch` images; count MACs, too, which takes most of the time."""
         propagator = _Propagator(self.module)
+        counting: AbstractContextManager[object] = propagator.counter if counts else nullcontext()
         node = "the input"
         try:
             quiet = warnings.catch_warnings()
-            with random_states_kept(), torch.device("meta"), propagator.counter, torch.no_grad(), quiet:
+            kept = random_states_kept(), Outside(self.root).kept()
+            with kept[0], kept[1], torch.device("meta"), counting, torch.no_grad(), quiet:
                 warnings.simplefilter("ignore")  # what a layer has to say of a pass without values or gradients
                 propagator.run(self.image.example(batch))
         except Exception as error:

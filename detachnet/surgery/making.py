@@ -13,6 +13,7 @@ from detachnet.surgery.choice import choose_models
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.graph import TracedModel
 from detachnet.surgery.modules import copy_model, unwrap
+from detachnet.surgery.outside import Outside
 from detachnet.surgery.plan import Cuts, DetachPlan, Head, Norm
 from detachnet.surgery.planning import make_plan
 from detachnet.surgery.proof import Check, UnlikeError, prove
@@ -117,7 +118,7 @@ def make_detachable(
             return make_plan(traced, chosen, norm, stepdown, head, narrowing)
 
     leaves = Leaves(tuple(leaf_modules), tuple(leaf_functions))
-    with generators_kept(generators_of(model)):
+    with generators_kept(generators_of(model)), Outside(model).kept():
         return _family(model, traced, planned, leaves, check)
 
 

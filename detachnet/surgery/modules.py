@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 import threading
 from collections.abc import Iterator
@@ -107,8 +108,39 @@ def random_states(device: torch.device) -> tuple[object, ...]:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A copy with its own weights; tensors that `deepcopy` refuses (weights computed by hooks) are cloned."""
-    return copy.deepcopy(model, copies_of_computed_tensors(model))
+    """A copy with its own weights; tensors that `deepcopy` refuses (weights computed by hooks) are cloned.
+
+    Raises:
+        TraceError: It holds something else that cannot be copied.
+    """
+    return _copied(model, copies_of_computed_tensors(model))
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    before = dict(memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, ValueError, AttributeError, RuntimeError, pickle.PickleError) as error:
+        path, name, value = _uncopied(model, before) or ("", "", model)
+        place = f"{path}.{name}".strip(".") or "the model itself"
+        raise TraceError(
+            f"cannot copy {type(model).__name__}: its {place!r} ({type(value).__name__}) allows no copy",
+            what=f"{type(error).__name__}: {error}".splitlines()[0],
+            hint="a family has a copy of the model: hold that in a global variable, or make it anew in forward",
+            node=path or None,
+        ) from error
+
+
+def _uncopied(model: nn.Module, memo: dict[int, Any]) -> tuple[str, str, Any] | None:
+    """Path of a module, name and value of the first attribute that cannot be copied."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            try:
+                if name != "_modules":
+                    copy.deepcopy(value, dict(memo))
+            except Exception:  # whatever a class raises
+                return path, name, value
+    return None
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -163,7 +195,7 @@ def meta_twin(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     for tensor in [*model.buffers(), *_computed_tensors(model)]:
         memo[id(tensor)] = tensor.detach().to("meta")
-    twin = copy.deepcopy(model, memo)
+    twin = _copied(model, memo)
     for module in twin.modules():
         for hooks in hooks_of(module):
             hooks.clear()

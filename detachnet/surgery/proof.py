@@ -7,9 +7,11 @@ trace has lost shows in the outputs, the gradients or the buffers. All of it run
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +28,14 @@ from detachnet.surgery.difference import (
     twin,
 )
 from detachnet.surgery.modules import (
+    attribute,
     copies_of_computed_tensors,
     hooks_of,
     random_states,
     random_states_kept,
     silence_hooks,
 )
+from detachnet.surgery.outside import Outside, Taken
 from detachnet.surgery.plan import BASE
 from detachnet.surgery.rewrite import build_view
 from detachnet.surgery.state import generator_state, generators_kept, generators_of
@@ -42,12 +46,16 @@ if TYPE_CHECKING:
 
 Check = Literal["full", "outputs", "none"]
 EXACT_MACS, JOINT_MACS = 100e6, 4e9
-"""MACs of the base-model up to which four images are taken, not two, and joint passes are compared in float64; and
-up to which they are compared in training mode too."""
+"""MACs of the base-model up to which four images are taken, not two in training and one in evaluation mode, and
+joint passes are compared in float64 and in the gradients of all weights; and up to which they are compared in
+training mode."""
 _SAME = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Difference between a model and its base view, relative to the largest value, that rounding explains."""
 _JOINT = {torch.float64: 1e-5, torch.float32: 3e-2}
 """The same between joint and separate passes, whose operations work on other numbers of images."""
+_WITHOUT_SURPRISE = {"None", "_operator", "builtins", "math", "torch", "torchvision", "timm"}
+"""Packages where layers and functions are from whose backward passes are those of what they compute."""
+_LINEAR_IN_WEIGHTS = ("torch.nn.modules.conv", "torch.nn.modules.linear")
 _RANDOM_LAYERS = ("Dropout", "StochasticDepth", "DropPath", "DropBlock")
 
 
@@ -132,7 +140,7 @@ class _Prover:
     """Compares one family on one batch of images."""
 
     def __init__(self, net: DetachableNet, check: Check, dtype: torch.dtype, images: int) -> None:
-        self.net, self.gradients = net, check == "full"
+        self.net = net
         self.root = twin(net, copies_of_computed_tensors(net)).to(dtype)
         silence_hooks(self.root)
         torch.manual_seed(0)
@@ -145,6 +153,15 @@ class _Prover:
             if spec.dtype.is_floating_point
             else torch.randint(0, 2, shape, device=device).to(spec.dtype)
         )
+        self.gradients = frozenset(name for name, _ in net.named_parameters() if check == "full")
+        self.one_image = net.plan[BASE].macs > EXACT_MACS
+        """Whether passes in evaluation mode are compared on one image."""
+        self.of_joint = self.gradients & _telling(net) if self.one_image else self.gradients
+        """The parameters whose gradients are compared, and those of joint passes."""
+        self.outside = Outside(net.base)
+        self.before = self.outside.taken()
+        self.after = WeakKeyDictionary[nn.Module, Taken]()
+        """Copy → what its last pass has left outside, where its next one begins."""
         self.dtype, self.notes = dtype, list[str]()
         self.exact: _Prover | None = None
         """Compares joint passes in float64 instead; a model may ask for its own dtype, as autocast does."""
@@ -154,7 +171,7 @@ class _Prover:
         hints = (*_left_out_hooks(self.net), *_left_out(self.net))
         for training in (False, True):
             expected = self._model_pass(training)
-            found = self._view_pass(training, (BASE,), self.gradients and training)
+            found = self._view_pass(training, (BASE,), self.gradients)
             self._compare_with_model(training, expected, found)
             if training:
                 hints = (*hints, *self._shared_state(found))
@@ -177,15 +194,21 @@ class _Prover:
 
     def _model_pass(self, training: bool) -> _Pass:
         """The model as it is, with its hooks."""
+        one_image = self.one_image and not training
         try:
-            return self._pass(lambda net, x: net.base(x), self._fresh(), training, self.gradients and training)
+            made = self._pass(lambda net, x: net.base(x), self._fresh(), training, self.gradients)
+            if not one_image or all(out.isfinite().all() for out in made.outputs):
+                return made
         except Exception as error:  # whatever a user's model raises
-            raise _CannotRunError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+            if not one_image:
+                raise _CannotRunError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        self.one_image = False  # which has no spread, and an axis that some models drop
+        return self._model_pass(training)
 
-    def _view_pass(self, training: bool, models: tuple[str, ...], gradients: bool) -> _Pass:
+    def _view_pass(self, training: bool, models: tuple[str, ...], of: frozenset[str]) -> _Pass:
         which: str | tuple[str, ...] = models[0] if len(models) == 1 else models
         try:
-            return self._pass(lambda net, x: net(x, which=which), self._fresh(), training, gradients)
+            return self._pass(lambda net, x: net(x, which=which), self._fresh(), training, of)
         except Exception as error:  # whatever an operation raises
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             if len(models) == 1:
@@ -199,21 +222,32 @@ class _Prover:
             raise self._joint_refusal(f"it fails in {_mode(training)} mode", what) from error
 
     def _pass(
-        self, run: Callable[[DetachableNet, Tensor], Any], net: DetachableNet, training: bool, gradients: bool
+        self, run: Callable[[DetachableNet, Tensor], Any], net: DetachableNet, training: bool, of: frozenset[str]
     ) -> _Pass:
+        """Run a copy; in training mode, with the gradients of some parameters."""
         net.train(training)
         seed_all()
         generators = generators_of(net)
         before = random_states(self.images.device), list(map(generator_state, generators))
-        with generators_kept(generators), torch.set_grad_enabled(gradients):
-            images = self.images if training or self.net.plan[BASE].macs <= JOINT_MACS else self.images[:1]
+        with self._going_on(net), generators_kept(generators), torch.set_grad_enabled(training and bool(of)):
+            images = self.images[:1] if self.one_image and not training else self.images
             outputs = tensors(run(net, images.clone()))
             draws = before != (random_states(self.images.device), list(map(generator_state, generators)))
-        found = _gradients(net, outputs) if gradients else {}
+        found = _gradients(net, outputs, of) if training else {}
         every = net.named_buffers(remove_duplicate=False)  # some belong to several models
         kept = {name: buffer for name, buffer in every if name not in net._buffers}
         kept |= {name: p.detach() for name, p in net.named_parameters() if self._has_changed(name, p)}
         return _Pass([out.detach() for out in outputs], found, kept, draws, net)
+
+    @contextmanager
+    def _going_on(self, net: DetachableNet) -> Iterator[None]:
+        """What copies share, as this one left it; afterwards as it was."""
+        self.outside.put(self.after.get(net, self.before), anew=True)
+        try:
+            yield
+            self.after[net] = self.outside.taken()
+        finally:
+            self.outside.put(self.before)
 
     def _has_changed(self, name: str, parameter: Tensor) -> bool:
         """Whether a pass has given a parameter of a copy another value."""
@@ -230,7 +264,7 @@ class _Prover:
                 return
             again = self._model_pass(training)
             if not self._same_outputs(expected, again, bound):
-                if self._same_outputs(found, self._view_pass(training, (BASE,), False), bound):
+                if self._same_outputs(found, self._view_pass(training, (BASE,), frozenset()), bound):
                     raise self._other_outputs(training)
                 self.notes.append(f"in {_mode(training)} mode the model gives other outputs each time")
                 return
@@ -256,7 +290,9 @@ class _Prover:
         for i, training in enumerate((True, True, False, False)):
             runs = (lambda net, x: net.base(x), lambda net, x: net(x, which=BASE))
             try:
-                one, two = (self._pass(run, net, training, False) for run, net in zip(runs, copies, strict=True))
+                one, two = (
+                    self._pass(run, net, training, frozenset()) for run, net in zip(runs, copies, strict=True)
+                )
             except Exception as error:  # whatever a user's model raises
                 raise _CannotRunError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
             if self._same_outputs(one, two, bound):
@@ -278,7 +314,7 @@ class _Prover:
         prover = self.exact or self
         if self.exact is not None:
             try:
-                base = self.exact._view_pass(training, (BASE,), self.gradients and training)
+                base = self.exact._view_pass(training, (BASE,), self.exact.of_joint)
             except TraceError:  # some models work in one dtype only
                 prover = self
         prover._compare_joint(training, base)
@@ -295,7 +331,7 @@ class _Prover:
             return
         if base.draws:
             _switch_off(self.root)
-            base = self._view_pass(training, (BASE,), self.gradients and training)
+            base = self._view_pass(training, (BASE,), self.of_joint)
         if base.draws:
             changed = [name for name, _ in self.root.named_parameters() if name in base.buffers]
             if training and changed:
@@ -305,9 +341,18 @@ class _Prover:
                 f"in {_mode(training)} mode joint passes were not compared: they draw random numbers"
             )
             return
-        gradients = self.gradients and training
-        joint = self._view_pass(training, names, gradients)
-        apart = self._apart(training, base, gradients)
+        try:
+            self._compare_passes(training, base)
+        except TraceError:
+            if training or not self.one_image:
+                raise
+            self.one_image = False  # of which some models drop the axis
+            self._compare_passes(training, self._view_pass(training, (BASE,), self.of_joint))
+
+    def _compare_passes(self, training: bool, base: _Pass) -> None:
+        """Refuse a joint pass that gives anything else than the base-model's pass and those of the others."""
+        joint = self._view_pass(training, self.net.names, self.of_joint)
+        apart = self._apart(training, base)
         bound = _JOINT.get(self.dtype, 0.2)
         wrong = next(
             (
@@ -327,7 +372,7 @@ class _Prover:
         if what:
             raise self._joint_refusal(f"in {_mode(training)} mode they give other results than alone", what)
 
-    def _apart(self, training: bool, base: _Pass, gradients: bool) -> _Pass:
+    def _apart(self, training: bool, base: _Pass) -> _Pass:
         """All models one after another."""
 
         def run(net: DetachableNet, x: Tensor) -> list[Any]:
@@ -337,7 +382,7 @@ class _Prover:
                     outputs.append(net(x.clone(), which=name))
             return outputs
 
-        subs = self._pass(run, base.net, training, gradients)  # what the base-model has left is there
+        subs = self._pass(run, base.net, training, self.of_joint)  # what the base-model has left is there
         both = {name: _sum(base.gradients[name], gradient) for name, gradient in subs.gradients.items()}
         return _Pass([*base.outputs, *subs.outputs], both, subs.buffers, False, base.net)
 
@@ -459,14 +504,38 @@ def _switch_off(net: nn.Module) -> None:
                     setattr(module, name, 0.0)
 
 
-def _gradients(net: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor | None]:
-    """Each parameter's gradient of a sum of the outputs with weights that differ."""
+def _telling(net: DetachableNet) -> set[str]:
+    """The parameters that tell whether a joint pass has the gradients of separate ones.
+
+    The gradient of a weight of torch's own convolution or linear layer follows from what goes into the layer and
+    what comes back, of which the parameters around it tell, and in the end the base-model's first one. Not where a
+    layer is of another's making, which may do anything in its backward pass.
+    """
+    every = dict(net.named_parameters())
+    nodes = [node for traced in net.all_traced(True) for node in traced.graph.nodes]
+    layers = [attribute(net, str(node.target)) for node in nodes if node.op == "call_module"]
+    owners = [str(type(layer).__module__) for layer in layers]
+    owners += [str(getattr(node.target, "__module__", "")) for node in nodes if node.op == "call_function"]
+    if not _WITHOUT_SURPRISE.issuperset(owner.partition(".")[0] for owner in owners):
+        return set(every)
+    plain = {
+        id(layer._parameters.get("weight")) for layer in layers if type(layer).__module__ in _LINEAR_IN_WEIGHTS
+    }
+    skipped = [name for name, parameter in every.items() if name.startswith(PREFIX) and id(parameter) in plain]
+    return set(every).difference(skipped[1:])
+
+
+def _gradients(net: nn.Module, outputs: list[Tensor], of: frozenset[str]) -> dict[str, Tensor | None]:
+    """Some parameters' gradients of a sum of the outputs with weights that differ."""
     terms = [out for out in outputs if out.requires_grad]
-    parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    every = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in every.items() if name in of}
     if not terms or not parameters:
         return dict.fromkeys(parameters)
     weighed = [(out * torch.linspace(-1, 1, out.numel()).to(out).view_as(out)).sum() for out in terms]
-    sum(weighed[1:], weighed[0]).backward()  # type: ignore[no-untyped-call]  # checkpointing refuses autograd.grad
+    # Checkpointing refuses autograd.grad, and a choice of parameters.
+    chosen = None if len(parameters) == len(every) else list(parameters.values())
+    sum(weighed[1:], weighed[0]).backward(inputs=chosen)  # type: ignore[no-untyped-call]
     found = {name: parameter.grad for name, parameter in parameters.items()}
     net.zero_grad()
     return found

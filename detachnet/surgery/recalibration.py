@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.errors import DataError
-from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.detachable import DetachableNet, family_in
 from detachnet.surgery.routes import folder
 
 
@@ -30,10 +30,11 @@ def recalibrate(net: DetachableNet, batches: Iterable[Tensor]) -> DetachableNet:
 
     Raises:
         DataError: There are no batches.
+        TraceError: This is no family.
 
     Source: precise batch norm, arXiv 2105.07576, section 3; for sub-networks arXiv 1903.05134, section 3.
     """
-    fresh = net.with_private_norms().eval()
+    fresh = family_in(net).with_private_norms().eval()
     measure_statistics(fresh, batches, fresh.names, own=False)
     fresh.facts = fresh.facts.updated(accuracy={})
     return fresh

@@ -10,7 +10,7 @@ separate passes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from operator import getitem, mul
 from typing import Any
@@ -378,6 +378,9 @@ class _ViewBuilder:
         def leaf_value(leaf: Any) -> Any:
             if not isinstance(leaf, fx.Node):
                 return leaf
+            if _makes_an_object(leaf):
+                target, args, kwargs = leaf.target, map_aggregate(leaf.args, leaf_value), leaf.kwargs
+                return self.graph.call_function(target, args, map_aggregate(kwargs, leaf_value))  # type: ignore[arg-type]
             return of(leaf) if leaf in self.traced.data else self._value(leaf, 1)
 
         named = isinstance(output, tuple) and hasattr(output, "_fields")
@@ -390,3 +393,8 @@ class _ViewBuilder:
         for node in reversed(self.graph.nodes):
             if not node.users and node.op not in ("output", "placeholder") and not writes_in_place(node):
                 self.graph.erase_node(node)
+
+
+def _makes_an_object(node: fx.Node) -> bool:
+    """Whether a node puts outputs into an object of a dataclass, which torch.fx has no other way to write."""
+    return node.op == "call_function" and isinstance(node.target, type) and is_dataclass(node.target)

@@ -10,13 +10,22 @@ import random
 import sys
 import warnings
 import zlib
+from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from inspect import ismodule, unwrap
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, SimpleNamespace
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    GeneratorType,
+    MethodType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import numpy as np
@@ -30,6 +39,8 @@ _SINGLE = (Tensor, fx.Proxy, fx.Node, nn.Module, type, FunctionType, BuiltinFunc
 _LIBRARIES = ("timm", "torchvision")
 _OPAQUE = (*sys.stdlib_module_names, "torch", "numpy", "detachnet")
 """Packages whose objects hold nothing that counts here, generators of random numbers and containers apart."""
+_COMMON = (random._inst, np.random.mtrand._rand)
+"""What `from random import random` and NumPy's functions are methods of."""
 MOST = 256
 """Items of a container that are looked at; of longer ones only their number."""
 LARGEST = 1 << 16
@@ -38,7 +49,7 @@ LARGEST = 1 << 16
 
 def state_of(module: nn.Module) -> dict[str, Any]:
     """Name of an attribute, or of a variable that methods read → what it holds, in a form to be compared."""
-    return {name: _content(value) for _, name, value in _held(module)}
+    return _by_name((name, _content(value)) for _, name, value in _held(module))
 
 
 def drawn_from(module: nn.Module, name: str) -> bool:
@@ -95,22 +106,64 @@ def _held(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
         return
     own = [(name, value) for name, value in vars(module).items() if name not in _OF_MODULES]
     yield from [(vars(module), *pair) for pair in own]
+    for function in functions_of(module):
+        yield from _outside(function)
+    for base in own_bases(type(module)):
+        space = _ClassSpace(base)
+        yield from [(space, name, value) for name, value in vars(base).items() if is_variable(name, value)]
+
+
+def functions_of(module: nn.Module) -> list[FunctionType]:
+    """A module's methods, the functions that it holds, and those of a user's that any of them calls."""
     kind: Any = type(module)
     functions = dict.fromkeys(_methods(kind))
-    for _, value in own:
-        if isinstance(function := getattr(value, "__func__", value), FunctionType):
-            functions |= dict.fromkeys(_called(function))
-    for function in functions:
-        yield from _outside(function)
-    for base in _own_bases(type(module)):
-        yield from [
-            (vars(base), name, value)
-            for name, value in vars(base).items()
-            if name[:2] != "__" and isinstance(value, (*_PLAIN, list, dict, *_GENERATORS))
-        ]
+    for _, function in functions_in(module):
+        functions |= dict.fromkeys(_called(function))
+    return list(functions)
 
 
-def _own_bases(kind: type) -> list[type]:
+def functions_in(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
+    """Name of an attribute → the function that it is."""
+    for name, value in vars(module).items():
+        if name not in _OF_MODULES and (function := _function_in(value)):
+            yield name, function
+
+
+def reached_by(function: FunctionType) -> Iterator[Any]:
+    """What the variables around a function, and around those that it calls, and their default arguments are."""
+    for called in _called(function):
+        for value in [*(called.__defaults__ or ()), *(called.__kwdefaults__ or {}).values()]:
+            yield from _single_parts(value)
+        for cell in called.__closure__ or ():
+            with suppress(ValueError):  # an empty one
+                yield from _single_parts(cell.cell_contents)
+
+
+def _single_parts(value: Any, seen: tuple[int, ...] = ()) -> Iterator[Any]:
+    """A value, or what is in it; of a method its object."""
+    if isinstance(value, MethodType):
+        value = value.__self__
+    yield value
+    parts = [] if id(value) in seen or isinstance(value, _SINGLE) else parts_of(value) or []
+    for _, part in parts[:MOST]:
+        yield from _single_parts(part, (*seen, id(value)))
+
+
+def _function_in(value: Any) -> FunctionType | None:
+    """The function that is called where a function, a method or one with some arguments is."""
+    while isinstance(value, partial | MethodType):
+        value = value.func if isinstance(value, partial) else value.__func__
+    value = unwrap(value) if isinstance(value, FunctionType | type(_called)) else None
+    return value if isinstance(value, FunctionType) else None
+
+
+def is_variable(name: str, value: Any) -> bool:
+    """Whether something in the namespace of a class is no part of its code."""
+    return name[:2] != "__" and not (isinstance(value, _SINGLE) or hasattr(type(value), "__get__"))
+
+
+def own_bases(kind: type) -> list[type]:
+    """A class and those it is made of, torch's not counted."""
     return [base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "builtins"))]
 
 
@@ -118,7 +171,7 @@ def _own_bases(kind: type) -> list[type]:
 def _methods(kind: type) -> tuple[FunctionType, ...]:
     """The methods of a class, and the functions of a user's that they call."""
     found: dict[FunctionType, None] = {}
-    for base in _own_bases(kind):
+    for base in own_bases(kind):
         for method in vars(base).values():
             function = unwrap(getattr(method, "__func__", method)) if callable(method) else None
             if isinstance(function, FunctionType):
@@ -134,8 +187,8 @@ def _called(function: FunctionType) -> tuple[FunctionType, ...]:
         current = pending.pop()
         if current not in found:
             found[current] = None
-            named = [value for _, _, value in _named(current)]
-            pending += [v for v in named if isinstance(v, FunctionType) and _is_users(v.__module__)]
+            named = [_function_in(value) for _, _, value in _named(current)]
+            pending += [function for function in named if function and is_users(function.__module__)]
     return tuple(found)
 
 
@@ -150,31 +203,84 @@ class _Cell:
         return self.cell.cell_contents
 
 
+class _ClassSpace:
+    """What a class has in its own namespace, likewise."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def get(self, name: str) -> Any:
+        """What it is now."""
+        return vars(self.kind).get(name)
+
+
+class _Defaults:
+    """Default arguments of a function and its attributes, likewise."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self.function = function
+
+    def get(self, _: str) -> Any:
+        """What they are now."""
+        function = self.function
+        return [function.__defaults__, function.__kwdefaults__, vars(function)]
+
+
 def _named(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
     """The variables outside of a function that its code names: where they are, and what they are now."""
-    for name in _names_in(function):
+    for name in names_in(function):
         if name in function.__globals__:
-            yield function.__globals__, name, function.__globals__[name]
+            value = function.__globals__[name]
+            yield function.__globals__, name, value
+            if (space := space_of(value)) is not None:
+                yield from [(space, n, vars(value)[n]) for n in names_in(function) if is_variable_of(value, n)]
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # an empty one
             yield _Cell(cell), name, cell.cell_contents
 
 
+def space_of(value: Any) -> Any:
+    """The namespace of a user's module or class that code names, whose variables it may read; else None."""
+    if ismodule(value):
+        return vars(value) if is_users(value.__name__) else None
+    return _ClassSpace(value) if isinstance(value, type) and is_users(value.__module__) else None
+
+
+def is_variable_of(owner: Any, name: str) -> bool:
+    """Whether a module or class has a variable of that name."""
+    value = vars(owner).get(name, ismodule)
+    return is_variable(name, value) and not ismodule(value)
+
+
 def _outside(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
     """What a function reads that is no module, class or function; its defaults and attributes, too."""
-    yield from [named for named in _named(function) if not (isinstance(named[2], _SINGLE) or ismodule(named[2]))]
-    kept = [value for value in (function.__defaults__ or ()) if isinstance(value, list | dict)]
-    if kept or vars(function):
-        both = {function.__name__: [*kept, vars(function)]}
-        yield both, function.__name__, both[function.__name__]
+    yield from [named for named in _named(function) if not (_is_single(named[2]) or ismodule(named[2]))]
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    if vars(function) or any(map(_can_change, defaults)):
+        space = _Defaults(function)
+        yield space, function.__name__, space.get(function.__name__)
 
 
-def _is_users(module: str | None) -> bool:
+def _is_single(value: Any) -> bool:
+    """Whether something holds nothing that a pass may change; a weight is looked after by others."""
+    is_tensor = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+    return isinstance(value, _SINGLE) and not is_tensor and not is_bound(value)
+
+
+def _can_change(value: Any) -> bool:
+    """Whether a default argument may hold something else after a call."""
+    if isinstance(value, tuple):
+        return any(map(_can_change, value))
+    return not isinstance(value, (*_PLAIN, type, FunctionType, torch.dtype, torch.device, nn.Module))
+
+
+def is_users(module: str | None) -> bool:
+    """Whether a module of that name is neither a part of Python nor of what networks are made of."""
     return bool(module) and str(module).partition(".")[0] not in (*_OPAQUE, *_LIBRARIES)
 
 
 @lru_cache(maxsize=1024)
-def _names_in(function: FunctionType) -> tuple[str, ...]:
+def names_in(function: FunctionType) -> tuple[str, ...]:
     """The names in a function's code and in that of functions inside of it."""
     names, pending = dict[str, None](), [function.__code__]
     while pending:
@@ -189,7 +295,7 @@ def _generators(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
     seen = set() if seen is None else seen
     if isinstance(value, _GENERATORS):
         yield value
-    elif id(value) not in seen and len(parts := _parts(value) or []) <= MOST:
+    elif id(value) not in seen and len(parts := parts_of(value) or []) <= MOST:
         seen.add(id(value))
         for _, part in parts:
             yield from _generators(part, seen)
@@ -197,7 +303,15 @@ def _generators(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
 
 def marks_of(module: nn.Module) -> dict[str, Any]:
     """The same with a mark for each tensor and function: which one it is, and how often it was written to."""
-    return {name: _content(value, _mark) for _, name, value in _held(module)}
+    return _by_name((name, _content(value, _mark)) for _, name, value in _held(module))
+
+
+def _by_name(contents: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Contents by name; where several things have one name, all of them."""
+    found: dict[str, Any] = {}
+    for name, content in contents:
+        found[name] = (found[name], content) if name in found else content
+    return found
 
 
 @dataclass(frozen=True)
@@ -259,9 +373,11 @@ def _content(  # noqa: PLR0911  # one for each kind
         return None if mark else generator_state(value)
     if isinstance(value, np.ndarray | np.generic):
         return value.shape, zlib.crc32(value.tobytes()) if value.nbytes <= LARGEST else None
-    if isinstance(value, _SINGLE):
+    if isinstance(value, bytearray | array):
+        return len(value), zlib.crc32(value) if len(value) <= LARGEST else None
+    if isinstance(value, _SINGLE) and not is_bound(value):
         return mark(value) if mark else None
-    parts = _parts(value)
+    parts = parts_of(value)
     if parts is None or id(value) in seen:
         return None
     grows = isinstance(value, list | deque)
@@ -271,8 +387,10 @@ def _content(  # noqa: PLR0911  # one for each kind
     return tuple((key, _content(part, mark, (*seen, id(value)))) for key, part in inner)
 
 
-def _parts(value: Any) -> list[tuple[str, Any]] | None:
+def parts_of(value: Any) -> list[tuple[str, Any]] | None:  # noqa: PLR0911  # one for each kind
     """The parts of a container or of an object of a user's class; None where it has none that count."""
+    if is_bound(value):
+        return [(value.__name__, value.__self__)]
     if isinstance(value, _SINGLE) or ismodule(value):
         return None
     if isinstance(value, dict):
@@ -281,12 +399,37 @@ def _parts(value: Any) -> list[tuple[str, Any]] | None:
         return [("", part) for part in value]
     if isinstance(value, Iterator):
         return _rest_of(value)
+    if isinstance(value, partial):
+        return [("", value.func), ("", value.args), ("", value.keywords)]
     opaque = type(value).__module__.partition(".")[0] in _OPAQUE and type(value) is not SimpleNamespace
-    return list(vars(value).items()) if hasattr(value, "__dict__") and not opaque else None
+    kind: Any = type(value)
+    slots = () if opaque else slots_of(kind)
+    if opaque or not (slots or hasattr(value, "__dict__")):
+        return None
+    own = [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
+    return [*getattr(value, "__dict__", {}).items(), *own]
+
+
+def is_bound(value: Any) -> bool:
+    """Whether something is a method of an object that holds something itself."""
+    if not isinstance(value, MethodType | BuiltinFunctionType) or any(value.__self__ is own for own in _COMMON):
+        return False
+    return not (value.__self__ is None or isinstance(value.__self__, _SINGLE) or ismodule(value.__self__))
+
+
+@cache
+def slots_of(kind: type) -> tuple[str, ...]:
+    """The names of the attributes that objects of a class have in slots."""
+    both = [vars(base).get("__slots__", ()) for base in kind.__mro__]
+    names = [name for slots in both for name in ([slots] if isinstance(slots, str) else slots)]
+    return tuple(name for name in names if name[:2] != "__")
 
 
 def _rest_of(iterator: Iterator[Any]) -> list[tuple[str, Any]] | None:
-    """What an iterator has yet to give, where it says."""
+    """What an iterator has yet to give, where it says; of a generator where it is."""
+    if isinstance(iterator, GeneratorType):
+        frame = iterator.gi_frame
+        return [("at", frame and frame.f_lasti), *(frame.f_locals.items() if frame else ())]
     with warnings.catch_warnings(), suppress(Exception):  # some cannot be stored, each in its own way
         warnings.simplefilter("ignore", DeprecationWarning)
         return [("", part) for part in iterator.__reduce__()[1:]]

@@ -22,8 +22,16 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from detachnet.errors import TraceError, nearest
 from detachnet.surgery.graph import Root, TracedGraph, TracedModel
 from detachnet.surgery.modules import meta_twin, random_states_kept
+from detachnet.surgery.outside import Outside
 from detachnet.surgery.settle import cut_gradients, settle_augmented
-from detachnet.surgery.state import generators_kept, generators_of
+from detachnet.surgery.state import (
+    functions_in,
+    functions_of,
+    generators_kept,
+    generators_of,
+    names_in,
+    reached_by,
+)
 from detachnet.surgery.tracer import NO_LEAVES, PREFIX, PROBE_BATCH, Leaves, Spec, Tracer
 from detachnet.surgery.whole import LostError, Reason, asking_for_mode, attributes_read, hooked
 from detachnet.zoo import default_input_size
@@ -53,10 +61,11 @@ def trace(
     image = _image_spec(model, input_size, example_input)
     _check_model(model, image, leaves)
     whole: dict[str, str] = {}
+    outside = Outside(model)
     with random_states_kept(), generators_kept(generators_of(model)):
         while True:
             try:
-                return _traced(model, image, leaves, whole, others)
+                return _traced(model, image, leaves, whole, others, outside)
             except _KeepWholeError as error:
                 whole |= error.found
                 leaves = leaves.with_paths(error.found)
@@ -76,6 +85,7 @@ def _traced(
     leaves: Leaves,
     whole: Mapping[str, str],
     others: Mapping[bool, Collection[str]],
+    outside: Outside,
     closely: bool = False,
 ) -> TracedModel:
     """Trace once in each mode; again where a random state has moved, to hear whether this thread did it."""
@@ -90,16 +100,17 @@ def _traced(
         tracer.watch.closely = closely
         for path, reason in hooked(model).items():
             tracer.watch.hooks[path] = reason
-        graph = _trace_root(tracer, root)
+        with outside.kept():
+            graph = _trace_root(tracer, root)
+            filled |= tracer.watch.filled()
         found |= {path: str(reason) for path, reason in tracer.watch.found.items()}
-        filled |= tracer.watch.filled()
         if graph is not None:
             graphs[training] = TracedGraph(root, graph, _flatten(tracer.calls), image, tracer.calls)
             constants |= _take_constants(root, graph, "train" if training else "eval")
     if found:
         raise _KeepWholeError(found)
     if not closely and any(tracer.watch.moved for tracer in tracers):
-        return _traced(model, image, leaves, whole, others, closely=True)
+        return _traced(model, image, leaves, whole, others, outside, closely=True)
     lost = {reason.what: reason for tracer in tracers for reason in tracer.watch.lost}
     for reason in lost.values():
         if reason.decides:
@@ -140,6 +151,7 @@ def _check_model(model: nn.Module, image: Spec, leaves: Leaves) -> None:
                 hint=f"run the model once first: model(torch.zeros(2, {shape}))",
                 node=path,
             )
+    _check_functions(model)
     paths = [path for path, _ in model.named_modules()]
     for path in leaves.paths:
         if path not in paths[1:]:
@@ -162,6 +174,28 @@ def _check_model(model: nn.Module, image: Spec, leaves: Leaves) -> None:
             f"cannot trace {name}: a model takes one image, but its forward takes {', '.join(needed)}",
             hint=f"wrap it as self.net in a module: def forward(self, {first}): return self.net({first}, {rest})",
         )
+
+
+def _check_functions(model: nn.Module) -> None:
+    """Refuse a function in place of a method that holds parts of the model: a copy would go on using those.
+
+    Raises:
+        TraceError: There is one.
+    """
+    parts: dict[int, str] = {id(module): path or "the model itself" for path, module in model.named_modules()}
+    parts |= {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    for path, module in model.named_modules():
+        for name, function in functions_in(module):
+            used = name == "forward" or any(name in names_in(method) for method in functions_of(module))
+            held = next((parts[id(value)] for value in reached_by(function) if id(value) in parts), "")
+            if used and held:
+                place = f"{path}.{name}".lstrip(".")
+                raise TraceError(
+                    f"cannot copy {type(model).__name__}: {place!r} is a function that holds {held!r}",
+                    what="a family has a copy of the model; that function would go on using the original",
+                    hint="let it take the module as self: module.forward = types.MethodType(function, module)",
+                    node=path or None,
+                )
 
 
 def _trace_root(tracer: Tracer, root: Root) -> fx.Graph | None:

@@ -433,3 +433,57 @@ def test_what_timm_made_loads_without_its_model(tmp_path: Path, caplog: pytest.L
     with pytest.raises(detachnet.CheckpointError, match="a model of the user's own, ResNet"):
         detachnet.load(tmp_path / "changed.safetensors")
     assert detachnet.load(tmp_path / "changed.safetensors", model=net.base).names == ("base", "sub0")
+
+
+def test_tied_weights_are_not_what_the_zoo_builds(tmp_path: Path) -> None:
+    model = detachnet.create_model("timm:test_resnet", num_classes=3)
+    model.layer1[0].conv2.weight = model.layer1[0].conv1.weight
+    net = detachnet.make_detachable(model, ["layer2"], (3, 32, 32), check="none")
+    with pytest.raises(
+        detachnet.CheckpointError, match=r"weight of 'layer1\.0\.conv2' is that of 'layer1\.0\.conv1\.weight'"
+    ):
+        detachnet.save(net, tmp_path / "family.safetensors")
+
+
+def test_hooks_are_said_not_to_be_in_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = detachnet.create_model("timm:test_resnet", num_classes=3)
+    model.layer1.register_forward_hook(lambda _module, _args, out: out * 2)
+    net = detachnet.make_detachable(model, ["layer2"], (3, 32, 32), check="none")
+    detachnet.save(net, tmp_path / "family.safetensors")
+    assert "is without those of 'layer1'; save(net, path, own=True)" in caplog.text
+
+
+class Positions(models.Plain):
+    """Adds what no state dict has."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("grid", scale * torch.linspace(-1, 1, 8), persistent=False)
+        self.shift = scale * torch.ones(1, 4, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool((self.bn1(self.conv1(x + self.grid)) + self.shift).relu())
+        return self.fc(self.bn2(self.conv2(x)).mean((2, 3)))
+
+
+def test_tensors_that_no_file_holds_are_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net = detachnet.make_detachable(Positions(1.0), ["pool"], (3, 8, 8), check="none")
+    detachnet.save(net, path := tmp_path / "family.safetensors")
+    detachnet.load(path, Positions(1.0))
+    assert "holds no" not in caplog.text
+    detachnet.load(path, Positions(1.1))
+    assert f"{path} holds no 'grid', 'shift', which was another one" in caplog.text
+
+
+def test_a_model_whose_weights_hooks_compute_comes_back(tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        model = models.Plain()
+        with pytest.warns(FutureWarning):
+            nn.utils.weight_norm(model.conv2)
+        return model
+
+    net = detachnet.make_detachable(made(), ["pool"], (3, 8, 8))
+    net.train()(torch.randn(2, 3, 8, 8), which="base").sum().backward()
+    detachnet.save(net, path := tmp_path / "family.safetensors")
+    assert_same(detachnet.load(path, made()), net.eval(), torch.randn(2, 3, 8, 8))
+    assert detachnet.recalibrate(net, [torch.randn(2, 3, 8, 8)]).names == net.names

@@ -1,11 +1,16 @@
 import copy
 import pickle
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import detachnet
 from tests import models
@@ -265,3 +270,78 @@ def test_a_batch_is_no_image_size() -> None:
         detachnet.make_detachable(resnet, ["layer1"], torch.zeros(8, 3, 64, 64))  # type: ignore[arg-type]
     with pytest.raises(detachnet.TraceError, match=r"without the batch that is \(3, 8, 8\)"):
         detachnet.make_detachable(models.Plain(), ["conv1"], (2, 3, 8, 8))
+
+
+def test_what_is_no_family_is_refused_by_name(net: detachnet.DetachableNet, tmp_path: Path) -> None:
+    detachnet.save(nn.DataParallel(net), tmp_path / "family.safetensors")
+    takers: list[Callable[[Any], object]] = [
+        lambda given: detachnet.save(given, tmp_path / "no.safetensors"),
+        lambda given: detachnet.export(given, tmp_path / "no"),
+        lambda given: detachnet.recalibrate(given, [IMAGES]),
+        lambda given: detachnet.evaluate(given, []),  # type: ignore[arg-type]
+        lambda given: detachnet.search(given, [], [0.5]),  # type: ignore[arg-type]
+        lambda given: detachnet.profile(given),
+    ]
+    for take in takers:
+        with pytest.raises(
+            detachnet.TraceError, match=r"takes a family of networks, not Plain[\s\S]*make_detachable"
+        ):
+            take(models.Plain())
+        with pytest.raises(detachnet.TraceError, match=r"not AveragedModel[\s\S]*net\.module"):
+            take(AveragedModel(net))
+    assert not list(tmp_path.glob("no*"))
+
+
+@pytest.mark.parametrize("kind", ["module", "weight", "default", "itself"])
+def test_a_function_that_holds_parts_of_the_model_is_refused(kind: str) -> None:
+    model = models.Plain()
+    forward, weight = model.fc.forward, model.fc.weight
+
+    def by_default(x: Tensor, run: Callable[[Tensor], Tensor] = forward) -> Tensor:
+        return run(x)
+
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "module": lambda x: 2 * forward(x),
+        "weight": lambda x: x @ weight.T,
+        "default": by_default,
+        "itself": lambda x: model.bn2(x[:, :, None, None])[:, :5, 0, 0],
+    }
+    model.fc.forward = functions[kind]  # type: ignore[method-assign]
+    with pytest.raises(
+        detachnet.TraceError, match=r"cannot copy Plain: 'fc\.forward' is a function that holds[\s\S]*MethodType"
+    ):
+        detachnet.make_detachable(model, ["pool"], (3, 8, 8))
+    model.fc.forward = types.MethodType(lambda self, x: 2 * F.linear(x, self.weight), model.fc)  # type: ignore[method-assign]
+    net = detachnet.make_detachable(model, ["pool"], (3, 8, 8))
+    net(IMAGES, which="all")["sub0"].sum().backward()
+    assert net.base.fc.weight.grad is not None
+    assert model.fc.weight.grad is None
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    feature: Tensor
+
+
+class WithOutput(models.Plain):
+    def forward(self, x: Tensor) -> Any:
+        feature = self.conv2(self.pool(self.bn1(self.conv1(x)).relu()))
+        return Output(self.fc(feature.mean((2, 3))), feature=feature)
+
+
+@pytest.mark.slow
+def test_outputs_of_a_dataclass_train_and_are_exported(tmp_path: Path) -> None:
+    cuts = {"sub0": "pool", "half": detachnet.SubModel(width=0.5)}
+    net = detachnet.make_detachable(WithOutput(), cuts, (3, 8, 8), head="private").train()
+    outputs: Any = net(IMAGES, which="all")
+    detachnet.MultiModelLoss({})(outputs, torch.zeros(4, dtype=torch.int64)).backward()
+    assert all(isinstance(output, Output) for output in outputs.values())
+    net.eval()
+    joint, alone = net(IMAGES, which="all"), net.detach("sub0")(IMAGES)
+    for name in net.names:
+        torch.testing.assert_close(vars(joint[name]), vars(net(IMAGES, which=name)))
+    torch.testing.assert_close(vars(joint["sub0"]), vars(alone))
+    detachnet.export(net, tmp_path / "exported", models=["sub0"])
+    found = detachnet.Family.load(tmp_path / "exported").run(IMAGES[:1], "sub0")
+    torch.testing.assert_close(torch.as_tensor(found.output), alone.logits[:1])

@@ -570,3 +570,71 @@ def test_averaged_weights_get_their_statistics_by_recalibration(average: Callabl
     assert not before["norms.sub0.bn2.running_mean"].any()
     assert again.state_dict()["norms.sub0.bn2.running_mean"].any()
     torch.testing.assert_close(again.state_dict()["base.bn2.running_mean"], before["base.bn2.running_mean"])
+
+
+# What the comparison costs.
+
+
+class Averaged(torch.autograd.Function):
+    """The gradient of a mean over the images, whatever their number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient / len(gradient)
+
+
+def averaged(module: Any, x: Tensor) -> Tensor:
+    out: Tensor = Averaged.apply(module.conv(x))  # type: ignore[no-untyped-call]
+    return out
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_gradients_that_joint_passes_mix_are_refused(is_large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if is_large:
+        monkeypatch.setattr(proof, "EXACT_MACS", 0)
+    with pytest.raises(
+        detachnet.TraceError, match=r"in training mode they give other results[\s\S]*the gradient of"
+    ):
+        detachnet.make_detachable(Net(Lossy(averaged)), ["a"], (3, 16, 16))
+
+
+class Squeezed(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).squeeze()
+
+
+def test_a_large_model_that_drops_the_axis_of_one_image_is_compared_on_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(proof, "EXACT_MACS", 0)
+    monkeypatch.setattr(proof, "JOINT_MACS", 0)
+    said = "joint passes were compared in evaluation mode only, for the size of the model"
+    fails = Net(lambda x: x.squeeze())  # on one image
+    spread = Net(lambda x: x / (1 + x.std(0)))  # of one image there is none
+    for model in (fails, Squeezed(nn.Identity())):
+        assert detachnet.make_detachable(model, ["a"], (3, 16, 16)).plan.checked == said
+    assert said in detachnet.make_detachable(spread, ["a"], (3, 16, 16)).plan.checked
+    with pytest.raises(detachnet.TraceError, match="in evaluation mode they give other results"):
+        detachnet.make_detachable(Net(OneAtATime()), {"sub0": detachnet.SubModel(drop=["middle:c"])}, (3, 16, 16))
+
+
+def test_large_models_are_compared_in_ten_passes_of_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five in each mode: the model, its base view, all models at once, and the other two alone."""
+    monkeypatch.setattr(proof, "EXACT_MACS", 0)
+    seen: list[tuple[bool, int]] = []
+    run = nn.Linear.forward
+
+    def counted(layer: nn.Linear, x: Tensor) -> Tensor:
+        if not x.is_meta:
+            seen.append((torch.is_grad_enabled(), len(x)))
+        return run(layer, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    net = detachnet.make_detachable(Net(torch.relu), ["a", "b"], (3, 16, 16))
+    assert seen == [(False, n) for n in (1, 1, 3, 1, 1)] + [(True, n) for n in (2, 2, 6, 2, 2)]
+    skipped = {"base.b.weight", "base.c.weight", "base.fc.weight"}
+    assert proof._telling(net) == {name for name, _ in net.named_parameters()} - skipped

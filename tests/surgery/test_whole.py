@@ -1168,8 +1168,8 @@ def test_a_profiler_goes_on() -> None:
 
 def test_the_graphs_of_a_family_are_not_searched_for_generators(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    parts = state._parts
-    monkeypatch.setattr(state, "_parts", lambda value: seen.append(value) or parts(value))
+    parts = state.parts_of
+    monkeypatch.setattr(state, "parts_of", lambda value: seen.append(value) or parts(value))
     net = detachnet.make_detachable(Net(Block(without_gradients)), ["a"], SIZE, check="none")
     seen.clear()
     assert {type(found) for found in state.generators_of(net)} == {random.Random, np.random.Generator}
