@@ -6,12 +6,14 @@ import ctypes
 import gc
 import math
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -111,6 +113,50 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._exceeded |= min(self._bytes, self._tensors) < 0
         if self._exceeded:  # whoever catches it and tries another way gets nothing either
             raise TooMuchError("more memory or layers than the file has weights for")
+
+
+class Brief(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside it so many operators may run, and so many modules be put into others.
+
+    Args:
+        num_calls: How many operators.
+        num_layers: How many modules.
+
+    Raises:
+        TooMuchError: There would be more.
+    """
+
+    def __init__(self, num_calls: int, num_layers: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._calls, self._layers = num_calls, num_layers
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> Brief:
+        self._hook = register_module_module_registration_hook(self._put)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._hook.remove()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator, if there were not too many."""
+        self._take(1, 0)
+        return func(*args, **(kwargs or {}))
+
+    def _put(self, *_: Any) -> None:
+        """A module becomes part of another one, in whatever thread."""
+        if threading.get_ident() == self._thread:
+            self._take(0, 1)
+
+    def _take(self, num_calls: int, num_layers: int) -> None:
+        self._calls -= num_calls
+        self._layers -= num_layers
+        if min(self._calls, self._layers) < 0:  # whoever catches it and tries another way gets nothing either
+            raise TooMuchError("more layers, or more to do, than the file has weights for")
 
 
 def _size_of_new(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

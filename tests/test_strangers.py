@@ -17,6 +17,7 @@ from detachnet_cli.app import app
 from detachnet_cli.console import plain
 from detachnet_cli.opening import known_root, run_recipe
 from safetensors.torch import save as to_bytes
+from torch import nn
 from typer.testing import CliRunner
 
 import detachnet
@@ -25,7 +26,7 @@ from detachnet.data.folders import _class_names, open_files
 from detachnet.data.images import read_image
 from detachnet.deploy.backends import OnnxBackend
 from detachnet.deploy.manifest import _digest
-from detachnet.memory import Bounded, TooMuchError
+from detachnet.memory import Bounded, Brief, TooMuchError
 from detachnet.storage import MANIFEST
 from detachnet.training.weights import read_start
 from tests.helpers import nightly_but
@@ -78,6 +79,7 @@ def stem(depth: int, width: float) -> Change:
         source("timm:vit_giant_patch14_224"),
         source("timm:resnet50", num_classes=10**6),
         source("timm:resnet50", num_classes=10**12),
+        source("timm:vit_tiny_patch16_224", depth=10**6),
         stem(100, 64),
         stem(10**6, 1.0),
         lambda fields: fields["plan"].update(input_size=[3, 100_000, 100_000]),
@@ -110,6 +112,19 @@ def test_a_header_takes_no_more_than_its_file(
 def test_bounds(make: Callable[[], object], num_bytes: int, num_tensors: int) -> None:
     with pytest.raises(TooMuchError), Bounded(num_bytes, num_tensors):
         make()
+
+
+@pytest.mark.parametrize(("num_calls", "num_layers"), [(10, 100), (1000, 10)])
+def test_operators_and_layers_are_bounded(num_calls: int, num_layers: int) -> None:
+    def make() -> list[float]:
+        nn.Sequential(*(nn.ReLU() for _ in range(30)))
+        return [value.item() for value in torch.ones(30)]
+
+    with pytest.raises(TooMuchError), Brief(num_calls, num_layers):
+        make()
+    with Brief(200, 100):
+        assert sum(make()) == 30
+    assert sum(make()) == 30
 
 
 def test_within_bounds() -> None:

@@ -18,7 +18,7 @@ from detachnet.checkpoint.content import LIVE, TRAINER, read, without_prefix
 from detachnet.checkpoint.fingerprint import fingerprint, unstored
 from detachnet.checkpoint.header import Header
 from detachnet.errors import CheckpointError, DetachNetError, ModelError, TraceError, one_line
-from detachnet.memory import Bounded, TooMuchError
+from detachnet.memory import Bounded, Brief, TooMuchError
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.making import make_detachable
 from detachnet.surgery.modules import copy_model
@@ -30,6 +30,8 @@ from detachnet.zoo import FETCHING, create_model
 logger = logging.getLogger("detachnet")
 SPARE_BYTES, SPARE_TENSORS = 1 << 28, 100_000
 """What building a family may take besides what its file is of: tables that are computed, say."""
+SPARE_CALLS, SPARE_LAYERS = 20_000, 4_000
+"""Operators and layers that making its base-model may take, likewise."""
 LARGEST = 1_000_000
 """A number that a file may give as an argument of its base-model."""
 
@@ -267,12 +269,20 @@ def _sketch(header: Header, name: str, tensors: Mapping[str, Tensor], path: str 
         return None
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            base = create_model(header.source.name, **header.source.kwargs)
+            with _brief(tensors):
+                base = create_model(header.source.name, **header.source.kwargs)
             module = _family(header, base, None, NO_LEAVES).detach(name)
-    except (DetachNetError, NotImplementedError, RuntimeError):
+    except (DetachNetError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error.__cause__, TooMuchError):
+            raise error.__cause__ from None
         return None
     _check_shapes(header, module, tensors, path, prefix="")
     return base
+
+
+def _brief(tensors: Mapping[str, Tensor]) -> Brief:
+    """Let making the zoo's model take as many operators and layers as the tensors of a file can be of."""
+    return Brief(SPARE_CALLS + 100 * len(tensors), SPARE_LAYERS + 10 * len(tensors))
 
 
 def _create(header: Header, path: str | Path, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -287,7 +297,7 @@ def _create(header: Header, path: str | Path, tensors: Mapping[str, Tensor]) -> 
         if name in FETCHING or any(isinstance(v, int | float) and not -LARGEST <= v <= LARGEST for v in values):
             raise CheckpointError(f"{path} asks for the model argument {name!r}, which loading does not allow")
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _brief(tensors):
             if tensors:
                 with suppress(ModelError, NotImplementedError, RuntimeError):
                     with torch.device("meta"):
