@@ -18,8 +18,8 @@ from detachnet.text import si
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MACS = Axis("multiply-accumulates for one image", si, from_zero=True)
 ACCURACY = Axis("test accuracy", percent)
-ROUTES = "late+middle"
-"""The study's family of two routes."""
+ROUTES, BOTH = "late+middle-labels", "thin+slim-labels"
+"""The study's families of two routes, and of routes with fewer filters."""
 ALONE = {"base": "base-alone", "sub0": "sub0-alone", "sub1": "sub1-alone"}
 
 
@@ -97,7 +97,7 @@ def approaches(rows: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, 
         ACCURACY,
         (
             Series("routes, one family", family(ROUTES, "base", "late", "middle"), 0),
-            Series("routes and widths, one family", family("thin+slim", "base", "thin", "slim"), 3),
+            Series("routes and widths, one family", family(BOTH, "base", "thin", "slim"), 3),
             Series("pruned and trained on, a training each", in_order((*other("pruned"), base)), 1),
             Series("early exits, on average", other("exits", named=False), 2),
             Series("without the front, one family", family("front", "base", "front"), 4),
