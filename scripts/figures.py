@@ -30,7 +30,9 @@ def main(words: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write(results(read("routes-cifar10.json"), read("front-cifar10.json")), folder / "results.svg")
     write(study(read("study-short.json")["rows"]), folder / "study.svg")
-    write(approaches(read("study-routes.json")["rows"], read("alternatives.json")["rows"]), folder / "approaches.svg")
+    write(
+        approaches(read("study-routes.json")["rows"], read("alternatives.json")["rows"]), folder / "approaches.svg"
+    )
 
 
 def read(name: str) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def approaches(rows: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, 
     base = over_seeds(found["base-alone", "base"])
     return Chart(
         "Accuracy against multiply-accumulates, short budget",
-        "Families of routes and widths beside pruning, early exits, small networks and sub-models without the front.",
+        "Families of routes and widths beside pruning, early exits, small networks and models without the front.",
         MACS,
         ACCURACY,
         (

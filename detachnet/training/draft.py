@@ -100,7 +100,7 @@ def draft(
         f"warmup_epochs = {min(2, epochs)}".ljust(26) + "# then the learning rate falls along a cosine",
         "",
         "[loss]",
-        "# distillation = 1.0      # sub-models learn from the base-model's answers, too; it helps without the front",
+        "# distillation = 1.0      # learn from the base-model's answers, too: for those without the front",
         "",
         "[train]",
         f"epochs = {epochs}",
