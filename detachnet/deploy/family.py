@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -236,7 +237,8 @@ class Family:
                 f"the family takes normalized images, not {str(image.dtype).removeprefix('torch.')} pixels",
                 hint="give the picture or its file, or normalize: (pixel / 255 - mean) / std",
             )
-        if not (finite := image.isfinite()).all():
+        # The sum takes a sixth of the time, and is finite where all pixels are, unless they are huge.
+        if not math.isfinite(image.sum()) and not (finite := image.isfinite()).all():
             raise DataError(
                 f"the image holds {float(image[~finite][0])}: no model has an answer to it",
                 hint="look for a division by zero, or a sensor that gave nothing",

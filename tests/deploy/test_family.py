@@ -288,6 +288,12 @@ def test_only_onnx_graphs_are_run(exported: tuple[Path, detachnet.DetachableNet]
         Family.load(tmp_path / "pt2")
 
 
+def test_huge_pixels_are_finite_all_the_same(family: Family) -> None:
+    huge = torch.full((3, 32, 32), 3e38)
+    assert huge.sum().isinf()
+    assert family.run(huge).model == "base"
+
+
 def test_pixels_are_no_normalized_images(family: Family) -> None:
     with pytest.raises(detachnet.DataError, match=r"not uint8 pixels[\s\S]*normalize"):
         family.run(torch.zeros(3, 32, 32, dtype=torch.uint8))
