@@ -32,7 +32,7 @@ from detachnet.surgery.ownership import HEADS, NORMS, SLICES, view_sources
 from detachnet.surgery.plan import BASE, DetachPlan
 from detachnet.surgery.rewrite import JointError, build_leg, build_view, changes_image
 from detachnet.surgery.routes import BRIDGES, STEPDOWNS, folder
-from detachnet.surgery.state import readings
+from detachnet.surgery.state import Readings, readings
 from detachnet.surgery.statistics import find_statistics, own_statistics
 from detachnet.surgery.trace import trace
 from detachnet.surgery.tracer import PREFIX
@@ -112,7 +112,7 @@ class DetachableNet(nn.Module):
         self._asks_for_dtype = any(reason.what.endswith(".dtype") for reason in traced.lost)
         self._modal = [(path, self.base.get_submodule(path)) for path in traced.modal]
         read = [r for path, names in traced.read.items() for r in readings(self.base.get_submodule(path), names)]
-        self._read = list({(id(reading.place), reading.name): reading for reading in read}.values())
+        self._read = Readings(read)
         self._filled = traced.filled
         self._of_width = view_sources(narrowing or Narrowing(traced), self.plan, self._statistics)
         self._sources = self._of_width[BASE]
@@ -444,7 +444,7 @@ class DetachableNet(nn.Module):
         """Trace again where what the base-model's forward reads besides tensors has changed."""
         if torch.compiler.is_compiling():
             return
-        changed = [reading for reading in self._read if reading.has_changed]
+        changed = self._read.changed()
         for reading in changed:
             logger.warning("%s is traced again: %s", self.plan.model, reading)
         others = frozenset(path for path, module in self._modal if module.training != self.training)
@@ -452,10 +452,13 @@ class DetachableNet(nn.Module):
             self._others = self._others | {self.training: others}
             names = ", ".join(repr(path) if path else "the model itself" for path in sorted(moved))
             logger.warning("%s is traced again: another mode of %s", self.plan.model, names)
-        like = next(self.base.parameters(), self._example)
-        by_dtype = self._asks_for_dtype and like.dtype != self._example.dtype and like.is_floating_point()
-        if changed or by_dtype or moved:
+        if changed or moved or (self._asks_for_dtype and self._has_another_dtype()):
             self._attach(self.retraced())
+
+    def _has_another_dtype(self) -> bool:
+        """Whether the weights have another dtype than the family was traced in."""
+        like = next(self.base.parameters(), self._example)
+        return like.dtype != self._example.dtype and like.is_floating_point()
 
     def retraced(self) -> TracedModel:
         """The base-model's trace, made anew."""

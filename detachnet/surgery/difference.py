@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from detachnet.surgery.graph import TracedGraph
 from detachnet.surgery.modules import copies_of_computed_tensors
 from detachnet.surgery.outside import Outside
-from detachnet.surgery.state import generators_kept, generators_of
+from detachnet.surgery.state import Readings, generators_kept, generators_of
 from detachnet.surgery.tracer import leaves_of, thaw
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def twin(net: DetachableNet, memo: dict[int, Any]) -> DetachableNet:
     """A copy that is not traced again."""
     made: DetachableNet = type(net).__new__(type(net))
     shared = {name: value for name, value in vars(net).items() if name not in ("_modules", "_buffers")}
-    vars(made).update(shared, _read=[], _modal=[])  # nothing changes while a copy runs
+    vars(made).update(shared, _read=Readings(), _modal=[])  # nothing changes while a copy runs
     both: dict[str, Any] = copy.deepcopy({"_modules": net._modules, "_buffers": net._buffers}, memo)
     vars(made).update(both)
     return made

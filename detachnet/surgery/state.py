@@ -196,33 +196,30 @@ class _Cell:
     """A variable of the function around a function, as the dict that others are in."""
 
     def __init__(self, cell: CellType) -> None:
-        self.cell = cell
+        self.owner = cell
 
     def get(self, _: str) -> Any:
         """What it is now."""
-        return self.cell.cell_contents
+        return self.owner.cell_contents
 
 
 class _ClassSpace:
     """What a class has in its own namespace, likewise."""
 
     def __init__(self, kind: type) -> None:
-        self.kind = kind
-
-    def get(self, name: str) -> Any:
-        """What it is now."""
-        return vars(self.kind).get(name)
+        self.owner = kind
+        self.get = vars(kind).get
 
 
 class _Defaults:
     """Default arguments of a function and its attributes, likewise."""
 
     def __init__(self, function: FunctionType) -> None:
-        self.function = function
+        self.owner = function
 
     def get(self, _: str) -> Any:
         """What they are now."""
-        function = self.function
+        function = self.owner
         return [function.__defaults__, function.__kwdefaults__, vars(function)]
 
 
@@ -256,7 +253,7 @@ def _outside(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
     """What a function reads that is no module, class or function; its defaults and attributes, too."""
     yield from [named for named in _named(function) if not (_is_single(named[2]) or ismodule(named[2]))]
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    if vars(function) or any(map(_can_change, defaults)):
+    if is_users(function.__module__) and (vars(function) or any(map(_can_change, defaults))):
         space = _Defaults(function)
         yield space, function.__name__, space.get(function.__name__)
 
@@ -336,16 +333,43 @@ class Reading:
         return self.place.get(self.name)
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether what it was cannot become something else itself."""
+        parts = self.value if isinstance(self.value, tuple) else (self.value,)
+        return all(isinstance(part, _PLAIN) or type(part) is FunctionType for part in parts)
+
+    @property
     def has_changed(self) -> bool:
         """Whether it is, or holds, something else now."""
         now = self.now
-        if now is self.value and (isinstance(now, _PLAIN) or type(now) is FunctionType):
+        if now is self.value and self.is_fixed:
             return False
         return bool(_content(now, _mark) != self.marks)
 
     def __str__(self) -> str:
         plain = isinstance(self.value, _PLAIN) and isinstance(self.now, _PLAIN)
         return f"{self.name!r} was {self.value!r}, is {self.now!r}" if plain else f"{self.name!r} is another"
+
+
+class Readings:
+    """What a family's modules have read, each once; asked before each pass, so little is done if nothing changes.
+
+    Args:
+        every: All of it.
+    """
+
+    def __init__(self, every: Iterable[Reading] = ()) -> None:
+        owned = {(id(getattr(reading.place, "owner", reading.place)), reading.name): reading for reading in every}
+        self._fixed = [reading for reading in owned.values() if reading.is_fixed]
+        self._others = [reading for reading in owned.values() if not reading.is_fixed]
+        self._looks = [(reading.place.get, reading.name, reading.value) for reading in self._fixed]
+
+    def changed(self) -> list[Reading]:
+        """What is, or holds, something else now."""
+        found = [reading for reading in self._others if reading.has_changed] if self._others else []
+        if not [name for get, name, value in self._looks if get(name) is not value]:
+            return found
+        return [*(reading for reading in self._fixed if reading.has_changed), *found]
 
 
 def readings(module: nn.Module, names: Collection[str]) -> Iterator[Reading]:

@@ -127,6 +127,7 @@ def test_inspect() -> None:
     assert "hint: sub1 is cut between 'features.20' and its batch norm" in out[1]
 
 
+@pytest.mark.slow
 def test_inspect_marks_cuts_that_do_not_pay() -> None:
     out = run("inspect", "torchvision:mobilenet_v3_large")[1]
     assert re.search(r"avgpool +dear", out)
@@ -134,11 +135,13 @@ def test_inspect_marks_cuts_that_do_not_pay() -> None:
     assert "dear: the step-down has more than it replaces" in out
 
 
+@pytest.mark.slow
 def test_inspect_prices_stems() -> None:
     out = run("inspect", "torchvision:resnet18", "--cut", "auto", "--stepdown", "stem")[1]
     assert re.search(r"sub1 +layer3 +\S+ +stem ", out)
 
 
+@pytest.mark.slow
 def test_inspect_a_route() -> None:
     out = run("inspect", "torchvision:resnet18", "--drop", "layer3.0:layer3.1", "--drop", ":layer1")[1]
     assert re.search(r"sub0 +:layer1, layer3.0:layer3.1 +4×4 stride 4×4, – +[\d,.]+ M +\d+ % +0 ", out)
@@ -239,6 +242,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.slow
 def test_help_names_every_option_and_version() -> None:
     command = typer.main.get_command(app)
     for name in COMMANDS:

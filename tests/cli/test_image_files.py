@@ -56,6 +56,7 @@ def command(*words: object, code: int = 0) -> str:
     return done.output
 
 
+@pytest.mark.slow
 def test_images_that_decide_are_held_out_ones(root: Path, run: Path) -> None:
     held_out, calibration = run_images(run, 20, root)
     assert len(held_out) == len(calibration) == 20

@@ -222,6 +222,7 @@ def test_legs_are_onnx_and_not_int8(toy: detachnet.DetachableNet, tmp_path: Path
         export(toy, tmp_path / "legs", legs=True, **options)
 
 
+@pytest.mark.slow
 def test_some_models_and_their_latency(toy: detachnet.DetachableNet, tmp_path: Path) -> None:
     latency = Latency(runtime="torch", device="cpu", batch=1, threads=1, n=9, p50_s=0.1, p90_s=0.2, p99_s=0.3)
     manifest = export(toy, tmp_path / "out", "pt2", ["sub1", "base"], latency={"sub1": latency})
@@ -268,6 +269,7 @@ def test_int8(tmp_path: Path) -> None:
     assert np.abs(outputs - wanted).mean() < 0.2 * np.abs(wanted).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["base.onnx", "weights.bin"])
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:99] + bytes([b[99] ^ 4]) + b[100:]])
 def test_a_cut_or_flipped_file(
@@ -371,6 +373,7 @@ def test_folders_that_cannot_be_made(toy: detachnet.DetachableNet, tmp_path: Pat
         export(toy, tmp_path / "file" / "out")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_asked_for(toy: detachnet.DetachableNet, tmp_path: Path) -> None:
     out = tmp_path / "out"
     splits = load_data("cifar10-mini")

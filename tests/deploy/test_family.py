@@ -261,6 +261,7 @@ def test_an_export_is_profiled_chosen_from_and_run(exported: tuple[Path, detachn
     assert family.run(folder.parent / "black.png").output.shape == (10,)
 
 
+@pytest.mark.slow
 def test_what_an_export_refuses(exported: tuple[Path, detachnet.DetachableNet], tmp_path: Path) -> None:
     folder, net = exported
     with pytest.raises(detachnet.MeasurementError, match="run on the CPU here, not on cuda"):

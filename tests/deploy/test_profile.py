@@ -58,6 +58,7 @@ def test_what_is_counted_is_exact(net: detachnet.DetachableNet) -> None:
     assert "90.00 %" in str(measured)
 
 
+@pytest.mark.slow
 def test_the_family_and_torch_come_back_as_they_were(net: detachnet.DetachableNet) -> None:
     net.train()
     net.base.features[1].eval()

@@ -71,6 +71,7 @@ def unknown(x: Tensor) -> Tensor:
     return x.cumsum(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [Net(seen_through_a_view), Net(two_pixels), Net(unknown), Net(residual, affine=False)],

@@ -26,6 +26,7 @@ def test_every_place_is_timed_and_the_model_left_alone() -> None:
     assert plan.models[1].spans
 
 
+@pytest.mark.slow
 def test_a_slow_layer_is_a_slow_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torchvision.models.resnet18(num_classes=5)
     now = [0.0]

@@ -41,6 +41,7 @@ def test_a_judge_is_unpacked_once(judge: Judge) -> None:
     assert list(worth._here.values()) == [other]
 
 
+@pytest.mark.slow
 def test_a_network_that_no_other_process_knows(judge: Judge) -> None:
     class Mine(nn.Module):
         pass

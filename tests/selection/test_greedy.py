@@ -75,6 +75,7 @@ def test_evolution_finds_what_listing_everything_finds(worth: object) -> None:
         assert trials.seen[found].accuracy == pytest.approx(worth(best).accuracy)  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_evolution_is_its_seed() -> None:
     space = space_of_tiny()
     cost = counted(space, "macs")

@@ -173,6 +173,7 @@ def test_a_stopwatch(runtime: Any) -> None:
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_not_measured() -> None:
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

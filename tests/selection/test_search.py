@@ -117,6 +117,7 @@ def test_an_executor_changes_nothing(tmp_path: Path) -> None:
         assert answer(search(executor=executor)) == answer(search())
 
 
+@pytest.mark.slow
 def test_another_network_does_not_go_on(tmp_path: Path) -> None:
     about = {"about": {"format_version": 1, "model": "Other"}}
     (tmp_path / JOURNAL).write_text(json.dumps(about) + "\n")
@@ -163,6 +164,7 @@ def test_a_family_of_unknown_data() -> None:
         detachnet.search(net, HELD_OUT, [0.5])
 
 
+@pytest.mark.slow
 def test_an_untrained_network_is_at_chance() -> None:
     net = detachnet.make_detachable(Tiny().eval(), {}, SIZE, check="none")
     net.facts = trained().facts
@@ -170,6 +172,7 @@ def test_an_untrained_network_is_at_chance() -> None:
         detachnet.search(net, HELD_OUT, [0.5])
 
 
+@pytest.mark.slow
 def test_candidates_that_are_all_at_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     judge: Callable[..., Any] = Judge.__call__
 

@@ -51,6 +51,7 @@ def test_the_macs_that_are_promised_are_those_of_the_detached_model(drop: tuple[
         assert counted(space, "bytes")(candidate) == 4 * num_params
 
 
+@pytest.mark.slow
 def test_the_smallest_is_the_smallest() -> None:
     space = space_of_tiny()
     for by in ("macs", "bytes"):
@@ -97,6 +98,7 @@ def test_what_a_family_had_stays_bit_for_bit() -> None:
         assert torch.equal(net(images, which=name), more(images, which=name))
 
 
+@pytest.mark.slow
 def test_another_one_of_the_same_name_takes_nothing_of_it() -> None:
     net = enlarged(trained(), {"it": detachnet.SubModel(width=0.5, filters="important")})
     with torch.no_grad():

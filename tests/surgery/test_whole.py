@@ -1003,6 +1003,68 @@ def by_batch(module: Any, x: Tensor) -> Tensor:
     return h
 
 
+def cooled(module: Any, x: Tensor) -> Tensor:
+    return x / module.temperature
+
+
+class Reading(nn.Module):
+    """Reads an attribute in one of the ways in which a forward pass may."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.conv, self.way, self.temperature = nn.Conv2d(8, 8, 1), way, 1.0
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.conv(x)
+        ways = {
+            "function": lambda: cooled(self, x),
+            "method": lambda: self.cool(x),
+            "property": lambda: x / self.heat,
+        }
+        return ways[self.way]() if self.way in ways else self.by_name(x)
+
+    def cool(self, x: Tensor) -> Tensor:
+        return x / self.temperature
+
+    @property
+    def heat(self) -> float:
+        return self.temperature
+
+    def by_name(self, x: Tensor) -> Any:
+        return getattr(self, "co" + "ol")(x)
+
+
+@pytest.mark.parametrize("way", ["function", "method", "property", "name"])
+def test_what_a_forward_pass_reads_is_followed_by_whatever_way(way: str) -> None:
+    net = detachnet.make_detachable(Net(Reading(way)), ["a"], SIZE, check="none").eval()
+    images = torch.randn(2, *SIZE)
+    before = net(images)
+    net.base.middle.temperature = 4.0  # type: ignore[union-attr]
+    assert torch.equal(net(images), net.base(images))
+    assert not torch.equal(net(images), before)
+
+
+def test_what_no_forward_pass_names_is_not_looked_at_before_each() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.temperature, self.seen = nn.Conv2d(8, 8, 1), 1.0, [1]
+
+        def forward(self, x: Tensor) -> Any:
+            return self.cool(self.conv(x))
+
+        def cool(self, x: Tensor) -> Tensor:
+            return x / self.temperature
+
+        def described(self) -> list[int]:
+            return self.seen
+
+    net = detachnet.make_detachable(Net(Plain()), ["a"], SIZE, check="none")
+    looked_at = {reading.name for reading in [*net._read._fixed, *net._read._others]}
+    assert "temperature" in looked_at
+    assert "seen" not in looked_at
+
+
 def test_a_decision_by_the_number_of_images_is_refused() -> None:
     with pytest.raises(detachnet.TraceError, match=r"forward pass of 'middle' \(Block\) needs values"):
         detachnet.make_detachable(Net(Block(by_batch)), ["a"], SIZE)

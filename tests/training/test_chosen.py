@@ -135,6 +135,7 @@ def of_ones_own(folder: Path, *overrides: str) -> Recipe:
     return load_recipe(folder / "code" / "mine.toml")
 
 
+@pytest.mark.slow
 def test_a_recipe_may_name_code_and_a_file_does_not_run_it(own: Path) -> None:
     result = train(of_ones_own(own), own / "run")
     with pytest.raises(detachnet.CheckpointError, match=r"a model of the user's own, Net[\s\S]*--model-file"):

@@ -121,6 +121,7 @@ def test_averaged_weights_of_a_data_set_in_memory(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_family_knows_how_its_images_are_read(folder: Path, whole: Path) -> None:
     net = detachnet.load(whole / "best.safetensors")
     assert net.plan.input_size == (3, 32, 32)
@@ -155,6 +156,7 @@ def test_evaluate_and_predict(folder: Path, whole: Path, monkeypatch: pytest.Mon
     assert "on folder, n = 6" in out.output
 
 
+@pytest.mark.slow
 def test_a_report_of_a_run_on_files(folder: Path, whole: Path, tmp_path: Path) -> None:
     out = CliRunner().invoke(
         app, ["report", str(whole), "-o", str(tmp_path / "r.html"), "--data-root", str(folder)]
@@ -207,6 +209,7 @@ def test_the_recipe_for_imagenet_on_a_little_folder(folder: Path, tmp_path: Path
     assert [row["model"] for row in result.table] == ["base", "sub0", "sub1", "shallow"]
 
 
+@pytest.mark.slow
 def test_outputs_are_those_of_the_classes(folder: Path, tmp_path: Path) -> None:
     wrong = recipe(model__kwargs={"depth": 8, "width": 0.25, "num_classes": 10})
     with pytest.raises(detachnet.RecipeError, match=r"has 10 outputs, but folder has 4 classes\n.*num_classes=4"):

@@ -69,6 +69,7 @@ def test_a_run_folder(whole: Path) -> None:
     assert json.loads((whole / "run.json").read_text())["torch"] in torch.__version__
 
 
+@pytest.mark.slow
 def test_the_checkpoint_evaluates_to_the_same_numbers(whole: Path) -> None:
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     scores = evaluate(detachnet.load(whole / "last.safetensors"), tenth()[1])
@@ -532,6 +533,7 @@ def test_on_cuda_nothing_of_a_step_is_elsewhere_or_reads_a_value(
             losses["base"].item()
 
 
+@pytest.mark.slow
 def test_models_that_flatten_with_view_are_evaluated() -> None:
     class Viewing(torch.nn.Module):
         def __init__(self) -> None:

@@ -224,6 +224,7 @@ def test_routes_and_widths_together() -> None:
     assert joint > sum(net.plan[m].macs for m in ("base", "half", "best"))
 
 
+@pytest.mark.slow
 def test_the_order_of_the_answers() -> None:
     net = family().eval()
     assert list(net(images((3, 32, 32)), which=("base", "best", "cut"))) == ["base", "best", "cut"]

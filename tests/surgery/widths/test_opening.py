@@ -118,6 +118,7 @@ def test_what_a_graph_cannot_do_alone_stays(kind: type[nn.Module]) -> None:
     assert reasons(Net(kind()))[0] == f"'layer': {kind.__name__} is a layer that is not known"
 
 
+@pytest.mark.slow
 def test_the_same_values_have_the_same_names() -> None:
     model = randomize(detachnet.create_model("timm:nf_resnet26"))
     traced = trace(model, (3, 64, 64)).eval
