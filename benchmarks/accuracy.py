@@ -2,7 +2,8 @@
 
     make .venv/peers/ready  # early exits and pruning, in an environment of their own
     .venv/peers/bin/python benchmarks/accuracy.py [NAME ...] [--data-root DIR] [--study runs/study]
-        [--out runs/accuracy] [--seeds 3] [--set TABLE.KEY=VALUE] [--device cuda] [--json FILE] [--quick]
+        [--out runs/accuracy] [--seeds 3] [--set TABLE.KEY=VALUE] [--lr 0.1] [--device cuda]
+        [--json FILE] [--quick]
 
 Images, epochs, batches, augmentation, optimizer and schedule are those of `recipes/study_cifar10.toml`, whose
 families and single networks `scripts/study.py` trains; what is changed of it by `--set` is to be changed alike in
@@ -50,7 +51,8 @@ from detachnet.training.recipe import Recipe, load_recipe
 RECIPE = Path(__file__).parents[1] / "recipes" / "study_cifar10.toml"
 FINE_TUNING_LR = 0.1
 """The rate the network was trained with: on the held-out images the best of 0.01, 0.03 and 0.1 (means of three
-seeds: 73.8, 75.8 and 76.7 % with 40 % of the multiply-accumulates, 71.8, 73.9 and 75.0 % with 26 %)."""
+seeds: 73.8, 75.8 and 76.7 % with 40 % of the multiply-accumulates, 71.8, 73.9 and 75.0 % with 26 %;
+`results/pruning-rates.json`, each `--lr`'s rows)."""
 EXITS = ("features.13", "features.23")
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.8)
 """Mean multiply-accumulates of early exits, as shares of the base-model's."""
@@ -91,6 +93,7 @@ class Study:
         data_root: Where CIFAR-10 is.
         runs: The folder of `scripts/study.py`.
         device: Where networks are trained.
+        lr: The learning rate that pruned networks are trained on with.
     """
 
     def __init__(self, recipe: Recipe, data_root: str | None, runs: Path, device: torch.device = CPU) -> None:
@@ -181,7 +184,7 @@ def count_macs(model: Callable[[Tensor], Any], device: torch.device = CPU) -> in
 # Pruning.
 
 
-def pruned(study: Study, seed: int, share: float, lr: float = FINE_TUNING_LR) -> Iterator[Row]:
+def pruned(study: Study, seed: int, share: float) -> Iterator[Row]:
     """The trained base-model, pruned to a share of its multiply-accumulates and trained on."""
     import torch_pruning as tp
 
@@ -199,7 +202,7 @@ def pruned(study: Study, seed: int, share: float, lr: float = FINE_TUNING_LR) ->
     while count_macs(model) > share * whole:
         pruner.step()
     macs = count_macs(model)
-    study.fit(model, seed, lr=lr)
+    study.fit(model, seed, lr=study.lr)
     yield study.row(f"pruned-{share:.0%}", seed, model, 1 + macs / whole)
 
 
@@ -317,16 +320,19 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"), help="folder of these runs")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="changes the recipe")
+    parser.add_argument(
+        "--lr", type=float, default=FINE_TUNING_LR, help="of pruned networks, in an --out of its own"
+    )
     options = begin(parser, words)
     keep_freed()
     recipe = load_recipe(RECIPE, [*options.set, *(QUICK if options.quick else ())])
-    study = Study(recipe, options.data_root, options.study, options.device)
+    study = Study(recipe, options.data_root, options.study, options.device, options.lr)
     options.out.mkdir(parents=True, exist_ok=True)
     names = options.names or list(RUNS)
     rows = [row for s in range(options.seeds) for name in names for row in finished(study, name, s, options.out)]
     print("\n".join(table(rows)))
     if options.json:
-        about = {"date": f"{date.today()}", "quick": options.quick, "changes": options.set}
+        about = {"date": f"{date.today()}", "quick": options.quick, "changes": options.set, "lr": options.lr}
         about |= {"num_test": len(study.test), "num_held_out": len(study.held_out)}
         options.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     return 0

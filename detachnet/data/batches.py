@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -77,8 +78,6 @@ class Batches:
         self.batch_size = batch_size
         self.pad, self.flip, self.shuffle, self.seed, self.share = pad, flip, shuffle, seed, share
         self.layout = layout
-        generator = torch.Generator(device).manual_seed(mix(seed, "flip"))
-        self._first = torch.rand(len(split), generator=generator, device=device) < 0.5
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +95,12 @@ class Batches:
         for step in range(start, len(self)):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size][index::count]
             yield self._prepare(batch, epoch, step), self.labels[batch]
+
+    @cached_property
+    def _first(self) -> Tensor:
+        """Which images are mirrored in the first epoch, if that alternates, `(N,)`."""
+        generator = torch.Generator(self.device).manual_seed(mix(self.seed, "flip"))
+        return torch.rand(len(self.labels), generator=generator, device=self.device) < 0.5
 
     def _order(self, epoch: int) -> Tensor:
         device = self.images.device

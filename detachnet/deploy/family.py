@@ -237,7 +237,7 @@ class Family:
                 f"the family takes normalized images, not {str(image.dtype).removeprefix('torch.')} pixels",
                 hint="give the picture or its file, or normalize: (pixel / 255 - mean) / std",
             )
-        # The sum takes a sixth of the time, and is finite where all pixels are, unless they are huge.
+        # The sum takes less time, and is finite where all pixels are, unless they are huge.
         if not math.isfinite(image.sum()) and not (finite := image.isfinite()).all():
             raise DataError(
                 f"the image holds {float(image[~finite][0])}: no model has an answer to it",

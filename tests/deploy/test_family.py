@@ -289,6 +289,14 @@ def test_only_onnx_graphs_are_run(exported: tuple[Path, detachnet.DetachableNet]
         Family.load(tmp_path / "pt2")
 
 
+@pytest.mark.parametrize("values", [("nan",), ("inf",), ("inf", "-inf")])
+def test_an_image_that_is_not_finite_is_refused(family: Family, values: tuple[str, ...]) -> None:
+    image = torch.zeros(3, 32, 32)
+    image[0, 0, : len(values)] = torch.tensor([float(value) for value in values])
+    with pytest.raises(detachnet.DataError, match=f"the image holds {values[0]}: no model has an answer"):
+        family.run(image)
+
+
 def test_huge_pixels_are_finite_all_the_same(family: Family) -> None:
     huge = torch.full((3, 32, 32), 3e38)
     assert huge.sum().isinf()
