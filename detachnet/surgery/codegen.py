@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import linecache
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from itertools import count
 from threading import Lock
+from types import CodeType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -25,14 +27,19 @@ def compile_graph(graph: fx.Graph, label: str) -> Run:
 
 def compile_source(source: str, scope: Mapping[str, Any], label: str) -> Run:
     """A forward pass as a function of (module, images), with its source where tracebacks look for it."""
-    filename = f"<detachnet {label} {next(_number)}>"
     names = dict(scope)
+    exec(_compiled(source, label), names)
+    return names["forward"]  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=64)  # copies of a family have the same graphs: the proof makes some ten
+def _compiled(source: str, label: str) -> CodeType:
+    filename = f"<detachnet {label} {next(_number)}>"
     with _parsing:
         tree = ast.fix_missing_locations(_DirectCalls().visit(ast.parse(source)))
         code = compile(tree, filename, "exec")
-    exec(code, names)
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    return names["forward"]  # type: ignore[no-any-return]
+    return code
 
 
 class _DirectCalls(ast.NodeTransformer):
