@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from detachnet.data.batches import Batches, BatchSource
+from detachnet.data.batches import Batches, BatchSource, GivenBatches
 from detachnet.data.datasets import Split
 from detachnet.errors import CheckpointError
 from detachnet.losses import logits
@@ -22,24 +22,34 @@ EVAL_BATCH = 500
 
 
 def evaluate(
-    net: DetachableNet, images: Split | BatchSource, device: torch.device | str = "cpu"
+    net: DetachableNet,
+    images: Split | BatchSource | Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, float]]:
     """Test accuracy, in [0, 1], and mean cross entropy of each trained model of a family.
 
     It runs in evaluation mode; afterwards each submodule is in the mode it was in.
 
     Args:
-        net: A family that knows its data, as the trainer writes it.
-        images: Of the same classes; batches must be on the device.
+        net: A family; of a split it must know the data, as the trainer writes it.
+        images: Of the same classes: a split, or batches of normalized images and labels, such as a `DataLoader`.
         device: Where to run.
 
     Raises:
         TraceError: This is no family.
+        DataError: These are no images.
         CheckpointError: The family does not know what it was trained on, or a model gives no finite numbers.
     """
     net = family_in(net)
     models = net.facts.models(net.names)
-    batches = Batches(images, net.facts.known_data, EVAL_BATCH, device) if isinstance(images, Split) else images
+    batches: BatchSource
+    match images:
+        case Split():
+            batches = Batches(images, net.facts.known_data, EVAL_BATCH, device)
+        case BatchSource():
+            batches = images
+        case _:
+            batches = GivenBatches(images, device)
     found = scores(score_batches(net.to(device), batches, models), models)
     for name, score in found.items():
         _check_finite(name, score["loss"])

@@ -1,9 +1,13 @@
 """Family + split -> accuracy: numbers are tested with the trainings they belong to, here what else it does."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 import detachnet
+from detachnet.data.batches import Batches
 from detachnet.data.datasets import Split, describe_data, load_data
 from detachnet.evaluation import evaluate
 from detachnet.training.start import check_classes
@@ -51,3 +55,24 @@ def test_looking_for_the_classes_keeps_modes(net: detachnet.DetachableNet) -> No
     before = modes(net)
     check_classes(net)
     assert modes(net) == before
+
+
+def test_a_data_loader_is_evaluated_on(net: detachnet.DetachableNet, images: Split) -> None:
+    data = net.facts.known_data
+    normalized = list(Batches(images, data, batch_size=7).epoch())
+    expected = evaluate(net, images)
+    for given in (
+        normalized,
+        iter(normalized),
+        DataLoader(ConcatDataset([TensorDataset(*b) for b in normalized])),
+    ):
+        found = evaluate(net, given)
+        for name, score in expected.items():
+            assert found[name] == pytest.approx(score)
+
+
+@pytest.mark.parametrize("given", [5, [1, 2], [torch.ones(2, 3, 32, 32)], [(torch.ones(2, 3, 32, 32), [0, 1])]])
+def test_no_images(net: detachnet.DetachableNet, given: Any) -> None:
+    with pytest.raises(detachnet.DataError, match=r"no (batches|pair) of images and labels") as caught:
+        evaluate(net, given)
+    assert "DataLoader of (images, labels)" in str(caught.value)

@@ -6,9 +6,11 @@ Every random choice is a function of (seed, epoch, step), so a run resumes at an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Literal, Protocol
+from itertools import islice
+from operator import length_hint
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from detachnet.errors import DataError
 from detachnet.facts import DataInfo, scale_and_shift
 
 
+@runtime_checkable
 class BatchSource(Protocol):
     """What a training and an evaluation read: normalized float images on a device, and their labels."""
 
@@ -118,6 +121,38 @@ class Batches:
             images = augment(images, self.pad, flip, generator, self.share)
         images = images.float().mul_(self.scale).sub_(self.shift)
         return images.contiguous(memory_format=self.layout)
+
+
+class GivenBatches:
+    """Batches that somebody else makes, such as a `DataLoader`, on a device.
+
+    Args:
+        batches: Normalized images `(B, C, H, W)` and labels `(B,)`, each time it is iterated over.
+        device: Where they are wanted.
+
+    Raises:
+        DataError: It is nothing of that kind.
+    """
+
+    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu") -> None:
+        if not isinstance(batches, Iterable):
+            raise DataError(f"these are no batches of images and labels: {type(batches).__name__}", hint=_BATCHES)
+        self._batches, self.device = batches, torch.device(device)
+
+    def __len__(self) -> int:
+        return length_hint(self._batches)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: ARG002
+        """Yield the batches in their order, in every epoch the same."""
+        for batch in islice(self._batches, start, None):
+            match batch:
+                case [Tensor() as images, Tensor() as labels] if images.shape[:1] == labels.shape[:1]:
+                    yield images.to(self.device), labels.to(self.device)
+                case _:
+                    raise DataError(f"a batch is no pair of images and labels: {batch!r:.60}", hint=_BATCHES)
+
+
+_BATCHES = "pass a Split, as load_data gives it, or a DataLoader of (images, labels)"
 
 
 def augment(

@@ -169,12 +169,12 @@ def own_bases(kind: type) -> list[type]:
 
 @cache
 def _methods(kind: type) -> tuple[FunctionType, ...]:
-    """The methods of a class, and the functions of a user's that they call."""
+    """The methods of a class but for the one that makes it, and the functions of a user's that they call."""
     found: dict[FunctionType, None] = {}
     for base in own_bases(kind):
-        for method in vars(base).values():
+        for name, method in vars(base).items():
             function = unwrap(getattr(method, "__func__", method)) if callable(method) else None
-            if isinstance(function, FunctionType):
+            if isinstance(function, FunctionType) and name != "__init__":  # what it reads, a pass does not
                 found |= dict.fromkeys(_called(function))
     return tuple(found)
 
