@@ -1,6 +1,7 @@
 """recipe -> run: the training loop, exact to resume.
 
-tables -> problems -> recipe    an experiment, checked; its mistakes in its own words (shipped: where it is found)
+tables -> problems -> recipe    an experiment, checked; its mistakes in its own words (shipped: where it is found;
+                                presets: what one word says)
 data, weights, start            its images, weights that are there already, and the family it starts with
 optimizer, step                 one update
 processes                       who makes it, and the experiment tracker that is told

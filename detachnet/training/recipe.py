@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 from pydantic import (
@@ -18,6 +18,7 @@ from pydantic import (
 from detachnet.errors import RecipeError, one_line
 from detachnet.storage import read_file
 from detachnet.text import parse_json
+from detachnet.training.presets import PRESETS, with_preset
 from detachnet.training.problems import explain
 from detachnet.training.shipped import find_recipe
 from detachnet.training.tables import (
@@ -38,6 +39,8 @@ class Recipe(RecipeTable):
 
     description: str
     """One line for `detachnet recipes`."""
+    preset: Literal["", "paper"] = ""
+    """What `family`, `optimizer`, `schedule` and `train` are where they say nothing: `paper`, the paper's way."""
     model: ModelTable
     family: FamilyTable
     data: AnyData
@@ -156,7 +159,20 @@ def parse_text(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def recipe_schema() -> str:
     """The JSON schema of recipes, for editors: a recipe's first line `#:schema FILE` names its file."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    has_preset = {"required": ["preset"], "properties": {"preset": {"enum": [*PRESETS]}}}
+    schema |= {"if": has_preset, "else": _take_what_presets_give(schema)}
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+def _take_what_presets_give(schema: dict[str, Any]) -> dict[str, Any]:
+    """Take from a schema what a recipe with a preset need not have; the schema of that."""
+    tables = {
+        table: schema["$defs"][schema["properties"][table]["$ref"].rpartition("/")[2]]
+        for table in {table for preset in PRESETS.values() for table in preset} & {*schema["required"]}
+    }
+    schema["required"] = [key for key in schema["required"] if key not in tables]
+    keys = {table: {"required": part.pop("required", [])} for table, part in sorted(tables.items())}
+    return {"required": [*keys], "properties": keys}
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
@@ -175,6 +191,7 @@ def _parse_toml(text: str) -> dict[str, Any]:
 
 def parse_recipe(tables: Mapping[str, Any], where: str = "") -> Recipe:
     """Check the tables of a recipe; `where` is the file, for messages."""
+    tables = with_preset(tables)
     try:
         return Recipe.model_validate_json(json.dumps(tables, default=str))
     except ValidationError as error:

@@ -146,7 +146,10 @@ def test_init_refuses(here: Path, options: str, said: str) -> None:
 def test_the_schema_knows_and_explains_every_key() -> None:
     schema = json.loads(run("detachnet recipes --schema"))
     tables = schema["$defs"]
-    assert schema["required"] == ["description", "model", "family", "data", "optimizer", "train"]
+    assert schema["required"] == ["description", "model", "data"]
+    assert schema["if"] == {"required": ["preset"], "properties": {"preset": {"enum": ["paper"]}}}
+    assert schema["else"]["required"] == ["family", "optimizer", "train"]
+    assert schema["else"]["properties"]["train"] == {"required": ["epochs", "batch_size"]}
     assert tables["TrainTable"]["properties"]["epochs"]["description"] == "Passes over the training images."
     for name in ("ModelTable", "FamilyTable", "FilesTable", "DataTable", "TrainTable", "LossTable"):
         assert not tables[name]["additionalProperties"]

@@ -30,6 +30,31 @@ def test_the_papers_protocol() -> None:
     assert (recipe.loss.weights, recipe.train.precision) == ({}, "float32")
 
 
+def test_the_papers_way_in_one_word() -> None:
+    full = load_recipe(QUICKSTART.with_name("vgg16_cifar10.toml"), ["optimizer.weight_decay_alone={}"])
+    tables = {
+        "description": full.description,
+        "preset": "paper",
+        "model": {"name": "detachnet:vgg16_cifar"},
+        "family": {"cuts": ["features.6", "features.23"]},
+        "data": {"name": "cifar10", "pad": 4, "flip": True},
+    }
+    assert parse_recipe(tables | {"preset": "paper"}).model_dump() == full.model_dump() | {"preset": "paper"}
+    other = parse_recipe(
+        tables | {"schedule": {"name": "cosine"}, "train": {"epochs": 30}, "optimizer": {"lr": 0.1}}
+    )
+    assert (other.schedule.milestones, other.schedule.warmup_epochs) == ((), 0)
+    assert (other.train.epochs, other.train.batch_size) == (30, 32)
+    assert (other.optimizer.lr, other.optimizer.momentum, other.family.norm) == (0.1, 0.9, "shared")
+    assert parse_recipe(other.model_dump(mode="json")) == other
+
+
+@pytest.mark.parametrize("preset", ["papers", 7, ["paper"]])
+def test_no_preset(preset: object) -> None:
+    with pytest.raises(detachnet.RecipeError, match="preset"):
+        parse_recipe({"description": "x", "preset": preset, "model": {"name": "detachnet:vgg16_cifar"}})
+
+
 def test_overrides() -> None:
     recipe = load_recipe(
         QUICKSTART,
