@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -159,3 +159,30 @@ class _Recorder(fx.Interpreter):
         out = super().run_node(n)
         self.kept[n] = [t.detach().clone() for t in tensors(out)]
         return out
+
+
+def other_gradient(expected: dict[str, Tensor | None], found: dict[str, Tensor | None], bound: float) -> str:
+    """The parameter nearest to the output whose gradient is another; empty if there is none.
+
+    A gradient that is zero but for rounding, as a bias has in front of a batch norm, is compared with the largest.
+    """
+    norms = [float(gradient.norm()) for gradient in expected.values() if gradient is not None]
+    least = 0.01 * max([norm for norm in norms if norm < torch.inf], default=0.0) + 1e-12
+    for name in reversed(expected):
+        one, two = expected[name], found[name]
+        if (one is None) != (two is None) and not _is_zero(one) and not _is_zero(two):
+            return name
+        if one is not None and two is not None and not torch.equal(one, two):
+            error = float((one - two).nan_to_num().norm()) / max(float(one.nan_to_num().norm()), least)
+            if error > bound:
+                return name
+    return ""
+
+
+def _is_zero(gradient: Tensor | None) -> bool:
+    return gradient is not None and not gradient.any()
+
+
+def other_buffer(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], bound: float) -> str:
+    """The first buffer with another value; empty if there is none."""
+    return next((n for n, value in expected.items() if n not in found or not close(value, found[n], bound)), "")

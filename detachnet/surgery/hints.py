@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.cuts import TOLD
-from detachnet.surgery.plan import Cuts, ModelPlan
+from detachnet.surgery.modules import hooks_of
+from detachnet.surgery.plan import BASE, Cuts, ModelPlan
+from detachnet.surgery.tracer import PREFIX
+
+if TYPE_CHECKING:
+    from detachnet.surgery.detachable import DetachableNet
 
 
 def all_hints(analysis: CutAnalysis, models: Sequence[ModelPlan]) -> list[str]:
@@ -53,3 +61,30 @@ def _hints(analysis: CutAnalysis, name: str, cut: str) -> list[str]:
     if analysis.splits_norm(analysis.find(cut)):
         hints.append(f"{name} is cut between {cut!r} and its batch norm")
     return hints
+
+
+def left_out(net: DetachableNet) -> tuple[str, ...]:
+    """What the model's own forward leaves for a later pass, or does without an effect on values."""
+    return tuple(f"the family does without {reason}" for reason in net._lost if reason.counts or reason.is_soft)
+
+
+def left_out_hooks(net: DetachableNet) -> tuple[str, ...]:
+    """A hint where the model has hooks that no graph runs."""
+    kept = [str(node.target) for node in net.traced(False).graph.nodes if node.op == "call_module"]
+    hooked = [
+        path
+        for path, module in net.named_modules()
+        if f"{path}.".startswith(PREFIX) and any(map(len, hooks_of(module)))
+    ]
+    lost = [path for path in hooked if not any(f"{path}.".startswith(f"{target}.") for target in kept)]
+    names = ", ".join(repr(path.removeprefix(PREFIX)) if path != BASE else "the model itself" for path in lost)
+    way_out = "; what they change belongs into its forward" if BASE in lost else ""
+    return (f"the family does not run the hooks of {names}{way_out}",) if lost else ()
+
+
+def sums_to_one(outputs: list[Tensor]) -> bool:
+    """Whether the main output is a probability for each class."""
+    main = outputs[0] if outputs else None
+    if main is None or main.ndim != 2 or main.shape[1] < 2 or not main.is_floating_point():
+        return False
+    return bool((main >= 0).all() and (main.sum(1) - 1).abs().max() < 1e-3)

@@ -7,11 +7,8 @@ trace has lost shows in the outputs, the gradients or the buffers. All of it run
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,32 +20,25 @@ from detachnet.surgery.difference import (
     difference,
     first_difference,
     graph_outputs,
-    seed_all,
-    tensors,
-    twin,
+    other_buffer,
+    other_gradient,
 )
+from detachnet.surgery.hints import left_out, left_out_hooks, sums_to_one
 from detachnet.surgery.modules import (
     attribute,
-    copies_of_computed_tensors,
-    hooks_of,
-    random_states,
     random_states_kept,
-    silence_hooks,
 )
-from detachnet.surgery.outside import Outside, Taken
+from detachnet.surgery.passes import Pass, Passes, is_large
 from detachnet.surgery.plan import BASE
 from detachnet.surgery.rewrite import build_view
-from detachnet.surgery.state import generator_state, generators_kept, generators_of
 from detachnet.surgery.tracer import PREFIX
 
 if TYPE_CHECKING:
     from detachnet.surgery.detachable import DetachableNet
 
 Check = Literal["full", "outputs", "none"]
-EXACT_MACS, JOINT_MACS = 100e6, 4e9
-"""MACs of the base-model up to which four images are taken, not two in training and one in evaluation mode, and
-joint passes are compared in float64 and in the gradients of all weights; and up to which they are compared in
-training mode."""
+JOINT_MACS = 4e9
+"""MACs of the base-model up to which joint passes are compared in training mode."""
 _SAME = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Difference between a model and its base view, relative to the largest value, that rounding explains."""
 _JOINT = {torch.float64: 1e-5, torch.float32: 3e-2}
@@ -56,7 +46,6 @@ _JOINT = {torch.float64: 1e-5, torch.float32: 3e-2}
 _WITHOUT_SURPRISE = {"None", "_operator", "builtins", "math", "torch", "torchvision", "timm"}
 """Packages where layers and functions are from whose backward passes are those of what they compute."""
 _LINEAR_IN_WEIGHTS = ("torch.nn.modules.conv", "torch.nn.modules.linear")
-_RANDOM_LAYERS = ("Dropout", "StochasticDepth", "DropPath", "DropBlock")
 
 
 @dataclass(frozen=True)
@@ -87,18 +76,18 @@ def prove(net: DetachableNet, check: Check) -> Proof:
     like = next(net.parameters(), torch.empty(0))
     if like.is_meta:
         return Proof("nothing was compared with the model, which has no weights yet")
-    small = net.plan[BASE].macs <= EXACT_MACS
+    large = is_large(net)
     quiet = warnings.catch_warnings()
     with quiet, random_states_kept(like.device), torch.autocast(like.device.type, enabled=False):
         warnings.simplefilter("ignore")  # what a layer has to say of these passes is none of the user's concern
-        prover = _Prover(net, check, like.dtype, 4 if small else 2)
-        if small and like.device.type != "mps":
+        prover = _Prover(net, check, like.dtype, 2 if large else 4)
+        if not large and like.device.type != "mps":
             prover.exact = _Prover(net, check, torch.float64, 4)
         try:
             return prover.run()
         except _CannotRunError as error:
             said = f"nothing was compared with the model, which does not run here: {error}"
-            return Proof(said, (*_left_out_hooks(net), *_left_out(net)))
+            return Proof(said, (*left_out_hooks(net), *left_out(net)))
 
 
 class UnlikeError(TraceError):
@@ -117,65 +106,29 @@ class _CannotRunError(Exception):
     """The model itself does not run."""
 
 
-@dataclass
-class _Pass:
-    """What a pass gave.
-
-    Attributes:
-        outputs: Its tensors.
-        gradients: Parameter → its gradient; empty where none was asked for.
-        buffers: Buffer → its value afterwards.
-        draws: Whether random numbers were drawn.
-        net: The copy that ran, with the state it is in.
-    """
-
-    outputs: list[Tensor]
-    gradients: dict[str, Tensor | None]
-    buffers: dict[str, Tensor]
-    draws: bool
-    net: DetachableNet
-
-
 class _Prover:
     """Compares one family on one batch of images."""
 
     def __init__(self, net: DetachableNet, check: Check, dtype: torch.dtype, images: int) -> None:
         self.net = net
-        self.root = twin(net, copies_of_computed_tensors(net)).to(dtype)
-        silence_hooks(self.root)
-        torch.manual_seed(0)
-        _vary(self.root)
-        spec = net.traced(False).image
-        device = next(self.root.parameters(), torch.empty(0)).device
-        shape = (images, *spec.shape[1:])
-        self.images = (
-            torch.randn(shape, dtype=torch.float32, device=device).to(dtype)
-            if spec.dtype.is_floating_point
-            else torch.randint(0, 2, shape, device=device).to(spec.dtype)
-        )
+        self.passes = Passes(net, dtype, images)
         self.gradients = frozenset(name for name, _ in net.named_parameters() if check == "full")
-        self.one_image = net.plan[BASE].macs > EXACT_MACS
-        """Whether passes in evaluation mode are compared on one image."""
-        self.of_joint = self.gradients & _telling(net) if self.one_image else self.gradients
+        self.of_joint = self.gradients & _telling(net) if self.passes.one_image else self.gradients
         """The parameters whose gradients are compared, and those of joint passes."""
-        self.outside = Outside(net.base)
-        self.before = self.outside.taken()
-        self.after = WeakKeyDictionary[nn.Module, Taken]()
-        """Copy → what its last pass has left outside, where its next one begins."""
         self.dtype, self.notes = dtype, list[str]()
         self.exact: _Prover | None = None
         """Compares joint passes in float64 instead; a model may ask for its own dtype, as autocast does."""
 
     def run(self) -> Proof:
         """All comparisons."""
-        hints = (*_left_out_hooks(self.net), *_left_out(self.net))
+        hints = (*left_out_hooks(self.net), *left_out(self.net))
         for training in (False, True):
             expected = self._model_pass(training)
             found = self._view_pass(training, (BASE,), self.gradients)
             self._compare_with_model(training, expected, found)
             if training:
                 hints = (*hints, *self._shared_state(found))
-            if not training and _sums_to_one(expected.outputs):
+            if not training and sums_to_one(expected.outputs):
                 hints = (*hints, "in evaluation mode it returns probabilities; what takes logits normalizes again")
             self._compare_joint_exactly(training, found)
         self._compare_later_passes()
@@ -186,29 +139,23 @@ class _Prover:
 
     # Passes.
 
-    def _fresh(self) -> DetachableNet:
-        """A copy; of a large model it shares the parameters."""
-        memo = copies_of_computed_tensors(self.root)
-        large = self.net.plan[BASE].macs > EXACT_MACS
-        return twin(self.root, memo | {id(p): p for p in self.root.parameters() if large})
-
-    def _model_pass(self, training: bool) -> _Pass:
+    def _model_pass(self, training: bool) -> Pass:
         """The model as it is, with its hooks."""
-        one_image = self.one_image and not training
+        one_image = self.passes.one_image and not training
         try:
-            made = self._pass(lambda net, x: net.base(x), self._fresh(), training, self.gradients)
+            made = self.passes.run(lambda net, x: net.base(x), self.passes.fresh(), training, self.gradients)
             if not one_image or all(out.isfinite().all() for out in made.outputs):
                 return made
         except Exception as error:  # whatever a user's model raises
             if not one_image:
                 raise _CannotRunError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-        self.one_image = False  # which has no spread, and an axis that some models drop
+        self.passes.one_image = False  # which has no spread, and an axis that some models drop
         return self._model_pass(training)
 
-    def _view_pass(self, training: bool, models: tuple[str, ...], of: frozenset[str]) -> _Pass:
+    def _view_pass(self, training: bool, models: tuple[str, ...], of: frozenset[str]) -> Pass:
         which: str | tuple[str, ...] = models[0] if len(models) == 1 else models
         try:
-            return self._pass(lambda net, x: net(x, which=which), self._fresh(), training, of)
+            return self.passes.run(lambda net, x: net(x, which=which), self.passes.fresh(), training, of)
         except Exception as error:  # whatever an operation raises
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             if len(models) == 1:
@@ -221,41 +168,9 @@ class _Prover:
                 ) from error
             raise self._joint_refusal(f"it fails in {_mode(training)} mode", what) from error
 
-    def _pass(
-        self, run: Callable[[DetachableNet, Tensor], Any], net: DetachableNet, training: bool, of: frozenset[str]
-    ) -> _Pass:
-        """Run a copy; in training mode, with the gradients of some parameters."""
-        net.train(training)
-        seed_all()
-        generators = generators_of(net)
-        before = random_states(self.images.device), list(map(generator_state, generators))
-        with self._going_on(net), generators_kept(generators), torch.set_grad_enabled(training and bool(of)):
-            images = self.images[:1] if self.one_image and not training else self.images
-            outputs = tensors(run(net, images.clone()))
-            draws = before != (random_states(self.images.device), list(map(generator_state, generators)))
-        found = _gradients(net, outputs, of) if training else {}
-        every = net.named_buffers(remove_duplicate=False)  # some belong to several models
-        kept = {name: buffer for name, buffer in every if name not in net._buffers}
-        kept |= {name: p.detach() for name, p in net.named_parameters() if self._has_changed(name, p)}
-        return _Pass([out.detach() for out in outputs], found, kept, draws, net)
-
-    @contextmanager
-    def _going_on(self, net: DetachableNet) -> Iterator[None]:
-        """What copies share, as this one left it; afterwards as it was."""
-        self.outside.put(self.after.get(net, self.before), anew=True)
-        try:
-            yield
-            self.after[net] = self.outside.taken()
-        finally:
-            self.outside.put(self.before)
-
-    def _has_changed(self, name: str, parameter: Tensor) -> bool:
-        """Whether a pass has given a parameter of a copy another value."""
-        return not torch.equal(parameter, self.root.get_parameter(name))
-
     # Comparisons.
 
-    def _compare_with_model(self, training: bool, expected: _Pass, found: _Pass) -> None:
+    def _compare_with_model(self, training: bool, expected: Pass, found: Pass) -> None:
         """Refuse a base view that is not the model."""
         bound = _SAME.get(self.dtype, 3e-2)
         if not self._same_outputs(expected, found, bound):
@@ -269,10 +184,10 @@ class _Prover:
                 self.notes.append(f"in {_mode(training)} mode the model gives other outputs each time")
                 return
             raise self._other_outputs(training)
-        if name := _other_gradient(expected.gradients, found.gradients, bound):
+        if name := other_gradient(expected.gradients, found.gradients, bound):
             raise self._other_gradients(name, expected.gradients[name], found.gradients[name])
         own = {name: value for name, value in expected.buffers.items() if name.startswith(PREFIX)}
-        if name := _other_buffer(own, found.buffers, bound):
+        if name := other_buffer(own, found.buffers, bound):
             owner = name.removeprefix(PREFIX).rpartition(".")[0]
             raise self._refusal(
                 f"in {_mode(training)} mode its buffer {name.removeprefix(PREFIX)!r} becomes another value",
@@ -286,12 +201,12 @@ class _Prover:
         left = [*self.net._filled.items(), *(("", reason) for reason in self.net._lost if reason.counts)]
         if not left:
             return
-        bound, copies = _SAME.get(self.dtype, 3e-2), (self._fresh(), self._fresh())
+        bound, copies = _SAME.get(self.dtype, 3e-2), (self.passes.fresh(), self.passes.fresh())
         for i, training in enumerate((True, True, False, False)):
             runs = (lambda net, x: net.base(x), lambda net, x: net(x, which=BASE))
             try:
                 one, two = (
-                    self._pass(run, net, training, frozenset()) for run, net in zip(runs, copies, strict=True)
+                    self.passes.run(run, net, training, frozenset()) for run, net in zip(runs, copies, strict=True)
                 )
             except Exception as error:  # whatever a user's model raises
                 raise _CannotRunError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
@@ -303,13 +218,13 @@ class _Prover:
             owner, reason = left[0]
             raise self._refusal("its values are others in a later pass", reason.what, owner, str(reason))
 
-    def _draws_in_another_order(self, training: bool, expected: _Pass, bound: float) -> bool:
+    def _draws_in_another_order(self, training: bool, expected: Pass, bound: float) -> bool:
         """Whether the trace gives what the model does in the order of the trace; views draw when they need to."""
-        images = self.images[: len(expected.outputs[0])] if expected.outputs else self.images
-        outputs = graph_outputs(self._fresh(), self.net.traced(training), training, images)
-        return self._same_outputs(expected, _Pass(outputs, {}, {}, True, self.root), bound)
+        images = self.passes.images[: len(expected.outputs[0])] if expected.outputs else self.passes.images
+        outputs = graph_outputs(self.passes.fresh(), self.net.traced(training), training, images)
+        return self._same_outputs(expected, Pass(outputs, {}, {}, True, self.passes.root), bound)
 
-    def _compare_joint_exactly(self, training: bool, base: _Pass) -> None:
+    def _compare_joint_exactly(self, training: bool, base: Pass) -> None:
         """Compare joint passes in float64 where the model is small and works in it, else as they are."""
         prover = self.exact or self
         if self.exact is not None:
@@ -320,7 +235,7 @@ class _Prover:
         prover._compare_joint(training, base)
         self.notes += prover.notes if prover is not self else []
 
-    def _compare_joint(self, training: bool, base: _Pass) -> None:
+    def _compare_joint(self, training: bool, base: Pass) -> None:
         """Refuse joint passes that are not separate ones."""
         source, names = self.net._sources[training], self.net.names
         source.find_coupling(self.net)
@@ -330,10 +245,10 @@ class _Prover:
         if len(names) < 2:
             return
         if base.draws:
-            _switch_off(self.root)
+            self.passes.switch_off()
             base = self._view_pass(training, (BASE,), self.of_joint)
         if base.draws:
-            changed = [name for name, _ in self.root.named_parameters() if name in base.buffers]
+            changed = [name for name, _ in self.passes.root.named_parameters() if name in base.buffers]
             if training and changed:
                 said = f"the forward pass changes the weight {changed[0].removeprefix(PREFIX)!r}"
                 raise self._joint_refusal(said, "each of them would change it once more")
@@ -344,12 +259,12 @@ class _Prover:
         try:
             self._compare_passes(training, base)
         except TraceError:
-            if training or not self.one_image:
+            if training or not self.passes.one_image:
                 raise
-            self.one_image = False  # of which some models drop the axis
+            self.passes.one_image = False  # of which some models drop the axis
             self._compare_passes(training, self._view_pass(training, (BASE,), self.of_joint))
 
-    def _compare_passes(self, training: bool, base: _Pass) -> None:
+    def _compare_passes(self, training: bool, base: Pass) -> None:
         """Refuse a joint pass that gives anything else than the base-model's pass and those of the others."""
         joint = self._view_pass(training, self.net.names, self.of_joint)
         apart = self._apart(training, base)
@@ -365,14 +280,14 @@ class _Prover:
         what = ""
         if wrong is not None:
             what = f"outputs differ by {difference(apart.outputs[wrong], joint.outputs[wrong]):.1e}"
-        elif name := _other_gradient(apart.gradients, joint.gradients, bound):
+        elif name := other_gradient(apart.gradients, joint.gradients, bound):
             what = f"the gradient of {name!r} is another"
-        elif name := _other_buffer(apart.buffers, joint.buffers, bound):
+        elif name := other_buffer(apart.buffers, joint.buffers, bound):
             what = f"the buffer {name!r} becomes another value"
         if what:
             raise self._joint_refusal(f"in {_mode(training)} mode they give other results than alone", what)
 
-    def _apart(self, training: bool, base: _Pass) -> _Pass:
+    def _apart(self, training: bool, base: Pass) -> Pass:
         """All models one after another."""
 
         def run(net: DetachableNet, x: Tensor) -> list[Any]:
@@ -382,11 +297,11 @@ class _Prover:
                     outputs.append(net(x.clone(), which=name))
             return outputs
 
-        subs = self._pass(run, base.net, training, self.of_joint)  # what the base-model has left is there
+        subs = self.passes.run(run, base.net, training, self.of_joint)  # what the base-model has left is there
         both = {name: _sum(base.gradients[name], gradient) for name, gradient in subs.gradients.items()}
-        return _Pass([*base.outputs, *subs.outputs], both, subs.buffers, False, base.net)
+        return Pass([*base.outputs, *subs.outputs], both, subs.buffers, False, base.net)
 
-    def _same_outputs(self, one: _Pass, two: _Pass, bound: float) -> bool:
+    def _same_outputs(self, one: Pass, two: Pass, bound: float) -> bool:
         pairs = zip(one.outputs, two.outputs, strict=False)
         return len(one.outputs) == len(two.outputs) and all(close(*pair, bound) for pair in pairs)
 
@@ -402,13 +317,15 @@ class _Prover:
                     said[f"{source.traced.describe(node)} {verdict.why} and runs model by model"] = None
         return list(said)
 
-    def _shared_state(self, found: _Pass) -> tuple[str, ...]:
+    def _shared_state(self, found: Pass) -> tuple[str, ...]:
         """A hint where sub-models with norms of their own share a buffer that training changes."""
-        before = dict(self.root.named_buffers(remove_duplicate=False))
+        before = dict(self.passes.root.named_buffers(remove_duplicate=False))
         # A buffer that takes another shape is a table made when it is first needed.
         alike = [n for n, v in found.buffers.items() if n in before and _is_like(v, before[n])]
         changed = [n for n in alike if not torch.equal(before[n], found.buffers[n])]
-        rest = [n for n in changed if not isinstance(self.root.get_submodule(n.rpartition(".")[0]), _BatchNorm)]
+        rest = [
+            n for n in changed if not isinstance(self.passes.root.get_submodule(n.rpartition(".")[0]), _BatchNorm)
+        ]
         if self.net.plan.norm != "private" or not rest:
             return ()
         graphs = [build_view(self.net._of_width[name][True], (name,)) for name in self.net.names[1:]]
@@ -424,7 +341,11 @@ class _Prover:
     def _other_outputs(self, training: bool) -> TraceError:
         """The refusal of another output, with the first module that gives one."""
         where = first_difference(
-            self._fresh(), self.net.traced(training), training, self.images, _SAME.get(self.dtype, 3e-2)
+            self.passes.fresh(),
+            self.net.traced(training),
+            training,
+            self.passes.images,
+            _SAME.get(self.dtype, 3e-2),
         )
         if where is None:
             return self._refusal(f"in {_mode(training)} mode its outputs are others")
@@ -487,23 +408,6 @@ _TORCHS = (
 )
 
 
-def _vary(net: nn.Module) -> None:
-    """Change the weights of norms and the like a little: zeros there would hide what is behind them."""
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.ndim == 1 and parameter.is_floating_point():
-                parameter.add_(0.1 * torch.rand_like(parameter) + 0.05)
-
-
-def _switch_off(net: nn.Module) -> None:
-    """Switch known random layers off."""
-    for module in net.modules():
-        if type(module).__name__.startswith(_RANDOM_LAYERS):
-            for name in ("p", "drop_prob"):
-                if hasattr(module, name):
-                    setattr(module, name, 0.0)
-
-
 def _telling(net: DetachableNet) -> set[str]:
     """The parameters that tell whether a joint pass has the gradients of separate ones.
 
@@ -525,82 +429,12 @@ def _telling(net: DetachableNet) -> set[str]:
     return set(every).difference(skipped[1:])
 
 
-def _gradients(net: nn.Module, outputs: list[Tensor], of: frozenset[str]) -> dict[str, Tensor | None]:
-    """Some parameters' gradients of a sum of the outputs with weights that differ."""
-    terms = [out for out in outputs if out.requires_grad]
-    every = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    parameters = {name: p for name, p in every.items() if name in of}
-    if not terms or not parameters:
-        return dict.fromkeys(parameters)
-    weighed = [(out * torch.linspace(-1, 1, out.numel()).to(out).view_as(out)).sum() for out in terms]
-    # Checkpointing refuses autograd.grad, and a choice of parameters.
-    chosen = None if len(parameters) == len(every) else list(parameters.values())
-    sum(weighed[1:], weighed[0]).backward(inputs=chosen)  # type: ignore[no-untyped-call]
-    found = {name: parameter.grad for name, parameter in parameters.items()}
-    net.zero_grad()
-    return found
-
-
-def _sums_to_one(outputs: list[Tensor]) -> bool:
-    """Whether the main output is a probability for each class."""
-    main = outputs[0] if outputs else torch.empty(0)
-    if main.ndim != 2 or main.shape[1] < 2 or not main.is_floating_point():
-        return False
-    return bool((main >= 0).all() and (main.sum(1) - 1).abs().max() < 1e-3)
-
-
 def _mode(training: bool) -> str:
     return "training" if training else "evaluation"
 
 
-def _left_out(net: DetachableNet) -> tuple[str, ...]:
-    """What the model's own forward leaves for a later pass, or does without an effect on values."""
-    return tuple(f"the family does without {reason}" for reason in net._lost if reason.counts or reason.is_soft)
-
-
-def _left_out_hooks(net: DetachableNet) -> tuple[str, ...]:
-    """A hint where the model has hooks that no graph runs."""
-    kept = [str(node.target) for node in net.traced(False).graph.nodes if node.op == "call_module"]
-    hooked = [
-        path
-        for path, module in net.named_modules()
-        if f"{path}.".startswith(PREFIX) and any(map(len, hooks_of(module)))
-    ]
-    lost = [path for path in hooked if not any(f"{path}.".startswith(f"{target}.") for target in kept)]
-    names = ", ".join(repr(path.removeprefix(PREFIX)) if path != BASE else "the model itself" for path in lost)
-    way_out = "; what they change belongs into its forward" if BASE in lost else ""
-    return (f"the family does not run the hooks of {names}{way_out}",) if lost else ()
-
-
-def _other_gradient(expected: dict[str, Tensor | None], found: dict[str, Tensor | None], bound: float) -> str:
-    """The parameter nearest to the output whose gradient is another; empty if there is none.
-
-    A gradient that is zero but for rounding, as a bias has in front of a batch norm, is compared with the largest.
-    """
-    norms = [float(gradient.norm()) for gradient in expected.values() if gradient is not None]
-    least = 0.01 * max([norm for norm in norms if norm < torch.inf], default=0.0) + 1e-12
-    for name in reversed(expected):
-        one, two = expected[name], found[name]
-        if (one is None) != (two is None) and not _is_zero(one) and not _is_zero(two):
-            return name
-        if one is not None and two is not None and not torch.equal(one, two):
-            error = float((one - two).nan_to_num().norm()) / max(float(one.nan_to_num().norm()), least)
-            if error > bound:
-                return name
-    return ""
-
-
 def _is_like(one: Tensor, two: Tensor) -> bool:
     return one.is_floating_point() and one.shape == two.shape
-
-
-def _is_zero(gradient: Tensor | None) -> bool:
-    return gradient is not None and not gradient.any()
-
-
-def _other_buffer(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], bound: float) -> str:
-    """The first buffer with another value; empty if there is none."""
-    return next((n for n, value in expected.items() if n not in found or not close(value, found[n], bound)), "")
 
 
 def _sum(one: Tensor | None, two: Tensor | None) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import detachnet
-from detachnet.surgery import proof
+from detachnet.surgery import passes, proof
 from detachnet.surgery.choice import _Chain
 from detachnet.surgery.plan import DetachPlan
 from detachnet.surgery.trace import trace
@@ -595,7 +595,7 @@ def averaged(module: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("is_large", [False, True])
 def test_gradients_that_joint_passes_mix_are_refused(is_large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if is_large:
-        monkeypatch.setattr(proof, "EXACT_MACS", 0)
+        monkeypatch.setattr(passes, "EXACT_MACS", 0)
     with pytest.raises(
         detachnet.TraceError, match=r"in training mode they give other results[\s\S]*the gradient of"
     ):
@@ -610,7 +610,7 @@ class Squeezed(Net):
 def test_a_large_model_that_drops_the_axis_of_one_image_is_compared_on_two(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(proof, "EXACT_MACS", 0)
+    monkeypatch.setattr(passes, "EXACT_MACS", 0)
     monkeypatch.setattr(proof, "JOINT_MACS", 0)
     said = "joint passes were compared in evaluation mode only, for the size of the model"
     fails = Net(lambda x: x.squeeze())  # on one image
@@ -624,7 +624,7 @@ def test_a_large_model_that_drops_the_axis_of_one_image_is_compared_on_two(
 
 def test_large_models_are_compared_in_ten_passes_of_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five in each mode: the model, its base view, all models at once, and the other two alone."""
-    monkeypatch.setattr(proof, "EXACT_MACS", 0)
+    monkeypatch.setattr(passes, "EXACT_MACS", 0)
     seen: list[tuple[bool, int]] = []
     run = nn.Linear.forward
 
