@@ -203,7 +203,7 @@ def test_switching(options: argparse.Namespace) -> None:
     assert 0 < switch["us"] < 1000
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_widths_on_disk() -> None:
     pytest.importorskip("onnxruntime")
     case = widths.Case("tiny", "detachnet:vgg16_cifar", (3, 32, 32), 1.5, {"width": 0.125})

@@ -113,7 +113,7 @@ def test_pytorch_detached_reloaded_onnx_runtime_and_torch_export_agree(name: str
 def test_legs_join_to_models(tmp_path: Path) -> None:
     torch.manual_seed(0)
     subs = {"late": ["layer3.0:layer3.1"], "early": ["layer1.0:layer1.1"], "front": [":layer1"]}
-    model = detachnet.create_model("torchvision:resnet18", num_classes=7)
+    model = detachnet.create_model("detachnet:resnet_cifar", depth=14)
     net = detachnet.make_detachable(
         model, {n: detachnet.SubModel(drop=d) for n, d in subs.items()}, (3, 32, 32), check="none"
     ).eval()

@@ -133,7 +133,7 @@ def test_memory_that_is_made_and_memory_that_is_used_count() -> None:
     assert peak.measure_here(prepare) == pytest.approx(50_000_000 + 20_000_001, rel=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux only")
 def test_peak_memory_holds_weights_and_activations() -> None:
     wide = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 64 * 64, 400), nn.Linear(400, 5))

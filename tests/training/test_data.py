@@ -200,7 +200,7 @@ def test_a_broken_image_ends_a_training_that_goes_on(tmp_path: Path) -> None:
     assert train(recipe(data__num_workers=1), tmp_path / "run", data_root=root, resume=True).status == "finished"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_recipe_for_imagenet_on_a_little_folder(folder: Path, tmp_path: Path) -> None:
     """Thinner and on smaller images, all else as shipped."""
     options = ["data.image_size=32", "data.num_workers=1", "train.epochs=1", "train.batch_size=24"]
@@ -259,8 +259,8 @@ def test_evaluating_batches_directly(folder: Path, whole: Path) -> None:
     assert {name: score["accuracy"] for name, score in scores.items()} == net.facts.accuracy
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", nightly_but(["wds/x"], ["folder", "wds/x"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["folder", "wds/x"])
 def test_two_processes(folder: Path, tmp_path: Path, name: str) -> None:
     """From a folder a run goes on with one process, from shards two make all of it."""
     if name != "folder":

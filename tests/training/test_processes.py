@@ -55,7 +55,8 @@ if theirs:
 """
 
 
-@pytest.mark.parametrize("theirs", nightly_but([False], [False, True]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("theirs", [False, True])
 def test_the_library_closes_the_process_group_it_opened(tmp_path: Path, theirs: bool) -> None:
     (tmp_path / "twice.py").write_text(RUN_TWICE)
     overrides = " ".join([*SMALL, "train.epochs=1", "data.num_train=200"])
