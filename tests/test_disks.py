@@ -34,6 +34,7 @@ def hidden(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_saving(tmp_path: Path) -> None:
     path, other = tmp_path / "f.safetensors", tmp_path / "g.safetensors"
     old, new = make(), make()

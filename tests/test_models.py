@@ -1,5 +1,6 @@
 """The networks that detachnet brings along."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -49,6 +50,7 @@ def test_a_block_starts_as_the_identity_on_its_inputs() -> None:
     torch.testing.assert_close(block.get_submodule("conv2")(made), made)
 
 
+@pytest.mark.slow
 def test_what_stays_frozen_in_a_family_gets_no_gradient() -> None:
     """Whitening filters and the norms' factors, private ones included; joint passes equal separate ones."""
     narrow = SubModel(width={f"block{i}": 0.6 for i in (1, 2, 3)})

@@ -131,6 +131,7 @@ def test_flipped_bits_are_refused_or_harmless(run: Path, name: str) -> None:
             continue
 
 
+@pytest.mark.slow
 def test_a_network_without_numbers_has_no_accuracy(run: Path, tmp_path: Path) -> None:
     """Of outputs that are no numbers the first class is the largest: a tenth of them would be right."""
     net = detachnet.load(run / "last.safetensors")
@@ -143,6 +144,7 @@ def test_a_network_without_numbers_has_no_accuracy(run: Path, tmp_path: Path) ->
     assert predict(net, torch.zeros(1, 3, 32, 32), "base")[0].probabilities[0] > 0
 
 
+@pytest.mark.slow
 def test_numbers_that_are_none(run: Path) -> None:
     vgg = ("inspect", "detachnet:vgg16_cifar")
     assert "no node has that name" in told(*vgg, "--cut", "9" * 5000)

@@ -181,6 +181,7 @@ def test_inspect_chooses_routes() -> None:
     assert "example 2 or 0.7,0.4" in out
 
 
+@pytest.mark.slow
 def test_inspect_spans() -> None:
     out = run("inspect", "torchvision:resnet18", "--spans")[1]
     assert re.search(r"layer3.0:layer3 +256×14×14 +– +[\d.]+ M +13 % +1.2 M", out)
@@ -190,6 +191,7 @@ def test_inspect_spans() -> None:
     assert points[0]["bridge"] is None
 
 
+@pytest.mark.slow
 def test_inspect_widths() -> None:
     out = run("inspect", "torchvision:resnet18", "--widths")[1]
     assert "torchvision:resnet18: 13 groups of filters, 12 can be cut" in out
@@ -205,6 +207,7 @@ def test_inspect_every_node() -> None:
     assert re.search(r"layer1.0.add +64×56×56 +81 %", out)
 
 
+@pytest.mark.slow
 def test_inspect_json() -> None:
     points = json.loads(run("inspect", "torchvision:resnet18", "--json")[1])
     assert points[-1]["name"] == "flatten"
@@ -213,6 +216,7 @@ def test_inspect_json() -> None:
     assert [model["cut"] for model in plan["models"]] == [None, "layer2.0", "layer3.0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cut", "count"), [(["auto"], 2), (["3"], 3), (["0.7"], 1), (["0.7", "0.3"], 2)])
 def test_inspect_finds_cuts(cut: list[str], count: int) -> None:
     options = [word for value in cut for word in ("--cut", value)]

@@ -116,6 +116,7 @@ def test_unknown_data_set() -> None:
         load_data("cifar11")
 
 
+@pytest.mark.slow
 def test_statistics(mini: tuple[Split, Split]) -> None:
     info = describe_data("cifar10-mini", mini)
     pixels = mini[0].images.double() / 255

@@ -80,6 +80,7 @@ def test_an_idle_machine_runs_the_base_only() -> None:
     assert policy.switches == 0
 
 
+@pytest.mark.slow
 def test_more_load_means_less_of_the_base() -> None:
     shares = []
     for rate in (60, 110, 150, 250, 450):

@@ -45,6 +45,7 @@ def pooled(x: Tensor) -> Tensor:
     return nn.functional.adaptive_avg_pool2d(nn.functional.hardswish(x, inplace=True), 1).flatten(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rest", [residual, seen_later, pooled])
 def test_common_networks_are_not_traced_again(rest: Callable[[Tensor], Tensor]) -> None:
     module = Net(rest)

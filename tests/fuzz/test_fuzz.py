@@ -346,6 +346,7 @@ def test_files_of_a_run(tmp_path_factory: pytest.TempPathFactory, profile_text: 
 TRIED = {"tried": '{"drop": ["a:b"], "eighths": {"c": 4}}', "accuracy": 0.5, "loss": 1.5, "seconds": 0.25}
 
 
+@pytest.mark.slow
 @fuzz(150)
 @given(st.data())
 def test_files_of_a_search(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:

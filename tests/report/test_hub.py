@@ -195,6 +195,7 @@ def test_a_repository_without_a_family(hub: type[Hub]) -> None:
         detachnet.load("hf-hub:me/other")
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_is_never_run_from_there(hub: type[Hub]) -> None:
     class Net(VGG16Cifar):
         pass

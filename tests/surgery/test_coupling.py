@@ -163,6 +163,7 @@ def test_no_module_and_no_size() -> None:
         detachnet.make_detachable(Around(same), 1, 16)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_naming_no_model() -> None:
     net = detachnet.make_detachable(Around(same), ["conv1"], (3, 8, 8))
     with pytest.raises(detachnet.CutError, match="name each model once and in order"):

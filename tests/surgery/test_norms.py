@@ -71,6 +71,7 @@ def count_norms(norms: list[nn.Module], x: torch.Tensor) -> int:
     return sum("batch_norm" in name for name in names)
 
 
+@pytest.mark.slow
 def test_only_what_is_alike_is_one_computation() -> None:
     x = torch.randn(12, 4, 5, 3)
     assert count_norms(layers_of_float(), x) == 0

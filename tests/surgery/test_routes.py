@@ -182,6 +182,7 @@ def test_models_that_part_late_share_norms_and_bridges() -> None:
     )
 
 
+@pytest.mark.slow
 def test_macs_are_those_of_distinct_segments() -> None:
     plan = family("vgg").plan
     base, late = plan["base"], plan["late"]

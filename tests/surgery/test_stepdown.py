@@ -11,6 +11,7 @@ from tests import models
 from tests.helpers import shift
 
 
+@pytest.mark.slow
 @given(st.integers(1, 400), st.data())
 def test_sizes_map_exactly_and_every_pixel_is_read(size: int, data: st.DataObject) -> None:
     out = data.draw(st.integers(1, size))
@@ -36,6 +37,7 @@ def test_modules_map_images_to_features(size: tuple[int, int], data: st.DataObje
     assert plan.num_params == sum(p.numel() for p in module.parameters())
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     st.tuples(st.integers(4, 40), st.integers(4, 40)),

@@ -493,6 +493,7 @@ class Registering(nn.Module):
         return registered(self, x)
 
 
+@pytest.mark.slow
 def test_a_layer_that_registers_a_buffer() -> None:
     for cuts in (["a"], {"half": detachnet.SubModel(width=0.5)}):
         model = Net(Registering())
@@ -503,6 +504,7 @@ def test_a_layer_that_registers_a_buffer() -> None:
     assert net.plan.whole["middle"].startswith("'mean' assigned at test_whole.py:")
 
 
+@pytest.mark.slow
 def test_weights_changed_in_place_are_kept_in_their_module() -> None:
     def masked(module: Any, x: Tensor) -> Tensor:
         weight = module.conv.weight * 1
@@ -622,6 +624,7 @@ def test_functions_are_operations_of_the_graph(name: str) -> None:
     assert_nothing_stays()
 
 
+@pytest.mark.slow
 def test_script_functions_may_be_named_as_leaves() -> None:
     model = Root(FUNCTIONS["swish"])
     net = detachnet.make_detachable(model, ["a"], SIZE, leaf_functions=[swish])
@@ -632,6 +635,7 @@ def test_script_functions_may_be_named_as_leaves() -> None:
 reverse = Reverse.apply
 
 
+@pytest.mark.slow
 def test_an_apply_bound_before_the_trace_is_kept_whole_or_refused() -> None:
     def run(module: Any, x: Tensor) -> Tensor:
         h: Tensor = reverse(module.conv(x))  # type: ignore[no-untyped-call]
@@ -675,6 +679,7 @@ def test_a_container_with_hooks_is_kept_whole_and_runs_them() -> None:
         assert detachnet.make_detachable(model, ["middle.conv"], SIZE).plan.whole == {}
 
 
+@pytest.mark.slow
 def test_a_cut_inside_of_what_is_kept_whole_is_refused_with_the_reason() -> None:
     with pytest.raises(
         detachnet.CutError,
@@ -899,6 +904,7 @@ def test_lazy_layers_are_to_be_run_first() -> None:
         detachnet.make_detachable(model, ["2"], SIZE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [dict, list])
 def test_activations_that_a_pass_has_left(kept: type) -> None:
     def run(module: Any, x: Tensor) -> Tensor:
@@ -918,6 +924,7 @@ def test_activations_that_a_pass_has_left(kept: type) -> None:
 # Wrappers inside.
 
 
+@pytest.mark.slow
 def test_what_is_inside_a_wrapper_can_be_cut() -> None:
     model = Net(nn.DataParallel(Block(lambda m, x: m.norm(m.conv(x)))))
     net = detachnet.make_detachable(model, ["middle.module.conv", "middle"], SIZE)
@@ -970,6 +977,7 @@ def scheduled(module: Any, x: Tensor) -> Tensor:
     return module.act(h if module.mask is None else h * module.mask)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_what_is_scheduled_in_objects_and_variables_is_followed() -> None:
     model = Net(Block(scheduled))
     own = model.middle
@@ -1158,6 +1166,7 @@ def by_exact_class(module: Any, x: Tensor) -> Tensor:
     return h
 
 
+@pytest.mark.slow
 def test_what_only_a_comparison_finds_is_kept_whole_too() -> None:
     model = Net(nn.Sequential(Block(by_exact_class), nn.ReLU()))
     net = detachnet.make_detachable(model, ["a", "c"], SIZE).eval()

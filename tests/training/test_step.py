@@ -75,6 +75,7 @@ def test_only_the_models_that_are_named_are_trained() -> None:
         assert torch.equal(one, other) == (name not in trained), name
 
 
+@pytest.mark.slow
 def test_what_runs_and_what_propagates_may_be_given() -> None:
     net, seen = family(), []
 

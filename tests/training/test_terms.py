@@ -177,6 +177,7 @@ def test_every_term_of_a_step_is_what_torch_has(tmp_path: Path, small: Callable[
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4, msg=key)
 
 
+@pytest.mark.slow
 def test_an_average_of_the_weights(tmp_path: Path, small: Callable[..., Recipe]) -> None:
     """Whose decay rises with the number of updates, as timm's documentation has it: 1 - n ** (-2 / 3)."""
     one = loop(small("train.ema_decay=0.45"), tmp_path)
@@ -239,6 +240,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[dict[str, float]]) ->
     )
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_that_of_the_mean_over_all_models(
     tmp_path: Path, small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +275,7 @@ class Watch(Listener):
         self.saved.append(state.step if state else 0)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_every_minute(
     tmp_path: Path, small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
