@@ -6,6 +6,7 @@ from: a trace holds what they gave once.
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import warnings
@@ -211,6 +212,16 @@ class _ClassSpace:
         self.get = vars(kind).get
 
 
+class _Environment:
+    """The environment of the process, likewise."""
+
+    owner = os.environ
+
+    def get(self, _: str) -> Any:
+        """What it is now."""
+        return dict(os.environ)
+
+
 class _Defaults:
     """Default arguments of a function and its attributes, likewise."""
 
@@ -229,11 +240,19 @@ def _named(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
         if name in function.__globals__:
             value = function.__globals__[name]
             yield function.__globals__, name, value
+            if _is_environment(value, names_in(function)):
+                yield _Environment(), "os.environ", dict(os.environ)
             if (space := space_of(value)) is not None:
                 yield from [(space, n, vars(value)[n]) for n in names_in(function) if is_variable_of(value, n)]
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # an empty one
             yield _Cell(cell), name, cell.cell_contents
+
+
+def _is_environment(value: Any, names: Collection[str]) -> bool:
+    """Whether what code names is the environment, or `os`, of which it reads that."""
+    in_os = value is os and ("environ" in names or "getenv" in names)
+    return in_os or value is os.environ or value is os.getenv
 
 
 def space_of(value: Any) -> Any:

@@ -4,11 +4,13 @@ import copy
 import cProfile
 import itertools
 import logging
+import os
 import pickle
 import random
 import re
 import threading
 from collections.abc import Callable
+from os import getenv
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -1048,6 +1050,26 @@ def test_what_a_forward_pass_reads_is_followed_by_whatever_way(way: str) -> None
     images = torch.randn(2, *SIZE)
     before = net(images)
     net.base.middle.temperature = 4.0  # type: ignore[union-attr]
+    assert torch.equal(net(images), net.base(images))
+    assert not torch.equal(net(images), before)
+
+
+def by_environment(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * float(os.environ.get("SCALE", "1"))
+    return h
+
+
+def by_getenv(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * float(getenv("SCALE") or 1)
+    return h
+
+
+@pytest.mark.parametrize("forward", [by_environment, by_getenv])
+def test_the_environment_is_followed(forward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = detachnet.make_detachable(Net(Block(forward)), ["a"], SIZE, check="outputs").eval()
+    images = torch.randn(2, *SIZE)
+    before = net(images)
+    monkeypatch.setenv("SCALE", "3")
     assert torch.equal(net(images), net.base(images))
     assert not torch.equal(net(images), before)
 
