@@ -14,7 +14,7 @@ import typer
 
 from .cascade import cascade
 from .compare import compare
-from .console import show_tracebacks, show_warnings, show_what_is_said
+from .console import show_tracebacks, show_what_is_said
 from .demo import demo
 from .detach import detach
 from .evaluate import evaluate
@@ -69,7 +69,6 @@ def _options(
     ] = False,
 ) -> None:
     show_tracebacks(traceback)
-    show_warnings()
     show_what_is_said()
 
 

@@ -79,21 +79,6 @@ def show_error(error: DetachNetError, label: str = "Error") -> None:
         out.print(f"[dim]{_escape(line[:11])}[/]{_escape(line[11:])}", soft_wrap=True)
 
 
-class _Warnings(logging.Handler):
-    """Shows what the library warns of."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print a warning on standard error."""
-        console(stderr=True).print(f"[yellow]Warning:[/] {_escape(record.getMessage())}", soft_wrap=True)
-
-
-def show_warnings() -> None:
-    """Show what the library warns of on the terminal, as everything else: without what speaks to it."""
-    logger = logging.getLogger("detachnet")
-    if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
-        logger.addHandler(_Warnings(logging.WARNING))
-
-
 def show(table: Table) -> None:
     """Print a table and its notes; where there is little room, names of columns take several lines."""
     from rich.table import Table as Grid

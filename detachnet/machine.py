@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,8 +15,13 @@ import torch
 
 from detachnet.errors import MeasurementError
 
+logger = logging.getLogger("detachnet")
 MOST_THREADS = 4096
 """Of the CPU, per run: no machine has more cores."""
+STAT = Path("/proc/stat")
+"""Where Linux counts what all cores did."""
+SHORT_S, SPARE = 0.2, 0.25
+"""Seconds within which nothing can be told of other work, and cores that it may take."""
 
 
 def find_threads(threads: int | None) -> int:
@@ -67,3 +75,28 @@ def versions(*packages: str) -> dict[str, str]:
     """Of Python, detachnet and some packages."""
     found = {package: version(package) for package in ("detachnet", *packages)}
     return {"python": platform.python_version(), **found}
+
+
+@contextmanager
+def telling_of_other_work(threads: int) -> Iterator[None]:
+    """Warn where other processes needed cores that what is measured inside, on so many threads, needs itself.
+
+    Only where the system counts that, as Linux does.
+    """
+    cores, began = os.cpu_count() or 1, time.perf_counter()
+    before = _busy_seconds()
+    yield
+    after, seconds = _busy_seconds(), time.perf_counter() - began
+    if before is None or after is None or seconds < SHORT_S:
+        return
+    others = (after[0] - before[0] - (after[1] - before[1])) / seconds
+    if others > max(0, cores - threads) + SPARE:
+        logger.warning("other work took %.1f of %d cores meanwhile: at rest this is faster", others, cores)
+
+
+def _busy_seconds() -> tuple[float, float] | None:
+    """Seconds that all cores worked since the machine started, and those of this process."""
+    with suppress(OSError, ValueError, IndexError):
+        user, nice, system, _, _, *interrupts = map(int, STAT.read_text().split("\n")[0].split()[1:9])
+        return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK"), time.process_time()
+    return None

@@ -1,10 +1,13 @@
 """What a narrow terminal shows."""
 
 import io
+import logging
 
 import pytest
 from detachnet_cli import console
+from detachnet_cli.app import app
 from rich.console import Console
+from typer.testing import CliRunner
 
 from detachnet.text import Table
 
@@ -27,3 +30,10 @@ def test_a_table_loses_no_digits(width: int, monkeypatch: pytest.MonkeyPatch) ->
         assert shown.split() == " ".join(row).split()
     assert "…" not in out.getvalue()
     assert (len(lines) == 5) == (width == 160)  # an empty line, the title, the header in one line or in two
+
+
+def test_what_the_library_says_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert CliRunner().invoke(app, ["recipes"]).exit_code == 0
+    logging.getLogger("detachnet").warning("a [word]")
+    logging.getLogger("detachnet").info("another")
+    assert capsys.readouterr().err.splitlines() == ["Warning: a [word]", "Note: another"]
