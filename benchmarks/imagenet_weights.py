@@ -160,7 +160,9 @@ def trained(chosen: Recipe, folder: Path, data_root: str | None) -> Path:
     """A run, trained unless it is."""
     run = RunFolder(folder)
     if not run.results.exists():
-        detachnet.train(chosen, folder, data_root=data_root, resume=run.recipe.exists())
+        result = detachnet.train(chosen, folder, data_root=data_root, resume=run.recipe.exists())
+        if result.status != "finished":
+            raise SystemExit("stopped: the same command goes on from here")
     return folder
 
 

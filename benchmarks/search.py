@@ -99,7 +99,9 @@ def trained(recipe: Recipe, folder: Path, data_root: str | None) -> detachnet.De
     """A family to search in, trained unless it is."""
     run = RunFolder(folder)
     if not run.results.exists():
-        detachnet.train(recipe, folder, data_root=data_root, resume=run.recipe.exists())
+        result = detachnet.train(recipe, folder, data_root=data_root, resume=run.recipe.exists())
+        if result.status != "finished":
+            raise SystemExit("stopped: the same command goes on from here")
     return detachnet.load(run.last)
 
 
