@@ -1,5 +1,7 @@
 """Toy networks, one per awkward case; each says what the answer is."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -366,3 +368,15 @@ class NormedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.fc(self.norm(x))
         return logits
+
+
+class Reverse(torch.autograd.Function):
+    """The gradient with the other sign."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return -gradient

@@ -96,20 +96,8 @@ def in_half_precision(module: Any, x: Tensor) -> Tensor:
     return out.to(x.dtype)
 
 
-class Reverse(torch.autograd.Function):
-    """The gradient with the other sign."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return -gradient
-
-
 def reversed_gradient(module: Any, x: Tensor) -> Tensor:
-    out: Tensor = Reverse.apply(module.conv(x))  # type: ignore[no-untyped-call]
+    out: Tensor = models.Reverse.apply(module.conv(x))  # type: ignore[no-untyped-call]
     return out
 
 

@@ -530,18 +530,6 @@ def test_cuts_inside_of_a_module_with_hooks_are_listed() -> None:
 # Functions with a backward of their own, and script functions, are operations of the graph.
 
 
-class Reverse(torch.autograd.Function):
-    """The gradient with the other sign."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return -gradient
-
-
 class Sign(torch.autograd.Function):
     """A straight-through estimator."""
 
@@ -603,7 +591,7 @@ def by_value(x: Tensor) -> Tensor:
 
 
 FUNCTIONS: dict[str, Run] = {
-    "reverse": lambda m, x: Reverse.apply(m.conv(x)),  # type: ignore[no-untyped-call]
+    "reverse": lambda m, x: models.Reverse.apply(m.conv(x)),  # type: ignore[no-untyped-call]
     "sign": lambda m, x: Sign.apply(m.conv(x)) * x,  # type: ignore[no-untyped-call]
     "halves": lambda m, x: torch.cat(Halves.apply(m.conv(x), 3.0), 1),  # type: ignore[no-untyped-call]
     "clipped": lambda m, x: Clipped.apply(m.conv(x), m.mean),  # type: ignore[no-untyped-call]
@@ -634,7 +622,7 @@ def test_script_functions_may_be_named_as_leaves() -> None:
     assert [p.name for p in detachnet.find_cuts(model, SIZE, leaf_functions=[swish])][-2:] == ["c", "mean"]
 
 
-reverse = Reverse.apply
+reverse = models.Reverse.apply
 
 
 @pytest.mark.slow
@@ -1158,7 +1146,7 @@ def test_what_other_threads_do_is_none_of_a_traces_business() -> None:
         while not done.is_set():
             layer.scale = random.random()  # type: ignore[assignment]
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                Reverse.apply(layer(torch.zeros(1, 2)))  # type: ignore[no-untyped-call]
+                models.Reverse.apply(layer(torch.zeros(1, 2)))  # type: ignore[no-untyped-call]
             swish(torch.zeros(1))
             seen.set()
 
