@@ -23,9 +23,10 @@ import argparse
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 
 import detachnet
-from common import Row, arguments, begin, report, write
+from common import Row, arguments, begin, report, table, write
 from detachnet.data.batches import mix
 from detachnet.data.datasets import Split, load_data
 from detachnet.selection.candidate import PARTS, Candidate
@@ -77,8 +78,34 @@ def main() -> None:
     for network in options.networks or NETWORKS:
         for seed in range(1 if options.quick else options.seeds):
             rows += of_network(network, seed, options)
-            write(options, rows)
-    report(options, rows)
+            write(options, rows, means=means(rows))
+    print("\n".join(table(rows)))
+    report(options, means(rows))
+    write(options, rows, means=means(rows))
+
+
+def means(rows: Sequence[Row]) -> list[Row]:
+    """A line for each network, budget and way to choose, of the seeds with which it has found something.
+
+    Test accuracies have a standard deviation, with two seeds or more.
+    """
+    alike: dict[tuple[str, float, str], list[Row]] = {}
+    for row in rows:
+        if row["test_accuracy"] is not None:
+            alike.setdefault((row["network"], row["budget"], row["how"]), []).append(row)
+    return [
+        {
+            **dict(zip(("network", "budget", "how"), key, strict=True)),
+            "seeds": len(found),
+            **{name: mean(row[name] for row in found) for name in MEASURED},
+            "test_deviation": stdev(row["test_accuracy"] for row in found) if len(found) > 1 else None,
+        }
+        for key, found in alike.items()
+    ]
+
+
+MEASURED = ("macs_of_base", "held_out_accuracy", "test_accuracy", "tries", "minutes")
+"""What rows have that is averaged over seeds."""
 
 
 def of_network(network: str, seed: int, options: argparse.Namespace) -> list[Row]:

@@ -42,6 +42,18 @@ def test_routes_and_widths_are_spread_evenly() -> None:
     assert some != list(search.at_random(space, cost, 0.5 * whole, 4, 1))
 
 
+def test_means_are_of_the_seeds_that_found_something() -> None:
+    def row(seed: int, how: str, accuracy: float | None) -> dict[str, Any]:
+        return {"network": "net", "seed": seed} | search.row(how, 0.5, 0.4 + seed / 10, 0.5, accuracy, 2, 60.0)
+
+    first, second = search.means([row(0, "search", 0.5), row(1, "search", 0.7), row(0, "random", 0.25)])
+    assert (first["how"], first["seeds"], first["test_accuracy"]) == ("search", 2, pytest.approx(0.6))
+    assert first["test_deviation"] == pytest.approx(0.1 * 2**0.5)
+    assert (first["macs_of_base"], first["tries"], first["minutes"]) == (pytest.approx(0.45), 2, 1)
+    assert (second["how"], second["seeds"], second["test_deviation"]) == ("random", 1, None)
+    assert search.means([row(0, "even routes", None)]) == []
+
+
 @pytest.mark.slow
 def test_every_way_is_compared_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
