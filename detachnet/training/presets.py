@@ -16,14 +16,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 """Preset → table → its keys. `paper`: its section 3; it does not say the weight decay, which is our choice."""
 
 
-def with_preset(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """The tables of a recipe with what its preset says where they say nothing.
+def with_preset(tables: Any) -> Any:
+    """The tables of a recipe, if that is what they are, with what its preset says where they say nothing.
 
     A table that names another optimizer or schedule has nothing of the preset's.
     """
-    preset = tables.get("preset")
+    preset = tables.get("preset") if isinstance(tables, Mapping) else None
+    if not isinstance(preset, str) or preset not in PRESETS:
+        return tables
     found = dict(tables)
-    for table, keys in (PRESETS.get(preset, {}) if isinstance(preset, str) else {}).items():
+    for table, keys in PRESETS[preset].items():
         own = found.setdefault(table, {})
         if isinstance(own, Mapping) and own.get("name", keys.get("name")) == keys.get("name"):
             found[table] = {**keys, **own}
