@@ -14,6 +14,7 @@ import detachnet
 from detachnet.zoo import model_source, new_layers
 from tests.zoo.check import (
     TABLE_OF,
+    alone,
     check,
     compare,
     every_name,
@@ -71,6 +72,16 @@ def killed(name: str) -> None:
 def test_a_process_that_dies_ends_the_check() -> None:  # as where memory is short: not a wait without end
     with pytest.raises(BrokenProcessPool):
         list(in_processes(killed, ["a", "b", "c"], 2))
+
+
+def killed_if_large(name: str) -> tuple[str, dict[str, str]]:
+    return (name, {"joint": "equal"}) if name == "small" else killed(name)  # type: ignore[return-value]
+
+
+@pytest.mark.slow
+def test_a_large_model_that_takes_too_much_loses_no_other() -> None:
+    found = dict(alone(killed_if_large, ["large", "small"]))
+    assert found == {"large": {"joint": "its process died: some take 18 GB"}, "small": {"joint": "equal"}}
 
 
 def name_and_process(name: str) -> tuple[str, int]:

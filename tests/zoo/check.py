@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -273,7 +274,7 @@ def make_rows(names: list[str], run: Callable[[list[Row]], list[str]]) -> list[R
     large = [row.name for row in rows if row.name in chosen and int(row.macs) > LARGEST_OF_SAMPLE]
     small = [name for name in chosen if name not in large]
     results = dict(progress(in_processes(compare, small, WORKERS), len(small), "comparisons"))
-    results |= dict(progress(in_processes(compare, large, 1), len(large), "comparisons of large models"))
+    results |= dict(progress(alone(compare, large), len(large), "comparisons of large models"))
     return [replace(row, **results.get(row.name, {})) for row in rows]
 
 
@@ -284,6 +285,15 @@ def in_processes(function: Callable[[str], Any], names: list[str], workers: int)
     for first in range(0, len(names), FRESH * workers):  # `max_tasks_per_child` waits for ever in Python 3.11
         with ProcessPoolExecutor(workers, context) as pool:
             yield from pool.map(function, names[first : first + FRESH * workers])
+
+
+def alone(function: Callable[[str], Any], names: list[str]) -> Iterator[Any]:
+    """The same, each in a process of its own, which is no loss to the others where memory is short."""
+    for name in names:
+        try:
+            yield from in_processes(function, [name], 1)
+        except BrokenProcessPool:
+            yield name, {"joint": "its process died: some take 18 GB"}
 
 
 def progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
