@@ -16,6 +16,9 @@ import torch
 from detachnet.deploy.profile import alternate
 from detachnet.machine import find_device, hardware, versions
 from detachnet.text import Table
+from detachnet.training.recipe import Recipe
+from detachnet.training.runs import RunFolder
+from detachnet.training.trainer import train
 
 Row = dict[str, Any]
 """One line of a table: name of a column → text, number or None. Names end in their unit."""
@@ -88,6 +91,16 @@ def time_in_turn(
     there = alternate(waiting, n - n // 2, warmup=n // 10)
     back = alternate(dict(reversed(waiting.items())), n // 2, warmup=0)
     return Timing({name: there[name] + back[name] for name in runs})
+
+
+def trained(recipe: Recipe, folder: Path, data_root: str | None = None) -> RunFolder:
+    """The run of a recipe in a folder, trained unless it is; where that was stopped, all stops."""
+    run = RunFolder(folder)
+    if not run.results.exists():
+        result = train(recipe, folder, data_root=data_root, resume=run.recipe.exists())
+        if result.status != "finished":
+            raise SystemExit("stopped: the same command goes on from here")
+    return run
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 import detachnet
-from common import Target, arguments, begin, write
+from common import Target, arguments, begin, trained, write
 from detachnet.deploy.backends import TorchBackend
 from detachnet.deploy.deadline import DeadlineRunner, Served
 from detachnet.deploy.family import Family
@@ -105,8 +105,7 @@ def begin_with_family(doc: str | None) -> tuple[argparse.Namespace, detachnet.De
 
 
 def train(folder: Path, changes: Sequence[str] = ()) -> Path:
-    detachnet.train(load_recipe(RECIPE, [*OVERRIDES, *changes]), folder)
-    return folder / "last.safetensors"
+    return trained(load_recipe(RECIPE, [*OVERRIDES, *changes]), folder).last
 
 
 def poisson(rate: float, seed: int) -> list[float]:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import detachnet
-from common import Row, arguments, begin, report
+from common import Row, arguments, begin, report, trained
 from detachnet.checkpoint.saving import save
 from detachnet.data.datasets import Split, load_data
 from detachnet.errors import ModelError
@@ -39,7 +39,6 @@ from detachnet.selection.front import Front
 from detachnet.selection.images import run_images
 from detachnet.selection.searching import search
 from detachnet.training.recipe import Recipe, parse_recipe
-from detachnet.training.runs import RunFolder
 
 SIDE = 96
 """Pixels of the images that the network works on."""
@@ -146,7 +145,7 @@ def fronts(
     chosen: Recipe, budgets: Sequence[float], test: Split, folder: Path, options: argparse.Namespace
 ) -> tuple[list[Row], dict[str, Any]]:
     """A line for each model, before and after it is trained on; and what the search says of itself."""
-    tuned = trained(chosen, folder / "tuned", options.data_root)
+    tuned = trained(chosen, folder / "tuned", options.data_root).path
     held_out, calibration = run_images(tuned, options.images, options.data_root)
     net = detachnet.load(tuned / "last.safetensors", network())
     front = search(net, held_out, budgets, calibration=calibration, folder=tuned)
@@ -157,7 +156,7 @@ def fronts(
     after = {}
     for name, on in trained_on(adopting(chosen, front, found)).items():
         run = trained(on, folder / name, options.data_root)
-        after[name] = evaluate(detachnet.load(run / "last.safetensors", network()), test)
+        after[name] = evaluate(detachnet.load(run.last, network()), test)
     return lines(front, before, after), front.to_json()
 
 
@@ -173,16 +172,6 @@ def trained_on(chosen: Recipe) -> dict[str, Recipe]:
         name: on.model_copy(update={"train": on.train.model_copy(update=change)})
         for name, change in changes.items()
     }
-
-
-def trained(chosen: Recipe, folder: Path, data_root: str | None) -> Path:
-    """A run, trained unless it is."""
-    run = RunFolder(folder)
-    if not run.results.exists():
-        result = detachnet.train(chosen, folder, data_root=data_root, resume=run.recipe.exists())
-        if result.status != "finished":
-            raise SystemExit("stopped: the same command goes on from here")
-    return folder
 
 
 def lines(front: Front, before: Scores, after: Mapping[str, Scores]) -> list[Row]:

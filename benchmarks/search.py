@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import detachnet
-from common import Row, arguments, begin, report, table, write
+from common import Row, arguments, begin, report, table, trained, write
 from detachnet.data.batches import mix
 from detachnet.data.datasets import Split, load_data
 from detachnet.selection.candidate import PARTS, Candidate
@@ -37,8 +37,7 @@ from detachnet.selection.journal import Journal, Trials
 from detachnet.selection.searching import search
 from detachnet.selection.space import CANDIDATE, Cost, Space
 from detachnet.selection.worth import Judge, judged
-from detachnet.training.recipe import Recipe, load_recipe
-from detachnet.training.runs import RunFolder
+from detachnet.training.recipe import load_recipe
 
 BUDGETS = (0.6, 0.4, 0.25)
 SHORT = ("data.num_train=20000", "data.holdout=2000", "train.epochs=6", "schedule.warmup_epochs=2")
@@ -114,22 +113,12 @@ def of_network(network: str, seed: int, options: argparse.Namespace) -> list[Row
     quick = QUICK if options.quick else ()
     recipe = load_recipe(name, [*changes, *quick, *options.set, f"train.seed={seed}"])
     folder = options.out / f"{network}-{seed}{'-quick' if options.quick else ''}"
-    net = trained(recipe, folder, options.data_root).to(options.device)
+    net = detachnet.load(trained(recipe, folder, options.data_root).last).to(options.device)
     held_out, calibration = run_images(folder, options.images, options.data_root)
     test = load_data(recipe.data.name, options.data_root)[1]
     budgets = BUDGETS[:1] if options.quick else BUDGETS
     rows = compare(net, (held_out, calibration, test), budgets, options.evolve, seed, folder)
     return [{"network": network, "seed": seed} | row for row in rows]
-
-
-def trained(recipe: Recipe, folder: Path, data_root: str | None) -> detachnet.DetachableNet:
-    """A family to search in, trained unless it is."""
-    run = RunFolder(folder)
-    if not run.results.exists():
-        result = detachnet.train(recipe, folder, data_root=data_root, resume=run.recipe.exists())
-        if result.status != "finished":
-            raise SystemExit("stopped: the same command goes on from here")
-    return detachnet.load(run.last)
 
 
 def compare(

@@ -19,7 +19,7 @@ from statistics import median
 import torch
 
 import detachnet
-from common import Row, Target, arguments, begin, report
+from common import Row, Target, arguments, begin, report, trained
 from detachnet.data.datasets import Split, load_data
 from detachnet.deploy.stopwatch import Stopwatch
 from detachnet.selection.searching import search
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     options = begin(parser)
     with tempfile.TemporaryDirectory() as folder:
-        net = detachnet.load(options.checkpoint or trained(Path(folder) / "run"))
+        net = detachnet.load(options.checkpoint or small_run(Path(folder) / "run"))
     training, test = load_data("cifar10-mini")
     shares = BUDGETS[:1] if options.quick else BUDGETS
     rows = compare(net, (test.part(0, 300), training.part(0, 300)), shares, options)
@@ -55,10 +55,9 @@ def main() -> None:
     report(options, rows, targets, runtime=options.runtime, rounds=options.rounds)
 
 
-def trained(folder: Path) -> Path:
+def small_run(folder: Path) -> Path:
     """The run of a small network."""
-    detachnet.train(load_recipe("resnet20_cifar10", CHANGES), folder)
-    return folder / "last.safetensors"
+    return trained(load_recipe("resnet20_cifar10", CHANGES), folder).last
 
 
 def compare(

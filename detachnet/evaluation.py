@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detachnet.data.batches import Batches, BatchSource, GivenBatches
 from detachnet.data.datasets import Split
-from detachnet.errors import CheckpointError
+from detachnet.errors import CheckpointError, DataError
 from detachnet.losses import logits
 from detachnet.progress import counted
 from detachnet.surgery.detachable import DetachableNet, family_in
@@ -37,7 +37,7 @@ def evaluate(
 
     Raises:
         TraceError: This is no family.
-        DataError: These are no images.
+        DataError: These are no images, or there are none.
         CheckpointError: The family does not know what it was trained on, or a model gives no finite numbers.
     """
     net = family_in(net)
@@ -73,7 +73,13 @@ def score_batches(model: nn.Module, batches: BatchSource, models: Sequence[str])
 
 
 def scores(totals: Tensor, models: Sequence[str]) -> dict[str, dict[str, float]]:
-    """What `score_batches` counted, as shares: accuracy in [0, 1] and mean loss of each model."""
+    """What `score_batches` counted, as shares: accuracy in [0, 1] and mean loss of each model.
+
+    Raises:
+        DataError: It counted no image.
+    """
+    if not totals[:, 2].all():
+        raise DataError("there are no images to evaluate on")
     return {
         name: {"accuracy": right / count, "loss": loss / count}
         for name, (right, loss, count) in zip(models, totals.tolist(), strict=True)

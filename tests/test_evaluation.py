@@ -71,6 +71,12 @@ def test_a_data_loader_is_evaluated_on(net: detachnet.DetachableNet, images: Spl
             assert found[name] == pytest.approx(score)
 
 
+def test_nothing_to_evaluate_on(net: detachnet.DetachableNet, images: Split) -> None:
+    for given in ([], iter(()), images.part(0, 0)):
+        with pytest.raises(detachnet.DataError, match="there are no images to evaluate on"):
+            evaluate(net, given)
+
+
 @pytest.mark.parametrize("given", [5, [1, 2], [torch.ones(2, 3, 32, 32)], [(torch.ones(2, 3, 32, 32), [0, 1])]])
 def test_no_images(net: detachnet.DetachableNet, given: Any) -> None:
     with pytest.raises(detachnet.DataError, match=r"no (batches|pair) of images and labels") as caught:

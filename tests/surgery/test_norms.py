@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import detachnet
 from detachnet.surgery.norms import _alike, norm_parts
 
 SHAPES: dict[Callable[[int], nn.Module], tuple[int, ...]] = {
@@ -104,3 +105,10 @@ def test_half_precision_keeps_its_type_and_float_statistics() -> None:
 def test_one_value_is_refused_as_by_a_batch_norm() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         norm_parts(torch.randn(3, 4), [norm.float() for norm in layers(nn.BatchNorm1d, shared=False)])
+
+
+def test_a_norm_of_other_channels_is_refused_in_torchs_words() -> None:
+    """Shapes of norms are not worked out where they are clear, which they are not here."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    with pytest.raises(detachnet.TraceError, match="does not run on 3×8×8 images: it fails at '1'"):
+        detachnet.make_detachable(model, ["2"], (3, 8, 8), check="none")
