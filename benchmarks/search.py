@@ -10,7 +10,7 @@ CIFAR-10 for 6 epochs: in each step the base-model, the smallest and a random on
 - `search`: what `detachnet.search` chooses;
 - `random`: the best of as many candidates, each made by leaving out things at random until it fits;
 - `even routes`: spans left out evenly along the network, the fewest that fit;
-- `even widths`: as many eighths of all filters; of one eighth less from the last group on.
+- `even widths`: as many eighths of all filters, of some groups at the end one less; the search tries it, too.
 
 Norms are measured on training images for all alike. Test accuracy is of all test images, which nothing was chosen
 by. It can be stopped at any time and goes on from there: runs that are finished are skipped, candidates that were
@@ -29,8 +29,9 @@ import detachnet
 from common import Row, arguments, begin, report, table, trained, write
 from detachnet.data.batches import mix
 from detachnet.data.datasets import Split, load_data
-from detachnet.selection.candidate import PARTS, Candidate
+from detachnet.selection.candidate import Candidate
 from detachnet.selection.costs import counted
+from detachnet.selection.even import evenly
 from detachnet.selection.greedy import best_within
 from detachnet.selection.images import run_images
 from detachnet.selection.journal import Journal, Trials
@@ -153,7 +154,7 @@ def compare(
         share = (cost(candidate) or 0.0) / whole
         return row(how, budget, share, judge(candidate).accuracy, on_test, tries, seconds)
 
-    about = {"family": folder.name, "tries": front.tries, "budgets": list(budgets), "images": len(held_out)}
+    about = {"family": folder.name, "budgets": list(budgets), "images": len(held_out)}
     rows, each = [line("base", 1.0, Candidate())], front.tries // len(budgets)
     for number, budget in enumerate(budgets):
         limit = budget * whole
@@ -169,7 +170,7 @@ def compare(
         rows += [
             line("random", budget, best, len(trials.seen), spent),
             line("even routes", budget, even_routes(space, cost, limit)),
-            line("even widths", budget, even_widths(space, cost, limit)),
+            line("even widths", budget, evenly(space, cost, limit)),
         ]
     return rows
 
@@ -221,17 +222,6 @@ def even_routes(space: Space, cost: Cost, limit: float) -> Candidate | None:
         candidate = Candidate(drop)
         if (costs := cost(candidate)) is not None and costs <= limit:
             return candidate
-    return None
-
-
-def even_widths(space: Space, cost: Cost, limit: float) -> Candidate | None:
-    """As many eighths of all groups within a budget, or of the last ones one less."""
-    for kept in range(PARTS - 1, 0, -1):
-        for first in range(len(space.groups) - 1, -1, -1):
-            widths = {name: kept + (i < first) for i, name in enumerate(space.groups)}
-            candidate = Candidate().with_widths(widths)
-            if (costs := cost(candidate)) is not None and costs <= limit:
-                return candidate
     return None
 
 

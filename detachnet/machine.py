@@ -6,8 +6,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +20,7 @@ MOST_THREADS = 4096
 STAT = Path("/proc/stat")
 """Where Linux counts what all cores did."""
 SHORT_S, SPARE = 0.2, 0.25
-"""Seconds within which nothing can be told of other work, and cores that it may take."""
+"""Seconds below which little can be told of other work, and cores that it may take."""
 
 
 def find_threads(threads: int | None) -> int:
@@ -77,21 +76,34 @@ def versions(*packages: str) -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-@contextmanager
-def telling_of_other_work(threads: int) -> Iterator[None]:
-    """Warn where other processes needed cores that what is measured inside, on so many threads, needs itself.
+class OtherWork:
+    """Sees whether other processes needed cores that what is measured needs itself: `with` it around each part.
 
     Only where the system counts that, as Linux does.
+
+    Args:
+        threads: That is measured with.
     """
-    cores, began = os.cpu_count() or 1, time.perf_counter()
-    before = _busy_seconds()
-    yield
-    after, seconds = _busy_seconds(), time.perf_counter() - began
-    if before is None or after is None or seconds < SHORT_S:
-        return
-    others = (after[0] - before[0] - (after[1] - before[1])) / seconds
-    if others > max(0, cores - threads) + SPARE:
-        logger.warning("other work took %.1f of %d cores meanwhile: at rest this is faster", others, cores)
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._seconds = self._others = 0.0
+
+    def __enter__(self) -> None:
+        self._began, self._before = time.perf_counter(), _busy_seconds()
+
+    def __exit__(self, *_: object) -> None:
+        after = _busy_seconds()
+        if self._before is not None and after is not None:
+            self._seconds += time.perf_counter() - self._began
+            self._others += after[0] - self._before[0] - (after[1] - self._before[1])
+
+    def tell(self) -> None:
+        """Warn if they did."""
+        cores = os.cpu_count() or 1
+        others = self._others / max(self._seconds, SHORT_S)
+        if others > max(0, cores - self.threads) + SPARE:
+            logger.warning("other work took %.1f of %d cores meanwhile: at rest this is faster", others, cores)
 
 
 def _busy_seconds() -> tuple[float, float] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from detachnet import machine
-from detachnet.machine import telling_of_other_work
+from detachnet.machine import OtherWork
 
 
 def stat(busy_s: float) -> str:
@@ -34,10 +34,14 @@ def test_other_work_is_told(
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setattr(time, "perf_counter", lambda: now["wall"])
     monkeypatch.setattr(time, "process_time", lambda: now["own"])
-    machine.STAT.write_text(stat(100))
-    with caplog.at_level(logging.WARNING), telling_of_other_work(threads):
-        now.update(wall=15.0, own=11.0)
-        machine.STAT.write_text(stat(100 + 10 * (1 + others)))
+    other_work = OtherWork(threads)
+    for turn in range(2):  # in two parts, and what happens between them does not count
+        machine.STAT.write_text(stat(500 * turn))
+        with other_work:
+            now.update(wall=now["wall"] + 10, own=now["own"] + 10)
+            machine.STAT.write_text(stat(500 * turn + 10 * (1 + others)))
+    with caplog.at_level(logging.WARNING):
+        other_work.tell()
     expected = f"other work took 1.0 of {cores} cores meanwhile: at rest this is faster"
     assert caplog.messages == ([expected] if told else [])
 
@@ -47,9 +51,10 @@ def test_where_the_system_does_not_count(
     text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(machine, "STAT", tmp_path / "stat")
-    monkeypatch.setattr(machine, "SHORT_S", 0)
     if text is not None:
         machine.STAT.write_text(text)
-    with telling_of_other_work(1):
+    other_work = OtherWork(1)
+    with other_work:
         pass
+    other_work.tell()
     assert caplog.messages == []

@@ -20,7 +20,7 @@ from detachnet.deploy.measurement import Measurement, Runtime
 from detachnet.deploy.peak import resident_peaks
 from detachnet.errors import MeasurementError
 from detachnet.fields import Fields, read_error
-from detachnet.machine import find_device, find_threads, hardware, telling_of_other_work, versions
+from detachnet.machine import OtherWork, find_device, find_threads, hardware, versions
 from detachnet.progress import counted
 from detachnet.storage import locate, read_file, replace_file
 from detachnet.surgery.detachable import DetachableNet, family_in
@@ -207,8 +207,11 @@ def _alternate_models(backend: Backend, settings: _Settings) -> dict[str, list[f
     """Seconds of the runs of each model."""
     images = example(backend, settings.batch)
     runs = {name: partial(backend.run, name, images) for name in backend.names}
-    with telling_of_other_work(settings.threads):
-        return alternate(runs, settings.n, settings.warmup)
+    other_work = OtherWork(settings.threads)
+    with other_work:
+        seconds = alternate(runs, settings.n, settings.warmup)
+    other_work.tell()
+    return seconds
 
 
 def _profile(

@@ -19,7 +19,7 @@ from detachnet.deploy.onnx_session import onnx_session, run_onnx
 from detachnet.deploy.onnx_writer import onnx_model
 from detachnet.deploy.program import MainOutput
 from detachnet.errors import ExportError, MeasurementError, one_line
-from detachnet.machine import find_threads, hardware
+from detachnet.machine import OtherWork, find_threads, hardware
 
 RUNS, WARMUP = 50, 5
 """Timed runs of a module, and runs before these."""
@@ -32,6 +32,9 @@ class Stopwatch:
         runtime: `torch`, or `onnx` for ONNX Runtime, which a module is exported for first.
         threads: Threads of the CPU; torch's present number by default.
         device: Where torch runs them; ONNX Runtime is measured on the CPU.
+
+    Attributes:
+        other_work: Says whether other processes worked meanwhile.
 
     Raises:
         MeasurementError: There is no such runtime, or a number is out of range.
@@ -48,6 +51,7 @@ class Stopwatch:
         self.runtime = runtime
         self.threads = find_threads(threads)
         self.device = torch.device("cpu" if runtime == "onnx" else device)
+        self.other_work = OtherWork(self.threads)
 
     def __str__(self) -> str:
         threads = f"{self.threads} thread" + "s" * (self.threads != 1)
@@ -72,11 +76,12 @@ class Stopwatch:
 
     def _timed(self, run: Callable[[], object]) -> float:
         seconds = []
-        for i in range(WARMUP + RUNS):
-            began = now(self.device)
-            run()
-            if i >= WARMUP:
-                seconds.append(now(self.device) - began)
+        with self.other_work:
+            for i in range(WARMUP + RUNS):
+                began = now(self.device)
+                run()
+                if i >= WARMUP:
+                    seconds.append(now(self.device) - began)
         return median(seconds)
 
 

@@ -20,6 +20,7 @@ from detachnet.errors import BudgetError, CheckpointError, DataError, Measuremen
 from detachnet.progress import tell
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.costs import checked, counted
+from detachnet.selection.even import evenly
 from detachnet.selection.evolution import evolve as evolved
 from detachnet.selection.front import UNITS, By, Found, Front, Point, name_of, unbeaten
 from detachnet.selection.greedy import best_within, greedy
@@ -34,8 +35,6 @@ from detachnet.surgery.routes import SubModel
 
 JOURNAL = "search.jsonl"
 """Every candidate that was tried, in a run's folder."""
-MARGIN = 0.9
-"""How far greedy goes below a latency: what segments add up to is not what the whole takes."""
 
 
 def search(
@@ -57,7 +56,8 @@ def search(
     A candidate leaves out spans and eighths of groups of filters, of those the least important. It costs what is
     counted of it; it is worth its accuracy on held-out images inside the family, its norms measured anew. The
     search is greedy: it begins with the base-model and leaves out, step by step, what loses least accuracy for
-    what it saves, until the smallest budget is met. The best of all that was tried within each budget is chosen.
+    what it saves, until the smallest budget is met. For each budget, all groups narrowed alike are tried, too. The
+    best of all that was tried within each budget is chosen.
 
     Args:
         net: The family, trained, with `facts.data`; it is not changed.
@@ -106,7 +106,10 @@ def search(
         limits = _reachable(space, cost, checked(budgets, by, cost(Candidate()) or 0.0), by)
         trials = Trials(Judge(net, data, calibration, space), journal, executor)
         _try_all(space, cost, trials, limits, len(data), evolve, seed)
-        return _front(space, cost, trials, limits, by, data, calibration)
+        front = _front(space, cost, trials, limits, by, data, calibration)
+        if stopwatch:
+            stopwatch.other_work.tell()
+        return front
 
 
 def _stopwatch(by: By, runtime: Runtime | None, threads: int | None, net: DetachableNet) -> Stopwatch | None:
@@ -147,7 +150,8 @@ def _reachable(space: Space, cost: Cost, limits: list[float], by: By) -> list[fl
         BudgetError: One of them nothing can.
     """
     smallest = space.smallest(cost)
-    least, base = cost(smallest) or math.inf, cost(Candidate()) or math.inf
+    least = cost.whole(smallest) if isinstance(cost, Latency) else cost(smallest) or math.inf
+    base = cost(Candidate()) or math.inf
     if least <= limits[-1]:
         return limits
     raise BudgetError(
@@ -196,15 +200,28 @@ def _try_all(
             f"the base-model answers at chance on the held-out images: {100 * base.accuracy:.1f} %",
             hint="train it first: a search compares what a trained network loses",
         )
-    whole, least = cost(Candidate()) or 0.0, limits[-1] * (MARGIN if isinstance(cost, Latency) else 1)
-    for step, here in enumerate(greedy(space, cost, trials, least)):
+    whole, least = cost(Candidate()) or 0.0, limits[-1]
+    for step, here in enumerate(_down_to(least, space, cost, trials)):
         gone = (whole - (cost(here) or 0.0)) / max(whole - least, 1e-12)
         tell("% of the way to the smallest budget", min(100, round(100 * gone)), 100)
         if step == 1:
             _check_not_all_at_chance(trials, classes, images)
+    trials([even for budget in limits if (even := evenly(space, cost, budget))])
     if tries:
         for _ in evolved(space, cost, trials, limits, tries, seed):
             pass
+
+
+def _down_to(budget: float, space: Space, cost: Cost, trials: Trials) -> Iterator[Candidate]:
+    """The way of greedy to a budget; to a latency until the whole keeps it, which segments only add up to."""
+    aim, here = budget, Candidate()
+    while True:
+        for here in greedy(space, cost, trials, aim):
+            yield here
+        costs = cost(here) or 0.0
+        if not isinstance(cost, Latency) or costs > aim or (whole := cost.whole(here)) <= budget:
+            return
+        aim = costs * budget / whole
 
 
 def _check_not_all_at_chance(trials: Trials, classes: int, images: int) -> None:

@@ -1,6 +1,5 @@
 """The ways to choose that a search is compared with keep the budget, and find what they say."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -16,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import search
 import search_latency
 import search_workers
-from detachnet.selection import searching
+from detachnet.deploy.stopwatch import Stopwatch
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.costs import counted
 from detachnet.selection.worth import Judge, Worth
@@ -24,17 +23,13 @@ from detachnet.training.recipe import load_recipe
 from tests.searched import images, space_of_tiny, trained
 
 
-def test_routes_and_widths_are_spread_evenly() -> None:
+def test_routes_are_spread_evenly_and_some_at_random() -> None:
     space = space_of_tiny()
     cost = counted(space, "macs")
     whole = cost(Candidate()) or 0.0
     assert search.even_routes(space, cost, 0.6 * whole) == Candidate(("one:two",))
     assert search.even_routes(space, cost, 0.2 * whole) == Candidate(("stem:two",))
     assert search.even_routes(space, cost, 0.01 * whole) is None
-    half = search.even_widths(space, cost, 0.5 * whole)
-    assert half is not None
-    assert set(half.widths.values()) == {5, 4} or len(set(half.widths.values())) == 1
-    assert search.even_widths(space, cost, 0.01 * whole) is None
     some = list(search.at_random(space, cost, 0.5 * whole, 4, 0))
     assert len(set(some)) == 4
     assert all((cost(candidate) or 0.0) <= 0.5 * whole for candidate in some)
@@ -102,16 +97,12 @@ def test_workers_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_promised_is_beside_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stopwatch that counts MACs, and so takes as long for the sum as for the whole."""
 
-    def stopwatch(*_: object) -> Callable[[nn.Module, Tensor], float]:
-        def seconds(module: nn.Module, value: Tensor) -> float:
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                module(value.clone())
-            return counter.get_total_flops() / 2
+    def seconds(self: Stopwatch, module: nn.Module, value: Tensor) -> float:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(value.clone())
+        return counter.get_total_flops() / 2
 
-        return seconds
-
-    for place in (search_latency, searching):
-        monkeypatch.setattr(place, "Stopwatch", stopwatch)
+    monkeypatch.setattr(Stopwatch, "__call__", seconds)
     options: Any = SimpleNamespace(runtime="torch", threads=1, rounds=2)
     rows = search_latency.compare(trained(), (images(40, 2), images(40, 1)), (0.6,), options)
     assert [row["model"] for row in rows] == ["base", rows[1]["model"]]

@@ -1,5 +1,7 @@
 """Budgets of latency, with a stopwatch that counts: nothing here depends on how fast a machine is."""
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import detachnet
 from detachnet.deploy.stopwatch import Stopwatch
 from detachnet.errors import BudgetError, MeasurementError
+from detachnet.machine import OtherWork
 from detachnet.report.fronts import figure
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.costs import checked, counted
@@ -27,10 +30,11 @@ class Counting:
 
     Attributes:
         modules: How many were measured.
+        other_work: Nothing was measured.
     """
 
     def __init__(self, *options: Any) -> None:
-        self.modules = 0
+        self.modules, self.other_work = 0, OtherWork(1)
 
     def __call__(self, module: nn.Module, value: Tensor) -> float:
         self.modules += 1
@@ -115,32 +119,40 @@ def test_a_budget_of_milliseconds(tmp_path: Path, quick: list[Counting]) -> None
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_what_is_chosen_keeps_its_budget_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all but the base-model take longer than their segments, and the cheapest way to a budget breaks it."""
     whole, macs = Latency.whole, trained().plan["base"].macs
-    taken: list[Candidate] = []
 
-    def slower(self: Latency, candidate: Candidate) -> float:
-        """The first that is looked at takes twice as long as its segments."""
-        milliseconds = whole(self, candidate)
-        taken.extend([candidate] if not candidate.is_base else [])
-        self.measured[candidate] = milliseconds * (1 + (candidate in taken[:1]))
-        return self.measured[candidate]
+    def slower(times: float) -> Callable[[Latency, Candidate], float]:
+        def measured(self: Latency, candidate: Candidate) -> float:
+            self.measured[candidate] = whole(self, candidate) * (1 if candidate.is_base else times)
+            return self.measured[candidate]
 
-    monkeypatch.setattr(Latency, "whole", slower)
-    (found,) = search([900.0 * macs]).found
-    assert len(set(taken)) == 2
-    assert found.model == taken[1].asked
-    assert found.measured == pytest.approx(found.cost)
-    # Nothing keeps a budget if the whole always takes longer.
-    taken.clear()
-    monkeypatch.setattr(Latency, "whole", lambda self, c: slower(self, c) if c.is_base else never(self, c))
+        return measured
 
-    def never(self: Latency, candidate: Candidate) -> float:
-        self.measured[candidate] = 1e12
-        return self.measured[candidate]
-
-    with pytest.raises(BudgetError, match=r"no candidate within .* ms was found: the least has") as refused:
-        search([900.0 * macs])
+    (before,) = search([600.0 * macs]).found
+    assert before.measured == pytest.approx(before.cost)
+    monkeypatch.setattr(Latency, "whole", slower(1.5))
+    (found,) = search([600.0 * macs]).found
+    assert found.measured == pytest.approx(1.5 * found.cost)
+    assert found.measured <= 600.0 * macs < 1.5 * before.cost
+    # Even the smallest takes too long, measured as it is.
+    monkeypatch.setattr(Latency, "whole", slower(100))
+    with pytest.raises(BudgetError, match=r"no sub-model of Tiny costs .* ms or less: the least is") as refused:
+        search([600.0 * macs])
     assert "nearest" in str(refused.value)
+
+
+@pytest.mark.slow
+def test_other_work_is_told(
+    quick: list[Counting], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def tell(self: OtherWork) -> None:
+        logging.getLogger("detachnet").warning("told once by %s", self.threads)
+
+    monkeypatch.setattr(OtherWork, "tell", tell)
+    with caplog.at_level(logging.WARNING):
+        search([600.0 * trained().plan["base"].macs])
+    assert caplog.messages.count("told once by 1") == len(quick) == 1
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,12 @@ import detachnet
 from detachnet.errors import BudgetError, CheckpointError, DataError, MeasurementError
 from detachnet.progress import listening
 from detachnet.report.fronts import figure
+from detachnet.selection.costs import counted
+from detachnet.selection.even import evenly
 from detachnet.selection.front import Front
 from detachnet.selection.images import run_images
 from detachnet.selection.searching import JOURNAL
+from detachnet.selection.space import Space
 from detachnet.selection.worth import Judge
 from detachnet.training.recipe import load_recipe
 from tests.runs import QUICKSTART
@@ -52,6 +55,12 @@ def test_sub_models_within_budgets(tmp_path: Path) -> None:
     assert front.found[-1].name in (tmp_path / "search.svg").read_text(encoding="utf-8")
     lines = (tmp_path / JOURNAL).read_text().splitlines()
     assert len(lines) == 1 + front.tries
+    tried = [json.loads(line)["tried"] for line in lines[1:]]
+    space = Space(trained())
+    macs = counted(space, "macs")
+    evens = [evenly(space, macs, share * base) for share in (0.6, 0.3)]
+    assert {even.key for even in evens if even} <= set(tried)
+    assert all(evens)
 
     # What was there before stays; what is new is part of it like anything else.
     before = trained()
