@@ -78,7 +78,7 @@ class Space:
         """The groups of filters that can be left out; those at each end of each span."""
         channels = self.narrowing.channels
         groups = group_channels(channels)
-        names, owner = group_names(channels, groups), owners(channels, groups)
+        names, owner = group_names(channels), owners(channels, groups)
         free = {i: name for i, name in enumerate(names) if not groups[i].reason}
         self.sizes = {name: len(groups[i].roots) for i, name in free.items()}
         # Narrower features have other statistics: nothing of them can be shared.

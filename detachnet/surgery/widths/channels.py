@@ -7,7 +7,6 @@ for one image and says for each element whose channel it is. Atoms that must sta
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -42,9 +41,11 @@ class Atoms:
         constant: Atoms that are always there and join no class → what they are.
         whole: First atom of a class that cannot be cut → why.
         joined: First atom of a class that an operation made of a layer's several channels → which operation.
+        known: What was worked out of all this, by name; a change forgets it.
     """
 
     def __init__(self) -> None:
+        self.known: dict[str, Any] = {}
         self.parent = [CONSTANT]
         self.constant = {CONSTANT: "a constant of the forward pass"}
         self.whole: dict[int, str] = {}
@@ -52,6 +53,7 @@ class Atoms:
 
     def fresh(self, count: int) -> Tensor:
         """New atoms, each a class of its own."""
+        self.known.clear()
         start = len(self.parent)
         self.parent.extend(range(start, start + count))
         return torch.arange(start, start + count)
@@ -78,6 +80,7 @@ class Atoms:
         first, second = sorted((self.find(one), self.find(other)))
         if first == second:
             return
+        self.known.clear()
         if first in self.constant or second in self.constant:
             kept, why = (second, first) if first in self.constant else (first, second)
             self._keep(kept, self.constant[why])
@@ -100,6 +103,7 @@ class Atoms:
         for other in others:
             self.unite(first, other)
         if others and (root := self.find(first)) not in self.constant:
+            self.known.clear()
             self.joined.setdefault(root, why)
 
     def freeze(self, value: Any, why: str) -> None:
@@ -112,11 +116,21 @@ class Atoms:
 
     def _keep(self, root: int, why: str) -> None:
         if root not in self.constant:
+            self.known.clear()
             self.whole.setdefault(root, why)
 
     def roots(self) -> Tensor:
         """Atom → the first atom of its class."""
-        return torch.tensor([self.find(atom) for atom in range(len(self.parent))])
+        if "roots" not in self.known:
+            self.known["roots"] = torch.tensor([self.find(atom) for atom in range(len(self.parent))])
+        return self.known["roots"]  # type: ignore[no-any-return]
+
+    def copy(self) -> Atoms:
+        """The same classes, to unite further."""
+        other = Atoms()
+        other.parent, other.constant = [*self.parent], {**self.constant}
+        other.whole, other.joined, other.known = {**self.whole}, {**self.joined}, {**self.known}
+        return other
 
 
 @dataclass
@@ -191,7 +205,7 @@ class Channels:
 
     def with_own_atoms(self) -> Channels:
         """A copy whose classes can be united further."""
-        return replace(self, atoms=deepcopy(self.atoms))
+        return replace(self, atoms=self.atoms.copy())
 
 
 def distinct(atoms: Tensor, axis: int | None = None) -> Tensor:

@@ -127,7 +127,7 @@ def by_group(channels: Channels, width: Mapping[str, float]) -> dict[str, float]
         WidthError: There are no such filters that can be left out, or a group is asked for twice.
     """
     groups = group_channels(channels)
-    named = dict(zip(group_names(channels, groups), groups, strict=True))
+    named = dict(zip(group_names(channels), groups, strict=True))
     asked: dict[str, str] = {}
     for path in width:
         meant = [path] if path in named else [name for name, group in named.items() if _makes(group, path)]
@@ -184,7 +184,7 @@ class _Choice:
 
     def __post_init__(self) -> None:
         groups = group_channels(self.channels)
-        for group, name in zip(groups, group_names(self.channels, groups), strict=True):
+        for group, name in zip(groups, group_names(self.channels), strict=True):
             if not group.reason:
                 self.origin |= dict.fromkeys(group.roots, name)
                 self.units[name] = group.roots
@@ -285,7 +285,7 @@ class _Choice:
     def _report(self, groups: Sequence[Group], roots: Tensor, kept: Tensor) -> list[KeptGroup]:
         """What is kept of each group."""
         report = []
-        for group, name in zip(groups, group_names(self.channels, groups), strict=True):
+        for group, name in zip(groups, group_names(self.channels), strict=True):
             reason, size = group.reason or self.whole.get(group.places, ""), unit_size(self.channels, group, roots)
             left = int(kept[list(group.roots)].sum())
             report.append(KeptGroup(name, left * size, len(group.roots) * size, reason))

@@ -108,6 +108,14 @@ class Group:
 
 def group_channels(channels: Channels) -> list[Group]:
     """The groups of a network, in the order of their first channels."""
+    known = channels.atoms.known
+    if "groups" not in known:
+        known["groups"] = _grouped(channels)
+    return known["groups"]  # type: ignore[no-any-return]
+
+
+def _grouped(channels: Channels) -> list[Group]:
+    """`group_channels`, worked out."""
     roots, atoms = channels.atoms.roots(), channels.atoms
     constant = torch.zeros(len(roots), dtype=torch.bool)
     constant[list(atoms.constant)] = True
@@ -211,7 +219,7 @@ def width_groups(channels: Channels) -> Widths:
     total = max(1, sum(channels.traced.macs.values()))
     everything = torch.ones(len(owner), dtype=torch.bool)
     found: list[WidthGroup] = []
-    for i, (group, name) in enumerate(zip(groups, group_names(channels, groups), strict=True)):
+    for i, (group, name) in enumerate(zip(groups, group_names(channels), strict=True)):
         inside, paths = owner == i, {path for path, _ in group.places}
         (macs, num_params), rest = costs(channels, everything, paths), costs(channels, ~inside, paths)
         macs, num_params = macs - rest[0], num_params - rest[1]
@@ -235,8 +243,16 @@ def owners(channels: Channels, groups: Sequence[Group]) -> Tensor:
     return owner[roots]
 
 
-def group_names(channels: Channels, groups: Sequence[Group]) -> list[str]:
+def group_names(channels: Channels) -> list[str]:
     """A name for each group: the first layer that makes its channels, with their range in it."""
+    known = channels.atoms.known
+    if "names" not in known:
+        known["names"] = _named(channels, group_channels(channels))
+    return known["names"]  # type: ignore[no-any-return]
+
+
+def _named(channels: Channels, groups: Sequence[Group]) -> list[str]:
+    """`group_names`, worked out."""
     owner, names, taken = owners(channels, groups), list[str](), set[str]()
     position = {place: i for i, place in enumerate(channels.places())}
     for i, group in enumerate(groups):

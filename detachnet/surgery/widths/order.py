@@ -45,6 +45,6 @@ def important(model: nn.Module, channels: Channels) -> dict[str, list[int]]:
     groups = group_channels(channels)
     return {
         name: score[list(group.roots)].argsort(descending=True, stable=True).tolist()
-        for group, name in zip(groups, group_names(channels, groups), strict=True)
+        for group, name in zip(groups, group_names(channels), strict=True)
         if not group.reason
     }

@@ -36,7 +36,7 @@ def store(channels: Channels, kept: Kept) -> dict[str, int | str]:
     """
     groups = group_channels(channels)
     found: dict[str, int | str] = {}
-    for group, name in zip(groups, group_names(channels, groups), strict=True):
+    for group, name in zip(groups, group_names(channels), strict=True):
         bits = kept.mask[list(group.roots)]
         count = int(bits.sum())
         if count < len(bits):
@@ -52,7 +52,7 @@ def restore(channels: Channels, stored: Stored) -> Kept:
         WidthError: It is none of this network.
     """
     groups, roots = group_channels(channels), channels.atoms.roots()
-    names = group_names(channels, groups)
+    names = group_names(channels)
     kept = torch.ones(len(roots), dtype=torch.bool)
     free = {name: group for group, name in zip(groups, names, strict=True) if not group.reason}
     for name, units in stored.items():
@@ -90,7 +90,7 @@ def _checked(channels: Channels, mask: Tensor, said: str) -> Kept:
         raise WidthError(f"{said}: {where}: {found.why}", node=channels.traced.name_of.get(found.node))
     groups, roots = group_channels(channels), channels.atoms.roots()
     report = []
-    for group, name in zip(groups, group_names(channels, groups), strict=True):
+    for group, name in zip(groups, group_names(channels), strict=True):
         size, left = unit_size(channels, group, roots), int(mask[list(group.roots)].sum())
         report.append(KeptGroup(name, left * size, len(group.roots) * size, group.reason))
     return Kept(channels, mask, tuple(report), found)
