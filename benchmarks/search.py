@@ -8,6 +8,7 @@ CIFAR-10 for 6 epochs: in each step the base-model, the smallest and a random on
 60, 40 and 25 % of the base-model's MACs, on 2000 held-out training images:
 
 - `search`: what `detachnet.search` chooses;
+- `evolved`: what it chooses when so many more candidates evolve from those that were tried (--evolve);
 - `random`: the best of as many candidates, each made by leaving out things at random until it fits;
 - `even routes`: spans left out evenly along the network, the fewest that fit;
 - `even widths`: as many eighths of all filters, of some groups at the end one less; the search tries it, too.
@@ -32,6 +33,7 @@ from detachnet.data.datasets import Split, load_data
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.costs import counted
 from detachnet.selection.even import evenly
+from detachnet.selection.front import Front
 from detachnet.selection.greedy import best_within
 from detachnet.selection.images import run_images
 from detachnet.selection.journal import Journal, Trials
@@ -141,8 +143,11 @@ def compare(
         folder: Where what was tried is kept.
     """
     held_out, calibration, test = images
-    front = search(net, held_out, budgets, calibration=calibration, evolve=evolve, seed=seed, folder=folder)
-    space = Space(net)
+    fronts: dict[str, Front] = {}
+    for how, more in {"search": 0, "evolved": evolve}.items() if evolve else [("search", 0)]:
+        settings = {"calibration": calibration, "evolve": more, "seed": seed, "folder": folder}
+        fronts[how] = search(net, held_out, budgets, **settings)
+    space, each = Space(net), fronts["search"].tries // len(budgets)
     cost, judge = counted(space, "macs"), Judge(net, held_out, calibration, space)
     whole = cost(Candidate()) or 0.0
 
@@ -155,16 +160,17 @@ def compare(
         return row(how, budget, share, judge(candidate).accuracy, on_test, tries, seconds)
 
     about = {"family": folder.name, "budgets": list(budgets), "images": len(held_out)}
-    rows, each = [line("base", 1.0, Candidate())], front.tries // len(budgets)
+    rows = [line("base", 1.0, Candidate())]
     for number, budget in enumerate(budgets):
         limit = budget * whole
         trials = Trials(judge, Journal(folder / f"random-{number}.jsonl", about | {"budget": budget}))
         for candidate in at_random(space, cost, limit, each, mix(seed, number)):
             trials([candidate])
-        found = next(f for f in front.found if limit in f.budgets)
-        on_test = judged(front.net, found.name, test, None).accuracy
-        share = found.macs / front.base.macs
-        rows.append(row("search", budget, share, found.accuracy, on_test, front.tries, front.seconds))
+        for how, front in fronts.items():
+            found = next(f for f in front.found if limit in f.budgets)
+            on_test = judged(front.net, found.name, test, None).accuracy
+            share = found.macs / front.base.macs
+            rows.append(row(how, budget, share, found.accuracy, on_test, front.tries, front.seconds))
         best = best_within(list(trials.seen.items()), cost, limit)
         spent = sum(worth.seconds for worth in trials.seen.values())
         rows += [
