@@ -11,7 +11,7 @@ quickstart: .venv/package ## train a small family on embedded data, a few minute
 test: .venv/dev ## everything that must pass
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0
 
-fast: .venv/dev ## the tests that are not marked slow, some two minutes on two cores
+fast: .venv/dev ## the tests that are not marked slow, about a minute on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --max-worker-restart 0
 
 nightly: .venv/dev ## the tests that `make test` leaves out: more networks and settings, some half an hour on two cores

@@ -31,6 +31,8 @@ from detachnet.storage import MANIFEST
 from detachnet.training.weights import read_start
 from tests.helpers import nightly_but
 
+pytestmark = pytest.mark.slow
+
 Change = Callable[[dict[str, Any]], object]
 
 
@@ -67,7 +69,6 @@ def stem(depth: int, width: float) -> Change:
     return change
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("which", nightly_but([None], [None, "sub1"]))
 @pytest.mark.parametrize(
     "change",
@@ -184,7 +185,6 @@ def test_facts_that_no_file_may_say_are_not_written(net: detachnet.DetachableNet
         net.facts = facts
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 def test_pipes_and_devices_are_not_opened(net: detachnet.DetachableNet, tmp_path: Path, kind: str) -> None:
     def put(path: Path) -> Path:
@@ -289,7 +289,6 @@ PT2 = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", PT2)
 def test_a_pt2_file_runs_nothing(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -390,7 +389,6 @@ def test_an_onnx_graph_reads_its_weights_only_and_ends(graphs: Path, tmp_path: P
 EVIL = "a\x1b]0;title\x07\x1b[2Jb\x9b31m\u202e\r\x08[bold]"
 
 
-@pytest.mark.slow
 def test_nothing_speaks_to_the_terminal(tmp_path: Path) -> None:
     assert re.fullmatch(r"[ -~]*", plain(EVIL))
     assert plain("MACs, 3×32 – 5\xa0%\nnext") == "MACs, 3×32 – 5\xa0%\nnext"

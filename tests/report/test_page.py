@@ -17,6 +17,8 @@ from detachnet.report.record import read_run
 from detachnet.training.trainer import train
 from tests.runs import recipe
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<script>alert('1')</script>\"&"
 
@@ -60,7 +62,6 @@ class Reader(HTMLParser):
         self.text.append(data)
 
 
-@pytest.mark.slow
 def test_the_numbers_are_those_of_the_run(trained: Path, page: Page) -> None:
     rows = re.findall(
         r'<tr><th scope="row">(\w+)</th>(.*?)</tr>', page.html.split('class="results"')[1].split("</table>")[0]
@@ -125,7 +126,6 @@ def test_bars_are_as_wide_as_their_macs(trained: Path, page: Page) -> None:
         assert width == pytest.approx(1000 * model.macs / plan.models[0].macs, abs=0.05)
 
 
-@pytest.mark.slow
 def test_hostile_names_are_text(run: Path) -> None:
     net = detachnet.load(run / "last.safetensors")
     assert net.facts.data is not None
@@ -143,7 +143,6 @@ def test_hostile_names_are_text(run: Path) -> None:
     assert text.count(HOSTILE) >= 12 * 3 + 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gone", "heading", "sentence"),
     [
@@ -161,7 +160,6 @@ def test_what_is_missing_is_said(run: Path, gone: str, heading: str, sentence: s
     assert page.missing[0].startswith("run: ")
 
 
-@pytest.mark.slow
 def test_data_that_is_not_here_is_said(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DETACHNET_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -172,7 +170,6 @@ def test_data_that_is_not_here_is_said(run: Path, monkeypatch: pytest.MonkeyPatc
     assert "Some predictions" not in page.html
 
 
-@pytest.mark.slow
 def test_several_runs_share_a_figure(trained: Path, run: Path) -> None:
     page = make_page([trained, run]).html
     together = page.split("All runs: accuracy against MACs")[1].split("</section>")[0]
@@ -195,7 +192,6 @@ def test_damaged_runs_are_refused(run: Path, tmp_path: Path) -> None:
         make_page([run])
 
 
-@pytest.mark.slow
 def test_the_command(trained: Path, page: Page, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     result = CliRunner().invoke(app, ["report", str(trained), "-o", str(out)])
@@ -243,7 +239,6 @@ def look(page: str, folder: Path) -> dict[str, object]:
     return seen
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     CHROMIUM is None, reason="there is no chromium on this machine (Debian: apt-get install chromium)"
 )

@@ -12,6 +12,8 @@ from detachnet.surgery.stepdown import plan_stepdown
 from tests import models
 from tests.helpers import assert_joint_equals_separate
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {
     (models.Mlp, "one", (3, 4, 4)): (48,),
     (models.Tokens, "norm", (3, 8, 8)): (17, 8),
@@ -85,7 +87,6 @@ def test_which_call_of_a_module_is_meant() -> None:
     assert [plan["sub0"].stepdown.feature for plan in (first, second)] == [(4, 8, 8), (5, 4, 4)]  # type: ignore[union-attr]
 
 
-@pytest.mark.slow
 def test_a_stem_that_costs_more_than_it_saves() -> None:
     with torch.device("meta"):
         model = detachnet.create_model("torchvision:resnet50")
@@ -159,7 +160,6 @@ def test_parametrized_and_frozen_layers(change: object) -> None:
         assert_joint_equals_separate(net, IMAGES.double())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
 def test_wrapped_models(wrap: object) -> None:
     model = models.Plain().eval()
@@ -182,7 +182,6 @@ def test_on_the_meta_device() -> None:
     assert net(IMAGES.to("meta"), which="sub0").shape == (3, 5)
 
 
-@pytest.mark.slow
 def test_auto_cuts_are_spread_over_the_macs_behind_activations() -> None:
     model = detachnet.create_model("timm:resnet50")
     points = {point.name: point for point in detachnet.find_cuts(model)}
@@ -197,7 +196,6 @@ def test_auto_cuts_are_spread_over_the_macs_behind_activations() -> None:
     assert detachnet.make_detachable(model, "auto", check="none").plan == plans[2]
 
 
-@pytest.mark.slow
 def test_shares_of_macs() -> None:
     plan = detachnet.make_detachable(detachnet.create_model("torchvision:vgg16_bn"), [0.7, 0.3], check="none").plan
     assert [round(model.macs / plan.models[0].macs, 1) for model in plan.models] == [1.0, 0.7, 0.3]

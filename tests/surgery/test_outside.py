@@ -19,6 +19,8 @@ import detachnet
 from detachnet.surgery.outside import Outside
 from detachnet.surgery.trace import trace
 
+pytestmark = pytest.mark.slow
+
 SIZE = (3, 8, 8)
 Step = Callable[[], float]
 

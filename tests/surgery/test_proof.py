@@ -21,6 +21,8 @@ from detachnet.surgery.trace import trace
 from tests import models
 from tests.helpers import assert_joint_equals_separate
 
+pytestmark = pytest.mark.slow
+
 
 class Stem(nn.Sequential):
     def __init__(self) -> None:
@@ -474,7 +476,6 @@ PREPARING: list[Any] = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("prepare", "named", "end"), PREPARING)
 def test_what_prepares_the_image_prepares_it_for_all_models(prepare: Any, named: str, end: str) -> None:
     model = Prepared(prepare)

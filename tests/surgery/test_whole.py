@@ -30,6 +30,8 @@ from detachnet.surgery.trace import trace
 from tests import models
 from tests.helpers import assert_joint_equals_separate
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[[Any, Tensor], Tensor]
 SIZE = (3, 16, 16)
 
@@ -414,7 +416,6 @@ def name_of(run: Run) -> str:
     return run.__name__
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("run", KEPT, ids=name_of)
 def test_the_smallest_module_around_is_kept_whole(run: Run) -> None:
     model = Net(nn.Sequential(nn.ReLU(), Block(run)))
@@ -432,7 +433,6 @@ def test_the_smallest_module_around_is_kept_whole(run: Run) -> None:
     assert_nothing_stays()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("run", KEPT, ids=name_of)
 def test_in_the_models_own_forward_it_is_right_or_refused_with_its_line(run: Run) -> None:
     model = Root(run)
@@ -495,7 +495,6 @@ class Registering(nn.Module):
         return registered(self, x)
 
 
-@pytest.mark.slow
 def test_a_layer_that_registers_a_buffer() -> None:
     for cuts in (["a"], {"half": detachnet.SubModel(width=0.5)}):
         model = Net(Registering())
@@ -506,7 +505,6 @@ def test_a_layer_that_registers_a_buffer() -> None:
     assert net.plan.whole["middle"].startswith("'mean' assigned at test_whole.py:")
 
 
-@pytest.mark.slow
 def test_weights_changed_in_place_are_kept_in_their_module() -> None:
     def masked(module: Any, x: Tensor) -> Tensor:
         weight = module.conv.weight * 1
@@ -614,7 +612,6 @@ def test_functions_are_operations_of_the_graph(name: str) -> None:
     assert_nothing_stays()
 
 
-@pytest.mark.slow
 def test_script_functions_may_be_named_as_leaves() -> None:
     model = Root(FUNCTIONS["swish"])
     net = detachnet.make_detachable(model, ["a"], SIZE, leaf_functions=[swish])
@@ -625,7 +622,6 @@ def test_script_functions_may_be_named_as_leaves() -> None:
 reverse = models.Reverse.apply
 
 
-@pytest.mark.slow
 def test_an_apply_bound_before_the_trace_is_kept_whole_or_refused() -> None:
     def run(module: Any, x: Tensor) -> Tensor:
         h: Tensor = reverse(module.conv(x))  # type: ignore[no-untyped-call]
@@ -642,7 +638,6 @@ def test_an_apply_bound_before_the_trace_is_kept_whole_or_refused() -> None:
 # Hooks.
 
 
-@pytest.mark.slow
 def test_a_container_with_hooks_is_kept_whole_and_runs_them() -> None:
     def tenfold(_: nn.Module, __: Any, out: Tensor) -> Tensor:
         return out * 10
@@ -669,7 +664,6 @@ def test_a_container_with_hooks_is_kept_whole_and_runs_them() -> None:
         assert detachnet.make_detachable(model, ["middle.conv"], SIZE).plan.whole == {}
 
 
-@pytest.mark.slow
 def test_a_cut_inside_of_what_is_kept_whole_is_refused_with_the_reason() -> None:
     with pytest.raises(
         detachnet.CutError,
@@ -737,7 +731,6 @@ def number(module: Any, x: Tensor) -> Tensor:
     return h
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "run",
     [slice_in_place, piece_in_place, shortcut_in_place, flat_in_place, items_in_place, number],
@@ -894,7 +887,6 @@ def test_lazy_layers_are_to_be_run_first() -> None:
         detachnet.make_detachable(model, ["2"], SIZE)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kept", [dict, list])
 def test_activations_that_a_pass_has_left(kept: type) -> None:
     def run(module: Any, x: Tensor) -> Tensor:
@@ -914,7 +906,6 @@ def test_activations_that_a_pass_has_left(kept: type) -> None:
 # Wrappers inside.
 
 
-@pytest.mark.slow
 def test_what_is_inside_a_wrapper_can_be_cut() -> None:
     model = Net(nn.DataParallel(Block(lambda m, x: m.norm(m.conv(x)))))
     net = detachnet.make_detachable(model, ["middle.module.conv", "middle"], SIZE)
@@ -935,7 +926,6 @@ def tempered(module: Any, x: Tensor) -> Tensor:
     return (h if module.kind == "plain" else h.relu()) / module.temperature  # type: ignore[no-any-return]
 
 
-@pytest.mark.slow
 def test_plain_attributes_are_followed(caplog: pytest.LogCaptureFixture) -> None:
     for model in (Root(tempered), Net(Block(tempered))):
         own = model if isinstance(model, Root) else model.middle
@@ -967,7 +957,6 @@ def scheduled(module: Any, x: Tensor) -> Tensor:
     return module.act(h if module.mask is None else h * module.mask)  # type: ignore[no-any-return]
 
 
-@pytest.mark.slow
 def test_what_is_scheduled_in_objects_and_variables_is_followed() -> None:
     model = Net(Block(scheduled))
     own = model.middle
@@ -1176,7 +1165,6 @@ def by_exact_class(module: Any, x: Tensor) -> Tensor:
     return h
 
 
-@pytest.mark.slow
 def test_what_only_a_comparison_finds_is_kept_whole_too() -> None:
     model = Net(nn.Sequential(Block(by_exact_class), nn.ReLU()))
     net = detachnet.make_detachable(model, ["a", "c"], SIZE).eval()
