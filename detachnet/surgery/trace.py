@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -98,8 +98,7 @@ def _traced(
             root.base.get_submodule(path).training = not training
         tracers.append(tracer := Tracer(leaves, image))
         tracer.watch.closely = closely
-        for path, reason in hooked(model).items():
-            tracer.watch.hooks[path] = reason
+        tracer.watch.hooks |= hooked(model)
         with outside.kept():
             graph = _trace_root(tracer, root)
             filled |= tracer.watch.filled()
@@ -111,6 +110,28 @@ def _traced(
         raise _KeepWholeError(found)
     if not closely and any(tracer.watch.moved for tracer in tracers):
         return _traced(model, image, leaves, whole, others, outside, closely=True)
+    lost = _lost(model, tracers)
+    outer = outermost(whole)
+    for made in graphs.values():
+        made.whole = outer
+    written = {name for tracer in tracers for name in tracer.watch.written}
+    opened = {path: module for tracer in tracers for path, module in tracer.watch.opened.items()}
+    return TracedModel(
+        *(graphs[True], graphs[False], constants, type(model).__name__, leaves),
+        whole=outer,
+        lost=lost,
+        read=attributes_read(opened, written),
+        filled=filled,
+        modal=asking_for_mode(opened),
+    )
+
+
+def _lost(model: nn.Module, tracers: Sequence[Tracer]) -> tuple[Reason, ...]:
+    """What the model's own forward pass has that a trace loses.
+
+    Raises:
+        TraceError: It decides something.
+    """
     lost = {reason.what: reason for tracer in tracers for reason in tracer.watch.lost}
     for reason in lost.values():
         if reason.decides:
@@ -120,19 +141,7 @@ def _traced(
                 where=reason.where,
                 hint="move that line into the forward of a module of its own: that is kept whole",
             )
-    outer = outermost(whole)
-    for made in graphs.values():
-        made.whole = outer
-    written = {name for tracer in tracers for name in tracer.watch.written}
-    opened = {path: module for tracer in tracers for path, module in tracer.watch.opened.items()}
-    return TracedModel(
-        *(graphs[True], graphs[False], constants, type(model).__name__, leaves),
-        whole=outer,
-        lost=tuple(lost.values()),
-        read=attributes_read(opened, written),
-        filled=filled,
-        modal=asking_for_mode(opened),
-    )
+    return tuple(lost.values())
 
 
 def outermost(whole: Mapping[str, str]) -> dict[str, str]:
