@@ -1,7 +1,8 @@
 """model -> family: what rewriting a network's graph takes, and nothing of images, files or training.
 
 modules, stepdown, norms, codegen, detached   layers, and modules that run without torch.fx
-state, outside                                what modules hold and reach besides tensors, and how it is put back
+variables, contents -> generators, state      what modules hold and read besides tensors, to be compared
+outside                                       what else they reach, and how it is put back
 whole, listening                              what of a model is kept whole, and how that is noticed
 tracer -> graph, settle -> trace              a model's forward pass as a graph, with all shapes known
 preparation -> analysis -> cuts, spans        how the image is prepared, where a network can be cut

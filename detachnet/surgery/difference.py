@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from detachnet.surgery.generators import generators_kept, generators_of
 from detachnet.surgery.graph import TracedGraph
 from detachnet.surgery.modules import copies_of_computed_tensors
 from detachnet.surgery.outside import Outside
-from detachnet.surgery.state import Readings, generators_kept, generators_of
+from detachnet.surgery.state import Readings
 from detachnet.surgery.tracer import leaves_of, thaw
 
 if TYPE_CHECKING:

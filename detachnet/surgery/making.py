@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from detachnet.errors import CutError, TraceError
 from detachnet.surgery.choice import choose_models
 from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.generators import generators_kept, generators_of
 from detachnet.surgery.graph import TracedModel
 from detachnet.surgery.modules import copy_model, unwrap
 from detachnet.surgery.outside import Outside
@@ -18,7 +19,6 @@ from detachnet.surgery.plan import Cuts, DetachPlan, Head, Norm
 from detachnet.surgery.planning import make_plan
 from detachnet.surgery.proof import Check, UnlikeError, prove
 from detachnet.surgery.routes import MOST_MODELS, narrow_models
-from detachnet.surgery.state import generators_kept, generators_of
 from detachnet.surgery.stepdown import Stem, StepDownBuilder
 from detachnet.surgery.trace import outermost, trace
 from detachnet.surgery.tracer import Leaves

@@ -11,11 +11,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from detachnet.surgery.contents import generator_state
 from detachnet.surgery.difference import seed_all, tensors, twin
+from detachnet.surgery.generators import generators_kept, generators_of
 from detachnet.surgery.modules import copies_of_computed_tensors, random_states, silence_hooks
 from detachnet.surgery.outside import Outside, Taken
 from detachnet.surgery.plan import BASE
-from detachnet.surgery.state import generator_state, generators_kept, generators_of
 
 if TYPE_CHECKING:
     from detachnet.surgery.detachable import DetachableNet

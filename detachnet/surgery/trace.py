@@ -20,19 +20,13 @@ from torch.fx.node import map_aggregate
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from detachnet.errors import TraceError, nearest
+from detachnet.surgery.generators import generators_kept, generators_of
 from detachnet.surgery.graph import Root, TracedGraph, TracedModel
 from detachnet.surgery.modules import meta_twin, random_states_kept
 from detachnet.surgery.outside import Outside
 from detachnet.surgery.settle import cut_gradients, settle_augmented
-from detachnet.surgery.state import (
-    functions_in,
-    functions_of,
-    generators_kept,
-    generators_of,
-    names_in,
-    reached_by,
-)
 from detachnet.surgery.tracer import NO_LEAVES, PREFIX, PROBE_BATCH, Leaves, Spec, Tracer
+from detachnet.surgery.variables import functions_in, functions_of, names_in, reached_by
 from detachnet.surgery.whole import LostError, Reason, asking_for_mode, attributes_read, hooked
 from detachnet.zoo import default_input_size
 

@@ -24,7 +24,9 @@ import torch
 from torch import fx, nn
 from torch.utils import checkpoint
 
-from detachnet.surgery.state import drawn_from, functions_of, marks_of, names_in, state_of
+from detachnet.surgery.generators import drawn_from
+from detachnet.surgery.state import marks_of, state_of
+from detachnet.surgery.variables import functions_of, names_in
 
 if TYPE_CHECKING:
     from detachnet.surgery.tracer import Tracer

@@ -23,7 +23,8 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import detachnet
-from detachnet.surgery import state
+from detachnet.surgery.contents import parts_of
+from detachnet.surgery.generators import generators_of
 from detachnet.surgery.listening import _REPLACED
 from detachnet.surgery.plan import DetachPlan
 from detachnet.surgery.trace import trace
@@ -1240,10 +1241,10 @@ def test_a_profiler_goes_on() -> None:
 
 def test_the_graphs_of_a_family_are_not_searched_for_generators(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    parts = state.parts_of
-    monkeypatch.setattr(state, "parts_of", lambda value: seen.append(value) or parts(value))
+    looked = "detachnet.surgery.generators.parts_of"
+    monkeypatch.setattr(looked, lambda value: seen.append(value) or parts_of(value))
     net = detachnet.make_detachable(Net(Block(without_gradients)), ["a"], SIZE, check="none")
     seen.clear()
-    assert {type(found) for found in state.generators_of(net)} == {random.Random, np.random.Generator}
+    assert {type(found) for found in generators_of(net)} == {random.Random, np.random.Generator}
     assert seen
     assert not [value for value in seen if isinstance(value, fx.Node)]

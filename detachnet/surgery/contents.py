@@ -1,0 +1,123 @@
+"""value -> what it holds, in a form to be compared; and its parts."""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+import zlib
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache, partial
+from inspect import ismodule
+from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+PLAIN = (int, float, complex, str, bytes, type(None))
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+SINGLE = (Tensor, fx.Proxy, fx.Node, nn.Module, type, FunctionType, BuiltinFunctionType, MethodType)
+OPAQUE = (*sys.stdlib_module_names, "torch", "numpy", "detachnet")
+"""Packages whose objects hold nothing that counts here, generators of random numbers and containers apart."""
+_COMMON = (random._inst, np.random.mtrand._rand)
+"""What `from random import random` and NumPy's functions are methods of."""
+MOST = 256
+"""Items of a container that are looked at; of longer ones only their number."""
+LARGEST = 1 << 16
+"""Bytes of an array of NumPy's whose values are looked at; of larger ones only the shape."""
+
+
+def content(  # noqa: PLR0911  # one for each kind
+    value: Any, mark: Callable[[Any], Any] | None = None, seen: tuple[int, ...] = ()
+) -> Any:
+    """What a value holds; of tensors, modules and functions what `mark` makes of them, or nothing."""
+    if isinstance(value, PLAIN):
+        return value if value == value else "nan"  # noqa: PLR0124
+    if isinstance(value, GENERATORS):
+        return None if mark else generator_state(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return value.shape, zlib.crc32(value.tobytes()) if value.nbytes <= LARGEST else None
+    if isinstance(value, bytearray | array):
+        return len(value), zlib.crc32(value) if len(value) <= LARGEST else None
+    if isinstance(value, SINGLE) and not is_bound(value):
+        return mark(value) if mark else None
+    parts = parts_of(value)
+    if parts is None or id(value) in seen:
+        return None
+    grows = isinstance(value, list | deque)
+    inner = [(k, p) for k, p in parts if mark or grows or not isinstance(p, SINGLE)]
+    if len(inner) > MOST:
+        return len(inner)
+    return tuple((key, content(part, mark, (*seen, id(value)))) for key, part in inner)
+
+
+def mark_of(value: Any) -> Any:
+    """Which tensor, traced value, module or function something is."""
+    if isinstance(value, fx.Proxy | fx.Node):
+        return "a traced value"
+    written = value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+    return type(value).__name__, id(value), written
+
+
+def generator_state(generator: Any) -> Any:
+    """The state of such an object, to be compared."""
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, torch.Generator):
+        return bytes(generator.get_state().tolist())
+    state = generator.get_state(legacy=False) if isinstance(generator, np.random.RandomState) else None
+    return repr(generator.bit_generator.state if state is None else (state["state"]["key"].tobytes(), state))
+
+
+def parts_of(value: Any) -> list[tuple[str, Any]] | None:  # noqa: PLR0911  # one for each kind
+    """The parts of a container or of an object of a user's class; None where it has none that count."""
+    if is_bound(value):
+        return [(value.__name__, value.__self__)]
+    if isinstance(value, SINGLE) or ismodule(value):
+        return None
+    if isinstance(value, dict):
+        return [(str(key), part) for key, part in value.items()]
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return [("", part) for part in value]
+    if isinstance(value, Iterator):
+        return _rest_of(value)
+    if isinstance(value, partial):
+        return [("", value.func), ("", value.args), ("", value.keywords)]
+    opaque = type(value).__module__.partition(".")[0] in OPAQUE and type(value) is not SimpleNamespace
+    kind: Any = type(value)
+    slots = () if opaque else slots_of(kind)
+    if opaque or not (slots or hasattr(value, "__dict__")):
+        return None
+    own = [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
+    return [*getattr(value, "__dict__", {}).items(), *own]
+
+
+def is_bound(value: Any) -> bool:
+    """Whether something is a method of an object that holds something itself."""
+    if not isinstance(value, MethodType | BuiltinFunctionType) or any(value.__self__ is own for own in _COMMON):
+        return False
+    return not (value.__self__ is None or isinstance(value.__self__, SINGLE) or ismodule(value.__self__))
+
+
+@cache
+def slots_of(kind: type) -> tuple[str, ...]:
+    """The names of the attributes that objects of a class have in slots."""
+    both = [vars(base).get("__slots__", ()) for base in kind.__mro__]
+    names = [name for slots in both for name in ([slots] if isinstance(slots, str) else slots)]
+    return tuple(name for name in names if name[:2] != "__")
+
+
+def _rest_of(iterator: Iterator[Any]) -> list[tuple[str, Any]] | None:
+    """What an iterator has yet to give, where it says; of a generator where it is."""
+    if isinstance(iterator, GeneratorType):
+        frame = iterator.gi_frame
+        return [("at", frame and frame.f_lasti), *(frame.f_locals.items() if frame else ())]
+    with warnings.catch_warnings(), suppress(Exception):  # some cannot be stored, each in its own way
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return [("", part) for part in iterator.__reduce__()[1:]]
+    return None

@@ -1,0 +1,224 @@
+"""module -> the variables that it has, and those that its methods read outside of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from functools import cache, lru_cache, partial
+from inspect import ismodule, unwrap
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detachnet.surgery.contents import MOST, OPAQUE, PLAIN, SINGLE, is_bound, parts_of
+
+_OF_MODULES = {*vars(nn.Module()), "_is_full_backward_hook"}
+_LIBRARIES = ("timm", "torchvision")
+
+
+def held(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+    """Place, name and value of a module's own attributes, and of what its methods read outside of it."""
+    if type(module).__module__.startswith("torch."):
+        return
+    own = [(name, value) for name, value in vars(module).items() if name not in _OF_MODULES]
+    yield from [(vars(module), *pair) for pair in own]
+    for function in functions_of(module):
+        yield from _outside(function)
+    for base in own_bases(type(module)):
+        space = _ClassSpace(base)
+        yield from [(space, name, value) for name, value in vars(base).items() if is_variable(name, value)]
+
+
+def functions_of(module: nn.Module) -> list[FunctionType]:
+    """A module's methods, the functions that it holds, and those of a user's that any of them calls."""
+    kind: Any = type(module)
+    functions = dict.fromkeys(_methods(kind))
+    for _, function in functions_in(module):
+        functions |= dict.fromkeys(_called(function))
+    return list(functions)
+
+
+def functions_in(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
+    """Name of an attribute → the function that it is."""
+    for name, value in vars(module).items():
+        if name not in _OF_MODULES and (function := _function_in(value)):
+            yield name, function
+
+
+def reached_by(function: FunctionType) -> Iterator[Any]:
+    """What the variables around a function, and around those that it calls, and their default arguments are."""
+    for called in _called(function):
+        for value in [*(called.__defaults__ or ()), *(called.__kwdefaults__ or {}).values()]:
+            yield from _single_parts(value)
+        for cell in called.__closure__ or ():
+            with suppress(ValueError):  # an empty one
+                yield from _single_parts(cell.cell_contents)
+
+
+def _single_parts(value: Any, seen: tuple[int, ...] = ()) -> Iterator[Any]:
+    """A value, or what is in it; of a method its object."""
+    if isinstance(value, MethodType):
+        value = value.__self__
+    yield value
+    parts = [] if id(value) in seen or isinstance(value, SINGLE) else parts_of(value) or []
+    for _, part in parts[:MOST]:
+        yield from _single_parts(part, (*seen, id(value)))
+
+
+def _function_in(value: Any) -> FunctionType | None:
+    """The function that is called where a function, a method or one with some arguments is."""
+    while isinstance(value, partial | MethodType):
+        value = value.func if isinstance(value, partial) else value.__func__
+    value = unwrap(value) if isinstance(value, FunctionType | type(_called)) else None
+    return value if isinstance(value, FunctionType) else None
+
+
+def is_variable(name: str, value: Any) -> bool:
+    """Whether something in the namespace of a class is no part of its code."""
+    return name[:2] != "__" and not (isinstance(value, SINGLE) or hasattr(type(value), "__get__"))
+
+
+def own_bases(kind: type) -> list[type]:
+    """A class and those it is made of, torch's not counted."""
+    return [base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "builtins"))]
+
+
+@cache
+def _methods(kind: type) -> tuple[FunctionType, ...]:
+    """The methods of a class but for the one that makes it, and the functions of a user's that they call."""
+    found: dict[FunctionType, None] = {}
+    for base in own_bases(kind):
+        for name, method in vars(base).items():
+            function = unwrap(getattr(method, "__func__", method)) if callable(method) else None
+            if isinstance(function, FunctionType) and name != "__init__":  # what it reads, a pass does not
+                found |= dict.fromkeys(_called(function))
+    return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def _called(function: FunctionType) -> tuple[FunctionType, ...]:
+    """A function, and those of a user's that it calls by a variable's name."""
+    found, pending = dict[FunctionType, None](), [function]
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found[current] = None
+            named = [_function_in(value) for _, _, value in _named(current)]
+            pending += [function for function in named if function and is_users(function.__module__)]
+    return tuple(found)
+
+
+class _Cell:
+    """A variable of the function around a function, as the dict that others are in."""
+
+    def __init__(self, cell: CellType) -> None:
+        self.owner = cell
+
+    def get(self, _: str) -> Any:
+        """What it is now."""
+        return self.owner.cell_contents
+
+
+class _ClassSpace:
+    """What a class has in its own namespace, likewise."""
+
+    def __init__(self, kind: type) -> None:
+        self.owner = kind
+        self.get = vars(kind).get
+
+
+class _Environment:
+    """The environment of the process, likewise."""
+
+    owner = os.environ
+
+    def get(self, _: str) -> Any:
+        """What it is now."""
+        return dict(os.environ)
+
+
+class _Defaults:
+    """Default arguments of a function and its attributes, likewise."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self.owner = function
+
+    def get(self, _: str) -> Any:
+        """What they are now."""
+        function = self.owner
+        return [function.__defaults__, function.__kwdefaults__, vars(function)]
+
+
+def _named(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
+    """The variables outside of a function that its code names: where they are, and what they are now."""
+    for name in names_in(function):
+        if name in function.__globals__:
+            value = function.__globals__[name]
+            yield function.__globals__, name, value
+            if _is_environment(value, names_in(function)):
+                yield _Environment(), "os.environ", dict(os.environ)
+            if (space := space_of(value)) is not None:
+                yield from [(space, n, vars(value)[n]) for n in names_in(function) if is_variable_of(value, n)]
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # an empty one
+            yield _Cell(cell), name, cell.cell_contents
+
+
+def _is_environment(value: Any, names: Collection[str]) -> bool:
+    """Whether what code names is the environment, or `os`, of which it reads that."""
+    in_os = value is os and ("environ" in names or "getenv" in names)
+    return in_os or value is os.environ or value is os.getenv
+
+
+def space_of(value: Any) -> Any:
+    """The namespace of a user's module or class that code names, whose variables it may read; else None."""
+    if ismodule(value):
+        return vars(value) if is_users(value.__name__) else None
+    return _ClassSpace(value) if isinstance(value, type) and is_users(value.__module__) else None
+
+
+def is_variable_of(owner: Any, name: str) -> bool:
+    """Whether a module or class has a variable of that name."""
+    value = vars(owner).get(name, ismodule)
+    return is_variable(name, value) and not ismodule(value)
+
+
+def _outside(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
+    """What a function reads that is no module, class or function; its defaults and attributes, too."""
+    yield from [named for named in _named(function) if not (_is_single(named[2]) or ismodule(named[2]))]
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    if is_users(function.__module__) and (vars(function) or any(map(_can_change, defaults))):
+        space = _Defaults(function)
+        yield space, function.__name__, space.get(function.__name__)
+
+
+def _is_single(value: Any) -> bool:
+    """Whether something holds nothing that a pass may change; a weight is looked after by others."""
+    is_tensor = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+    return isinstance(value, SINGLE) and not is_tensor and not is_bound(value)
+
+
+def _can_change(value: Any) -> bool:
+    """Whether a default argument may hold something else after a call."""
+    if isinstance(value, tuple):
+        return any(map(_can_change, value))
+    return not isinstance(value, (*PLAIN, type, FunctionType, torch.dtype, torch.device, nn.Module))
+
+
+def is_users(module: str | None) -> bool:
+    """Whether a module of that name is neither a part of Python nor of what networks are made of."""
+    return bool(module) and str(module).partition(".")[0] not in (*OPAQUE, *_LIBRARIES)
+
+
+@lru_cache(maxsize=1024)
+def names_in(function: FunctionType) -> tuple[str, ...]:
+    """The names in a function's code and in that of functions inside of it."""
+    names, pending = dict[str, None](), [function.__code__]
+    while pending:
+        code = pending.pop()
+        names |= dict.fromkeys(code.co_names)
+        pending += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return tuple(names)
