@@ -5,9 +5,10 @@ What is known without running anything is here; `finding` finds the rest.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,12 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from detachnet.surgery.graph import TracedGraph, writes_in_place
+from detachnet.surgery.listening import Applied, Scripted
 from detachnet.surgery.tracer import PROBE_BATCH, Spec, leaves_of
 
 _BATCH_FUNCTIONS = {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm}
 _KNOWN_LAYERS = ("torch.nn.modules.", "timm.", "torchvision.")
+_KNOWN = ("torch.", "timm.", "torchvision.", "numpy.", "detachnet.")
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,28 @@ class Coupling:
         if node.op == "call_module":
             module = self.traced.module.get_submodule(str(node.target))
             return layer_verdict(module, self.training)
-        if node.op == "call_function" and node.target in _BATCH_FUNCTIONS:
-            return Verdict("per model", "normalizes over the batch")
-        return ONCE
+        return function_verdict(node.target) if node.op == "call_function" else ONCE
 
     def _fills(self, node: fx.Node) -> bool:
         """Whether a node writes pixels into a tensor that is no image's."""
         data = self.traced.data
         return writes_in_place(node) and node.args[0] not in data and any(n in data for n in node.all_input_nodes)
+
+
+def function_verdict(function: Any) -> Verdict:
+    """How a function runs; one of the user's own may do anything, as a layer may."""
+    if function in _BATCH_FUNCTIONS:
+        return Verdict("per model", "normalizes over the batch")
+    return Verdict("per model", "is a function of the user's own, kept whole") if _is_users(function) else ONCE
+
+
+def _is_users(function: Any) -> bool:
+    """Whether a node's function is neither Python's nor one of the libraries'."""
+    if isinstance(function, Scripted):
+        return True
+    of = function.function if isinstance(function, Applied) else function
+    module = f"{getattr(of, '__module__', None) or 'torch'}."
+    return module.partition(".")[0] not in sys.stdlib_module_names and not module.startswith(_KNOWN)
 
 
 def layer_verdict(module: nn.Module, training: bool) -> Verdict:

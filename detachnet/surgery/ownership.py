@@ -12,6 +12,7 @@ from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.errors import CutError
+from detachnet.surgery.batches import OtherBatches
 from detachnet.surgery.coupling import Coupling
 from detachnet.surgery.finding import find_coupling
 from detachnet.surgery.graph import Root, TracedGraph
@@ -152,6 +153,12 @@ class ViewSource:
         found = find_coupling(self.traced, self.second_probe, self.training, net)
         if found is not None:
             self.coupling, self.is_found = Coupling(self.traced, self.training, found), True
+
+    def is_multiple(self, node: fx.Node) -> bool:
+        """Whether a number is the same for every batch size, or a multiple of it."""
+        probes = (self.traced.values, self.second_probe)
+        elsewhere = OtherBatches(lambda n: (probes[0][n], probes[1][n]), (PROBE_BATCH, PROBE_BATCH + 1))
+        return elsewhere.is_multiple(node)
 
     @cached_property
     def second_probe(self) -> dict[fx.Node, Any]:

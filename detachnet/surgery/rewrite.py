@@ -313,6 +313,7 @@ class _ViewBuilder:
         if node in self.traced.data:
             return self.made[node][0]
         if (node, count) not in self.remade:
+            self._check_number(node, count)
             if node.op == "get_attr" or has_tensor(self.traced.values[node]) or self._can_ask(node, count):
                 new: Any = self.graph.node_copy(node, lambda n: self._value(n, count))
                 if node.op == "get_attr" and (part := self.source.part_of_tensor(node)):
@@ -321,6 +322,11 @@ class _ViewBuilder:
                 new = self._shape_value(node, count)
             self.remade[node, count] = new
         return self.remade[node, count]
+
+    def _check_number(self, node: fx.Node, count: int) -> None:
+        """Refuse a number that follows the batch, but is no multiple of it: of several models it is another."""
+        if count > 1 and isinstance(self.traced.values[node], int | float) and not self.source.is_multiple(node):
+            raise JointError(f"{self.traced.describe(node)} follows the batch size in no simple way")
 
     def _can_ask(self, node: fx.Node, count: int) -> bool:
         """Whether the tensors whose shape a value comes from are at hand with the right batch."""

@@ -23,6 +23,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from detachnet.surgery.batches import OtherBatches
 from detachnet.surgery.listening import answer_isinstance, watching
 from detachnet.surgery.modules import attribute, inner_model, random_states_kept
 from detachnet.surgery.whole import Watch
@@ -31,8 +32,6 @@ PREFIX = "base."
 """Where the traced model sits below the module that runs its graphs (`DetachableNet.base`)."""
 PROBE_BATCH = 11
 """Batch size of the shape propagation; a number that no other axis is likely to have."""
-_BATCHES = tuple(2**i for i in range(13))
-"""Batch sizes that a decision by the batch size is tried at; it is one only if it is the same for all."""
 _RANDOM = ("rand", "randint", "randn", "randperm")
 _FACTORIES = (*_RANDOM, "arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")
 _BATCH_NORMS = (F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm)
@@ -116,6 +115,7 @@ class Tracer(fx.Tracer):
         self.stack: list[str] = []
         self.calls: dict[str, list[fx.Node]] = {}
         self._probes = [Probe(self, image.example(batch)) for batch in (PROBE_BATCH, PROBE_BATCH + 1)]
+        self._elsewhere = OtherBatches(self._values, (PROBE_BATCH, PROBE_BATCH + 1))
         self.probing = False
         self._image = image
         self._thread = threading.get_ident()
@@ -237,17 +237,22 @@ class Tracer(fx.Tracer):
             return False, None
         self.probing = True
         try:
-            values = [probe.value(node) for probe in self._probes]
-            if length_only:
-                values = [len(value) for value in values]
-            elif isinstance(values[0], bool) and self._asks_for_batch(node):
-                values += [Probe(self, self._image.example(batch)).value(node) for batch in _BATCHES]
+            values = self._values(node)
+            follows = not (self._elsewhere.is_as_long(node) if length_only else self._elsewhere.is_same(node))
+            values = (len(values[0]), len(values[1])) if length_only else values
         except Exception:  # whatever an operation raises where there are shapes only
             return False, None
         finally:
             self.probing = False
+        if follows:
+            self.watch.note("a decision by the batch size", decides=True)
         plain = not any(isinstance(value, torch.Tensor | fx.Proxy) for value in values)
-        return plain and all(value == values[0] for value in values), values[0]
+        return plain and not follows and bool(values[0] == values[1]), values[0]
+
+    def _values(self, node: fx.Node) -> tuple[Any, Any]:
+        """What a node gives at two batch sizes."""
+        one, two = (probe.value(node) for probe in self._probes)
+        return one, two
 
     def class_of(self, obj: fx.Proxy) -> type:
         """The class of a traced value, if its shapes tell."""
@@ -265,20 +270,6 @@ class Tracer(fx.Tracer):
         """Works out values after the trace, each node once."""
         self.probing = True
         return Probe(self, self._image.example())
-
-    def _asks_for_batch(self, node: fx.Node) -> bool:
-        """Whether a number that follows the batch size went into a value."""
-        pending, seen = list(node.all_input_nodes), set[fx.Node]()
-        while pending:
-            current = pending.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            one, other = (probe.values.get(current) for probe in self._probes)
-            if isinstance(one, int | float) and one != other:
-                return True
-            pending += [n for n in current.all_input_nodes if not isinstance(one, torch.Tensor)]
-        return False
 
 
 class Probe:
