@@ -4,7 +4,7 @@ modules, stepdown, norms, codegen, detached   layers, and modules that run witho
 variables, contents -> generators, state      what modules hold and read besides tensors, to be compared
 outside                                       what else they reach, and how it is put back
 whole, listening                              what of a model is kept whole, and how that is noticed
-tracer -> graph, settle -> trace              a model's forward pass as a graph, with all shapes known
+batches, tracer -> graph, settle -> trace     a model's forward pass as a graph, with all shapes known
 preparation -> analysis -> cuts, spans        how the image is prepared, where a network can be cut
 routes -> choice                              what is left out
 widths/                                       which filters go together, a choice of them, the narrower network

@@ -14,7 +14,7 @@ from torch import fx
 
 BATCHES = (*range(1, 1025), *(2**i for i in range(11, 14)))
 """Batch sizes that a number is worked out at."""
-FEW = (*range(1, 9), *(2**i for i in range(4, 11)))
+FEW = (*range(2, 9), *(2**i for i in range(4, 11)))
 """Batch sizes that lengths are, of which there are many."""
 _CALLS = ("call_function", "call_method")
 _ASK = (getattr, operator.getitem)

@@ -6,13 +6,23 @@ import random
 import sys
 import warnings
 import zlib
+from argparse import Namespace
 from array import array
-from collections import deque
+from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from contextvars import ContextVar
 from functools import cache, partial
 from inspect import ismodule
-from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, SimpleNamespace
+from threading import local
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    GeneratorType,
+    MappingProxyType,
+    MethodType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import numpy as np
@@ -24,11 +34,15 @@ GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.G
 SINGLE = (Tensor, fx.Proxy, fx.Node, nn.Module, type, FunctionType, BuiltinFunctionType, MethodType)
 OPAQUE = (*sys.stdlib_module_names, "torch", "numpy", "detachnet")
 """Packages whose objects hold nothing that counts here, generators of random numbers and containers apart."""
+_HOLDERS = (SimpleNamespace, Namespace, UserDict, UserList, ChainMap, local)
+"""What of them holds what a user puts there."""
 _COMMON = (random._inst, np.random.mtrand._rand)
 """What `from random import random` and NumPy's functions are methods of."""
 MOST = 256
 """Items of a container that are looked at; of longer ones only their number."""
-LARGEST = 1 << 16
+LONGEST = 1 << 14
+"""Of lists of plain numbers: up to so many are looked at."""
+LARGEST = 1 << 20
 """Bytes of an array of NumPy's whose values are looked at; of larger ones only the shape."""
 
 
@@ -49,11 +63,27 @@ def content(  # noqa: PLR0911  # one for each kind
     parts = parts_of(value)
     if parts is None or id(value) in seen:
         return None
+    if (
+        isinstance(value, list | tuple)
+        and MOST < len(value) <= LONGEST
+        and all(isinstance(p, PLAIN) for p in value)
+    ):
+        return len(value), hash(tuple(value))
+    parts = [*parts, *_of_class(value)]
     grows = isinstance(value, list | deque)
     inner = [(k, p) for k, p in parts if mark or grows or not isinstance(p, SINGLE)]
     if len(inner) > MOST:
         return len(inner)
     return tuple((key, content(part, mark, (*seen, id(value)))) for key, part in inner)
+
+
+def _of_class(value: Any) -> list[tuple[str, Any]]:
+    """The variables of a user's class that an object reads where it has none of its own."""
+    own, kind = getattr(value, "__dict__", None), type(value)
+    if own is None or kind.__module__.partition(".")[0] in OPAQUE:
+        return []
+    every = [pair for base in own_bases(kind) for pair in vars(base).items() if is_variable(*pair)]
+    return [(name, part) for name, part in every if name not in own]
 
 
 def mark_of(value: Any) -> Any:
@@ -80,21 +110,33 @@ def parts_of(value: Any) -> list[tuple[str, Any]] | None:  # noqa: PLR0911  # on
         return [(value.__name__, value.__self__)]
     if isinstance(value, SINGLE) or ismodule(value):
         return None
-    if isinstance(value, dict):
+    if isinstance(value, dict | MappingProxyType):
         return [(str(key), part) for key, part in value.items()]
+    if isinstance(value, ContextVar):
+        return [(value.name, value.get(None))]
     if isinstance(value, list | tuple | set | frozenset | deque):
         return [("", part) for part in value]
     if isinstance(value, Iterator):
         return _rest_of(value)
     if isinstance(value, partial):
         return [("", value.func), ("", value.args), ("", value.keywords)]
-    opaque = type(value).__module__.partition(".")[0] in OPAQUE and type(value) is not SimpleNamespace
+    opaque = type(value).__module__.partition(".")[0] in OPAQUE and type(value) not in _HOLDERS
     kind: Any = type(value)
     slots = () if opaque else slots_of(kind)
     if opaque or not (slots or hasattr(value, "__dict__")):
         return None
     own = [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
     return [*getattr(value, "__dict__", {}).items(), *own]
+
+
+def is_variable(name: str, value: Any) -> bool:
+    """Whether something in the namespace of a class is no part of its code."""
+    return name[:2] != "__" and not (isinstance(value, SINGLE) or hasattr(type(value), "__get__"))
+
+
+def own_bases(kind: type) -> list[type]:
+    """A class and those it is made of, torch's not counted."""
+    return [base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "builtins"))]
 
 
 def is_bound(value: Any) -> bool:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from detachnet.errors import TraceError
-from detachnet.surgery.contents import MOST, is_bound, parts_of, slots_of
-from detachnet.surgery.variables import functions_of, is_variable, names_in, own_bases, space_of
+from detachnet.surgery.contents import MOST, is_bound, is_variable, own_bases, parts_of, slots_of
+from detachnet.surgery.variables import functions_of, names_in, space_of
 
 LARGEST = 1 << 26
 """Bytes of a tensor or an array that is noted; larger ones stay as a pass leaves them."""

@@ -244,10 +244,11 @@ class Tracer(fx.Tracer):
             return False, None
         finally:
             self.probing = False
-        if follows:
-            self.watch.note("a decision by the batch size", decides=True)
         plain = not any(isinstance(value, torch.Tensor | fx.Proxy) for value in values)
-        return plain and not follows and bool(values[0] == values[1]), values[0]
+        alike = plain and bool(values[0] == values[1])
+        if follows and (alike or isinstance(values[0], bool)):
+            self.watch.note("a decision by the batch size", decides=True)
+        return alike and not follows, values[0]
 
     def _values(self, node: fx.Node) -> tuple[Any, Any]:
         """What a node gives at two batch sizes."""

@@ -5,15 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from functools import cache, lru_cache, partial
-from inspect import ismodule, unwrap
+from functools import cache, cached_property, lru_cache, partial
+from inspect import ismodule
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from detachnet.surgery.contents import MOST, OPAQUE, PLAIN, SINGLE, is_bound, parts_of
+from detachnet.surgery.contents import (
+    MOST,
+    OPAQUE,
+    PLAIN,
+    SINGLE,
+    is_bound,
+    is_variable,
+    own_bases,
+    parts_of,
+)
 
 _OF_MODULES = {*vars(nn.Module()), "_is_full_backward_hook"}
 _LIBRARIES = ("timm", "torchvision")
@@ -28,24 +37,31 @@ def held(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     for function in functions_of(module):
         yield from _outside(function)
     for base in own_bases(type(module)):
-        space = _ClassSpace(base)
-        yield from [(space, name, value) for name, value in vars(base).items() if is_variable(name, value)]
+        for kind in (base, *filter(_is_users_class, vars(base).values())):
+            space = _ClassSpace(kind)
+            yield from [(space, name, value) for name, value in vars(kind).items() if is_variable(name, value)]
 
 
 def functions_of(module: nn.Module) -> list[FunctionType]:
-    """A module's methods, the functions that it holds, and those of a user's that any of them calls."""
+    """A module's methods, the functions and objects that it holds, and what of a user's any of them calls."""
     kind: Any = type(module)
     functions = dict.fromkeys(_methods(kind))
     for _, function in functions_in(module):
         functions |= dict.fromkeys(_called(function))
+    for name, value in vars(module).items():
+        helper: Any = type(value)
+        if name not in _OF_MODULES and is_users(helper.__module__) and not isinstance(value, SINGLE):
+            functions |= dict.fromkeys(_methods(helper))
     return list(functions)
 
 
 def functions_in(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
-    """Name of an attribute → the function that it is."""
+    """Name of an attribute → the functions that it is, or has."""
     for name, value in vars(module).items():
-        if name not in _OF_MODULES and (function := _function_in(value)):
-            yield name, function
+        if name not in _OF_MODULES:
+            items = list(value.values()) if isinstance(value, dict) else value
+            for part in items[:MOST] if isinstance(items, list | tuple) else [value]:
+                yield from [(name, function) for function in _functions_in(part)]
 
 
 def reached_by(function: FunctionType) -> Iterator[Any]:
@@ -68,22 +84,33 @@ def _single_parts(value: Any, seen: tuple[int, ...] = ()) -> Iterator[Any]:
         yield from _single_parts(part, (*seen, id(value)))
 
 
-def _function_in(value: Any) -> FunctionType | None:
-    """The function that is called where a function, a method or one with some arguments is."""
-    while isinstance(value, partial | MethodType):
-        value = value.func if isinstance(value, partial) else value.__func__
-    value = unwrap(value) if isinstance(value, FunctionType | type(_called)) else None
-    return value if isinstance(value, FunctionType) else None
+def _functions_in(value: Any) -> list[FunctionType]:
+    """The function that is called where a function, a method, a property or one with some arguments is.
+
+    Of one that was decorated, what a user's decorator has made of it, too.
+    """
+    while (inner := _within(value)) is not None:
+        value = inner
+    found: list[FunctionType] = []
+    while isinstance(value, FunctionType | type(_called)):
+        found += [value] if isinstance(value, FunctionType) else []
+        value = getattr(value, "__wrapped__", None)
+    last = found[-1] if found and value is None else None
+    return [function for function in found if function is last or _is_of_users(function)]
 
 
-def is_variable(name: str, value: Any) -> bool:
-    """Whether something in the namespace of a class is no part of its code."""
-    return name[:2] != "__" and not (isinstance(value, SINGLE) or hasattr(type(value), "__get__"))
+def _within(value: Any) -> Any:
+    """What a method, a property or a function with some arguments is made of; None for others."""
+    if isinstance(value, MethodType | classmethod | staticmethod):
+        return value.__func__
+    if isinstance(value, partial | cached_property):
+        return value.func
+    return value.fget if isinstance(value, property) else None
 
 
-def own_bases(kind: type) -> list[type]:
-    """A class and those it is made of, torch's not counted."""
-    return [base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "builtins"))]
+def _is_of_users(function: FunctionType) -> bool:
+    """Whether a function was written in a user's file, whatever it says that it is of."""
+    return is_users(function.__globals__.get("__name__"))
 
 
 @cache
@@ -92,8 +119,7 @@ def _methods(kind: type) -> tuple[FunctionType, ...]:
     found: dict[FunctionType, None] = {}
     for base in own_bases(kind):
         for name, method in vars(base).items():
-            function = unwrap(getattr(method, "__func__", method)) if callable(method) else None
-            if isinstance(function, FunctionType) and name != "__init__":  # what it reads, a pass does not
+            for function in _functions_in(method) if name != "__init__" else ():  # what it reads, a pass does not
                 found |= dict.fromkeys(_called(function))
     return tuple(found)
 
@@ -106,8 +132,8 @@ def _called(function: FunctionType) -> tuple[FunctionType, ...]:
         current = pending.pop()
         if current not in found:
             found[current] = None
-            named = [_function_in(value) for _, _, value in _named(current)]
-            pending += [function for function in named if function and is_users(function.__module__)]
+            named = [function for _, _, value in _named(current) for function in _functions_in(value)]
+            pending += [function for function in named if is_users(function.__module__)]
     return tuple(found)
 
 
@@ -154,17 +180,37 @@ class _Defaults:
 
 def _named(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
     """The variables outside of a function that its code names: where they are, and what they are now."""
-    for name in names_in(function):
+    names, seen = names_in(function), set[int]()
+    for name in names:
         if name in function.__globals__:
             value = function.__globals__[name]
             yield function.__globals__, name, value
-            if _is_environment(value, names_in(function)):
+            if _is_environment(value, names):
                 yield _Environment(), "os.environ", dict(os.environ)
-            if (space := space_of(value)) is not None:
-                yield from [(space, n, vars(value)[n]) for n in names_in(function) if is_variable_of(value, n)]
+            yield from _below(value, names, seen)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # an empty one
             yield _Cell(cell), name, cell.cell_contents
+            yield from _below(cell.cell_contents, names, seen)
+
+
+def _below(owner: Any, names: Collection[str], seen: set[int]) -> Iterator[tuple[Any, str, Any]]:
+    """What code may read by some names of a user's module or class, and of those that this has."""
+    if id(owner) in seen or space_of(owner) is None:
+        return
+    seen.add(id(owner))
+    for part in own_bases(owner) if isinstance(owner, type) else [owner]:
+        space = space_of(part)
+        called = [f for name in names if name in vars(part) for f in _functions_in(vars(part)[name])]
+        inner = names if ismodule(part) else {*names, *(name for f in called for name in names_in(f))}
+        for name in [name for name in inner if name[:2] != "__" and name in vars(part)] if space else ():
+            value = vars(part)[name]
+            yield space, name, value
+            yield from _below(value, names, seen)
+
+
+def _is_users_class(value: Any) -> bool:
+    return isinstance(value, type) and is_users(value.__module__)
 
 
 def _is_environment(value: Any, names: Collection[str]) -> bool:
@@ -180,15 +226,9 @@ def space_of(value: Any) -> Any:
     return _ClassSpace(value) if isinstance(value, type) and is_users(value.__module__) else None
 
 
-def is_variable_of(owner: Any, name: str) -> bool:
-    """Whether a module or class has a variable of that name."""
-    value = vars(owner).get(name, ismodule)
-    return is_variable(name, value) and not ismodule(value)
-
-
 def _outside(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
     """What a function reads that is no module, class or function; its defaults and attributes, too."""
-    yield from [named for named in _named(function) if not (_is_single(named[2]) or ismodule(named[2]))]
+    yield from [named for named in _named(function) if not (_is_single(named[2]) or _is_code(named[2]))]
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     if is_users(function.__module__) and (vars(function) or any(map(_can_change, defaults))):
         space = _Defaults(function)
@@ -199,6 +239,11 @@ def _is_single(value: Any) -> bool:
     """Whether something holds nothing that a pass may change; a weight is looked after by others."""
     is_tensor = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
     return isinstance(value, SINGLE) and not is_tensor and not is_bound(value)
+
+
+def _is_code(value: Any) -> bool:
+    """Whether something is a module, or a part of a class that is no variable of it."""
+    return ismodule(value) or isinstance(value, property | cached_property | classmethod | staticmethod)
 
 
 def _can_change(value: Any) -> bool:

@@ -1076,9 +1076,11 @@ def test_what_no_forward_pass_names_is_not_looked_at_before_each() -> None:
 CHANNELS = {"few": [8]}
 
 
-def test_a_decision_by_the_number_of_images_is_refused() -> None:
-    with pytest.raises(detachnet.TraceError, match=r"forward pass of 'middle' \(Block\) needs values"):
-        detachnet.make_detachable(Net(Block(by_batch)), ["a"], SIZE)
+def test_what_decides_by_the_number_of_images_is_kept_whole() -> None:
+    model = Net(Block(by_batch))
+    net = detachnet.make_detachable(model, ["a"], SIZE)
+    assert "a decision by the batch size" in net.plan.whole["middle"]
+    assert_is_the_model(model, net)
 
 
 def by_size(module: Any, x: Tensor) -> Tensor:
