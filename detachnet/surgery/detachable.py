@@ -34,8 +34,10 @@ from detachnet.surgery.rewrite import JointError, build_leg, build_view, changes
 from detachnet.surgery.routes import BRIDGES, STEPDOWNS, folder
 from detachnet.surgery.state import Readings, readings
 from detachnet.surgery.statistics import find_statistics, own_statistics
+from detachnet.surgery.structure import Copied, Structure, copied_parts
 from detachnet.surgery.trace import trace
 from detachnet.surgery.tracer import PREFIX
+from detachnet.surgery.whole import attributes_read
 from detachnet.surgery.widths.reading import Pick, SlicedLayer, SlicedTensor
 from detachnet.surgery.widths.storing import Narrowing
 from detachnet.text import by
@@ -104,6 +106,15 @@ class DetachableNet(nn.Module):
                 )
                 put(self.get_submodule(place), f"{folder(name)}.{path}", source.own_layer(path, own))
         self.training = base.training
+        self._copied = list(self._copied_parts())
+
+    def _copied_parts(self) -> Iterator[Copied]:
+        """What of the sub-models' own norms is to follow the base-model's layers."""
+        for name in self.names[1:]:
+            for path, place in self._of_width[name][False].private[name].items():
+                if place == NORMS:
+                    own = self.get_submodule(f"{NORMS}.{folder(name)}.{path}")
+                    yield from copied_parts(self.base.get_submodule(path), own, self._statistics.get(path, ()))
 
     def _attach(self, traced: TracedModel, narrowing: Narrowing | None = None) -> None:
         """Derive from a trace what is needed to build views; nothing of it is saved or copied."""
@@ -111,10 +122,12 @@ class DetachableNet(nn.Module):
         self._lost = traced.lost
         self._asks_for_dtype = any(reason.what.endswith(".dtype") for reason in traced.lost)
         self._modal = [(path, self.base.get_submodule(path)) for path in traced.modal]
-        read = [r for path, names in traced.read.items() for r in readings(self.base.get_submodule(path), names)]
-        self._read = Readings(read)
         self._filled = traced.filled
         self._of_width = view_sources(narrowing or Narrowing(traced), self.plan, self._statistics)
+        read = traced.read | self._read_where_narrow(traced)
+        every = [r for path, names in read.items() for r in readings(self.base.get_submodule(path), names)]
+        self._read = Readings(every)
+        self._structure = Structure(self.base, traced.read)
         self._sources = self._of_width[BASE]
         self._views: dict[tuple[tuple[str, ...], bool, bool], Run] = {}
         self._legs: dict[str, tuple[Leg, ...]] | None = None
@@ -126,6 +139,15 @@ class DetachableNet(nn.Module):
             for source in [source for both in self._of_width.values() for source in both.values()]:
                 for path, part in source.slices(self):
                     put(self, path, part)
+
+    def _read_where_narrow(self, traced: TracedModel) -> dict[str, frozenset[str]]:
+        """Path of a layer that only narrower graphs go through → the names of what that reads."""
+        whole, *narrower = [
+            {str(node.target) for node in graph.live if node.op == "call_module"}
+            for graph in (traced.eval, *self.all_traced(training=False))
+        ]
+        opened = {path.removeprefix(PREFIX) for layers in narrower for path in whole - layers}
+        return attributes_read({path: self.base.get_submodule(path) for path in sorted(opened)}, set())
 
     def traced(self, training: bool) -> TracedGraph:
         """The base-model's graph in training or in evaluation mode."""
@@ -433,17 +455,24 @@ class DetachableNet(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["_views"], state["_sources"], state["_of_width"], state["_legs"], state["_read"], state["_modal"]
+        del state["_structure"], state["_copied"]
         state["_modules"] = {name: part for name, part in self._modules.items() if name != SLICES}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._attach(self.retraced())
+        self._copied = list(self._copied_parts())
 
     def _follow(self) -> None:
         """Trace again where what the base-model's forward reads besides tensors has changed."""
         if torch.compiler.is_compiling():
             return
+        for copied in self._copied:
+            copied.follow()
+        self._structure.tell_of_hooks()
+        if other := self._structure.changed():
+            logger.warning("%s is traced again: other parts of %s", self.plan.model, other)
         changed = self._read.changed()
         for reading in changed:
             logger.warning("%s is traced again: %s", self.plan.model, reading)
@@ -452,8 +481,9 @@ class DetachableNet(nn.Module):
             self._others = self._others | {self.training: others}
             names = ", ".join(repr(path) if path else "the model itself" for path in sorted(moved))
             logger.warning("%s is traced again: another mode of %s", self.plan.model, names)
-        if changed or moved or (self._asks_for_dtype and self._has_another_dtype()):
+        if other or changed or moved or (self._asks_for_dtype and self._has_another_dtype()):
             self._attach(self.retraced())
+            self._copied = list(self._copied_parts())
 
     def _has_another_dtype(self) -> bool:
         """Whether the weights have another dtype than the family was traced in."""

@@ -246,7 +246,8 @@ class _ViewBuilder:
         """Whether a node must run part by part."""
         if node.op == "call_module" and len({self.source.target(node, part[0]) for part in parts}) > 1:
             return True
-        return self.source.coupling.verdict(node).how == "per model"
+        own_mode = self._is_norm(node)  # it may be set to the statistics of a batch in evaluation mode, too
+        return own_mode or self.source.coupling.verdict(node).how == "per model"
 
     def _copy(self, node: fx.Node, parts: Parts) -> fx.Node:
         """The same operation on the view's values."""

@@ -105,5 +105,6 @@ def own_statistics(layer: nn.Module, parts: tuple[str, ...] = ()) -> nn.Module:
     """A copy of a layer with norms, and whatever else keeps statistics, of its own; the rest stays shared."""
     kept = [m for m in layer.modules() if isinstance(m, _BatchNorm)] + [layer.get_submodule(p) for p in parts]
     own = {id(t) for m in kept for t in [*m._parameters.values(), *m._buffers.values()]}
-    shared = [t for t in [*layer.parameters(), *layer.buffers()] if id(t) not in own]
-    return copy.deepcopy(layer, {id(t): t for t in shared})
+    shared: list[Any] = [t for t in [*layer.parameters(), *layer.buffers()] if id(t) not in own]
+    shared += [m for m in layer.modules() if not any(part is one for part in m.modules() for one in kept)]
+    return copy.deepcopy(layer, {id(one): one for one in shared})

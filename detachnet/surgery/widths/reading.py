@@ -74,8 +74,11 @@ class SlicedLayer(nn.Module):
         self._picks = {name: Pick(picks[name], tuple(tensor.shape)) for name, tensor in tensors.items()}
         shape = meta_twin(layer)
         set_counts(shape, channels, kept)
-        owned = ("_parameters", "_buffers", "_modules")
-        self._shape = {name: value for name, value in vars(shape).items() if name not in owned}
+        self._counts = {
+            name: value
+            for name, value in vars(shape).items()
+            if isinstance(value, int | tuple) and value != vars(layer).get(name)
+        }
         self._none = dict.fromkeys({*layer._parameters, *layer._buffers} - tensors.keys())
         self._call = _call_of(layer)
 
@@ -94,11 +97,11 @@ class SlicedLayer(nn.Module):
         of = self._of[0]
         tensors = {name: pick(getattr(of, name)) for name, pick in self._picks.items()}
         if self._call is not None:
-            return self._call(x, tensors["weight"], tensors.get("bias"), self._shape)
+            return self._call(x, tensors["weight"], tensors.get("bias"), of, self._counts)
         # An instance for this call alone: threads may run one layer at the same time.
         small = object.__new__(type(of))
-        empty = {"_parameters": {}, "_buffers": {}, "_modules": of._modules, "training": of.training}
-        vars(small).update(self._shape, **empty, **self._none, **tensors)
+        empty: dict[str, Any] = {"_parameters": {}, "_buffers": {}, **self._none}
+        vars(small).update(vars(of) | self._counts | empty | tensors)
         return small.forward(x)
 
     def detached(self) -> nn.Module:
@@ -155,17 +158,17 @@ def _call_of(layer: nn.Module) -> Any:
     return None
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, _: dict[str, Any]) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, _: Any, __: dict[str, Any]) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, of: dict[str, Any]) -> Tensor:
-    return F.conv1d(x, weight, bias, of["stride"], of["padding"], of["dilation"], of["groups"])
+def _conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, of: Any, counts: dict[str, Any]) -> Tensor:
+    return F.conv1d(x, weight, bias, of.stride, of.padding, of.dilation, counts.get("groups", of.groups))
 
 
-def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, of: dict[str, Any]) -> Tensor:
-    return F.conv2d(x, weight, bias, of["stride"], of["padding"], of["dilation"], of["groups"])
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, of: Any, counts: dict[str, Any]) -> Tensor:
+    return F.conv2d(x, weight, bias, of.stride, of.padding, of.dilation, counts.get("groups", of.groups))
 
 
-def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, of: dict[str, Any]) -> Tensor:
-    return F.conv3d(x, weight, bias, of["stride"], of["padding"], of["dilation"], of["groups"])
+def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, of: Any, counts: dict[str, Any]) -> Tensor:
+    return F.conv3d(x, weight, bias, of.stride, of.padding, of.dilation, counts.get("groups", of.groups))
