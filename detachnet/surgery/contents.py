@@ -42,14 +42,20 @@ MOST = 256
 """Items of a container that are looked at; of longer ones only their number."""
 LONGEST = 1 << 14
 """Of lists of plain numbers: up to so many are looked at."""
+DEEPEST = 4096
+"""Objects and containers inside of one another that are looked into."""
 LARGEST = 1 << 20
 """Bytes of an array of NumPy's whose values are looked at; of larger ones only the shape."""
 
 
 def content(  # noqa: PLR0911  # one for each kind
-    value: Any, mark: Callable[[Any], Any] | None = None, seen: tuple[int, ...] = ()
+    value: Any, mark: Callable[[Any], Any] | None = None, seen: set[int] | None = None
 ) -> Any:
-    """What a value holds; of tensors, modules and functions what `mark` makes of them, or nothing."""
+    """What a value holds; of tensors, modules and functions what `mark` makes of them, or nothing.
+
+    Each object is looked into once, and so many of them in all.
+    """
+    seen = set() if seen is None else seen
     if isinstance(value, PLAIN):
         return value if value == value else "nan"  # noqa: PLR0124
     if isinstance(value, GENERATORS):
@@ -61,8 +67,9 @@ def content(  # noqa: PLR0911  # one for each kind
     if isinstance(value, SINGLE) and not is_bound(value):
         return mark(value) if mark else None
     parts = parts_of(value)
-    if parts is None or id(value) in seen:
+    if parts is None or id(value) in seen or len(seen) > DEEPEST:
         return None
+    seen.add(id(value))
     if (
         isinstance(value, list | tuple)
         and MOST < len(value) <= LONGEST
@@ -74,7 +81,7 @@ def content(  # noqa: PLR0911  # one for each kind
     inner = [(k, p) for k, p in parts if mark or grows or not isinstance(p, SINGLE)]
     if len(inner) > MOST:
         return len(inner)
-    return tuple((key, content(part, mark, (*seen, id(value)))) for key, part in inner)
+    return tuple((key, content(part, mark, seen)) for key, part in inner)
 
 
 def _of_class(value: Any) -> list[tuple[str, Any]]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from detachnet.errors import TraceError
-from detachnet.surgery.contents import MOST, is_bound, is_variable, own_bases, parts_of, slots_of
+from detachnet.surgery.contents import DEEPEST, MOST, is_bound, is_variable, own_bases, parts_of, slots_of
 from detachnet.surgery.variables import functions_of, names_in, space_of
 
 LARGEST = 1 << 26
@@ -167,7 +167,7 @@ class Outside:
 
     def taken(self) -> Taken:
         """What is there now, to be put back once or several times."""
-        return [_keep(place.read(), ()) for place in self.places]
+        return [_keep(place.read(), set()) for place in self.places]
 
     def put(self, taken: Taken, anew: bool = False) -> None:
         """Bring back what was there; iterators as copies, if they are to be asked again."""
@@ -202,17 +202,18 @@ def _named(function: FunctionType) -> Iterator[tuple[tuple[int, str], _Place]]:
             yield (id(cell), ""), place
 
 
-def _keep(value: Any, seen: tuple[int, ...]) -> _Kept:
-    """Note a value and what is in it."""
+def _keep(value: Any, seen: set[int]) -> _Kept:
+    """Note a value and what is in it; each thing once, and so many of them in all."""
     if isinstance(value, (Tensor, *_ARRAYS)):
         return _Kept(value, _numbers_in(value))
-    parts = None if id(value) in seen or isinstance(value, _FIXED) else parts_of(value)
+    known = id(value) in seen or len(seen) > DEEPEST
+    parts = None if known or isinstance(value, _FIXED) else parts_of(value)
     if parts is None or (isinstance(value, Iterator) and not hasattr(value, "__dict__")):
         return _Kept(value)
-    rest = (*seen, id(value))
+    seen.add(id(value))
 
     def keep(part: Any) -> _Kept:
-        return _keep(part, rest) if len(parts) <= MOST else _Kept(part)
+        return _keep(part, seen) if len(parts) <= MOST else _Kept(part)
 
     if isinstance(value, dict):
         return _Kept(value, {key: keep(part) for key, part in value.items()})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from functools import cache, cached_property, lru_cache, partial
 from inspect import ismodule
+from pathlib import Path
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -50,7 +52,7 @@ def functions_of(module: nn.Module) -> list[FunctionType]:
         functions |= dict.fromkeys(_called(function))
     for name, value in vars(module).items():
         helper: Any = type(value)
-        if name not in _OF_MODULES and is_users(helper.__module__) and not isinstance(value, SINGLE):
+        if name not in _OF_MODULES and _is_near(helper, kind.__module__) and not isinstance(value, SINGLE):
             functions |= dict.fromkeys(_methods(helper))
     return list(functions)
 
@@ -187,16 +189,18 @@ def _named(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
             yield function.__globals__, name, value
             if _is_environment(value, names):
                 yield _Environment(), "os.environ", dict(os.environ)
-            yield from _below(value, names, seen)
+            yield from _below(value, names, seen, function.__module__)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # an empty one
             yield _Cell(cell), name, cell.cell_contents
-            yield from _below(cell.cell_contents, names, seen)
+            yield from _below(cell.cell_contents, names, seen, function.__module__)
 
 
-def _below(owner: Any, names: Collection[str], seen: set[int]) -> Iterator[tuple[Any, str, Any]]:
-    """What code may read by some names of a user's module or class, and of those that this has."""
-    if id(owner) in seen or space_of(owner) is None:
+def _below(
+    owner: Any, names: Collection[str], seen: set[int], reader: str | None
+) -> Iterator[tuple[Any, str, Any]]:
+    """What code of some module may read by some names of a user's module or class, and of those that this has."""
+    if id(owner) in seen or not (isinstance(owner, type) or ismodule(owner)) or not _is_near(owner, reader):
         return
     seen.add(id(owner))
     for part in own_bases(owner) if isinstance(owner, type) else [owner]:
@@ -206,7 +210,21 @@ def _below(owner: Any, names: Collection[str], seen: set[int]) -> Iterator[tuple
         for name in [name for name in inner if name[:2] != "__" and name in vars(part)] if space else ():
             value = vars(part)[name]
             yield space, name, value
-            yield from _below(value, names, seen)
+            yield from _below(value, names, seen, reader)
+
+
+def _is_near(owner: Any, reader: str | None) -> bool:
+    """Whether a module, or a class's, is a user's, and of the same package as what reads it or not installed."""
+    name = owner.__name__ if ismodule(owner) else owner.__module__
+    return is_users(name) and _is_in_reach(name, str(reader).partition(".")[0])
+
+
+@lru_cache(maxsize=1024)
+def _is_in_reach(name: str, package: str) -> bool:
+    """Whether a module is of a package, or not installed."""
+    path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+    is_installed = bool({"site-packages", "dist-packages"}.intersection(path.parts))
+    return not is_installed or name.partition(".")[0] == package
 
 
 def _is_users_class(value: Any) -> bool:
