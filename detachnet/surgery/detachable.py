@@ -27,6 +27,7 @@ from detachnet.surgery.modules import (
     put,
     random_states_kept,
     unwrap,
+    weight_of,
 )
 from detachnet.surgery.ownership import HEADS, NORMS, SLICES, view_sources
 from detachnet.surgery.plan import BASE, DetachPlan
@@ -92,7 +93,7 @@ class DetachableNet(nn.Module):
         self._statistics = find_statistics(traced.train, base) if plan.norm == "private" else {}
         self._others: dict[bool, frozenset[str]] = {False: frozenset(), True: frozenset()}
         self._attach(traced, narrowing)
-        like = next(base.parameters(), torch.empty(0))
+        like = weight_of(base)
         for path, module in bridges.items():
             put(self, path, module.to(like.device, like.dtype).train(base.training))
         for name in self.names[1:]:
@@ -119,7 +120,7 @@ class DetachableNet(nn.Module):
     def _attach(self, traced: TracedModel, narrowing: Narrowing | None = None) -> None:
         """Derive from a trace what is needed to build views; nothing of it is saved or copied."""
         self._example, self._leaves = traced.eval.image.example(), traced.leaves
-        self._lost = traced.lost
+        self._lost, self._told_of_autocast = traced.lost, False
         self._asks_for_dtype = any(reason.what.endswith(".dtype") for reason in traced.lost)
         self._modal = [(path, self.base.get_submodule(path)) for path in traced.modal]
         self._filled = traced.filled
@@ -486,8 +487,11 @@ class DetachableNet(nn.Module):
             self._copied = list(self._copied_parts())
 
     def _has_another_dtype(self) -> bool:
-        """Whether the weights have another dtype than the family was traced in."""
-        like = next(self.base.parameters(), self._example)
+        """Whether the weights have another dtype than the family was traced in; autocast is told, once."""
+        if not self._told_of_autocast and torch.is_autocast_enabled(weight_of(self.base).device.type):
+            self._told_of_autocast = True
+            logger.warning("%s decides by a dtype: inside autocast its family may not", self.plan.model)
+        like = weight_of(self.base)
         return like.dtype != self._example.dtype and like.is_floating_point()
 
     def retraced(self) -> TracedModel:

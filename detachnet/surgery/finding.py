@@ -29,7 +29,14 @@ from detachnet.surgery.halves import (
     shape_for,
     tensors_of,
 )
-from detachnet.surgery.modules import attribute, copy_model, random_states, random_states_kept, silence_hooks
+from detachnet.surgery.modules import (
+    attribute,
+    copy_model,
+    random_states,
+    random_states_kept,
+    silence_hooks,
+    weight_of,
+)
 from detachnet.surgery.tracer import Spec, leaves_of, thaw
 
 SEEDS = 5
@@ -57,7 +64,7 @@ def find_coupling(
         training: That mode.
         net: What the graph's targets refer to; it is left as it is, the random state too.
     """
-    like = next(net.parameters(), torch.empty(0))
+    like = weight_of(net)
     if like.is_meta:
         return None
     with random_states_kept(like.device), torch.no_grad(), torch.autocast(like.device.type, enabled=False):

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from detachnet.errors import TraceError
 from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.cuts import TOLD
 from detachnet.surgery.modules import hooks_of
 from detachnet.surgery.plan import BASE, Cuts, ModelPlan
-from detachnet.surgery.tracer import PREFIX
+from detachnet.surgery.tracer import PREFIX, Spec, leaves_of
 
 if TYPE_CHECKING:
     from detachnet.surgery.detachable import DetachableNet
@@ -80,6 +82,35 @@ def left_out_hooks(net: DetachableNet) -> tuple[str, ...]:
     names = ", ".join(repr(path.removeprefix(PREFIX)) if path != BASE else "the model itself" for path in lost)
     way_out = "; what they change belongs into its forward" if BASE in lost else ""
     return (f"the family does not run the hooks of {names}{way_out}",) if lost else ()
+
+
+def hooks_of_parameters(model: nn.Module) -> tuple[str, ...]:
+    """A hint where parameters have hooks, which no copy of a model has."""
+    kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    hooked = [repr(name) for name, p in model.named_parameters() if any(getattr(p, kind, None) for kind in kinds)]
+    said = f"the family has not the hooks of the parameters {', '.join(hooked)}: register them on net.base"
+    return (said,) if hooked else ()
+
+
+def of_a_single_image(net: DetachableNet) -> tuple[str, ...]:
+    """A hint where a model gives a single image back without the axis of the batch."""
+    graph = net.traced(False).graph
+    squeezes = [
+        n for n in graph.nodes if n.target in ("squeeze", torch.squeeze) and len(n.args) + len(n.kwargs) == 1
+    ]
+    if not squeezes:
+        return ()
+    try:
+        values = net.traced(False).propagate(1).values
+    except TraceError:
+        return ()
+    out = next(leaf for leaf in leaves_of(values[next(iter(reversed(graph.nodes)))]) if isinstance(leaf, Spec))
+    if out.shape[:1] == (1,):
+        return ()
+    shape = f"({', '.join(map(str, out.shape))}{',' * (len(out.shape) == 1)})"
+    return (
+        f"of a single image the model gives {shape}, without the batch, as joint passes do not: squeeze an axis",
+    )
 
 
 def sums_to_one(outputs: list[Tensor]) -> bool:

@@ -13,6 +13,7 @@ from detachnet.surgery.choice import choose_models
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.generators import generators_kept, generators_of
 from detachnet.surgery.graph import TracedModel
+from detachnet.surgery.hints import hooks_of_parameters
 from detachnet.surgery.modules import copy_model, unwrap
 from detachnet.surgery.outside import Outside
 from detachnet.surgery.plan import Cuts, DetachPlan, Head, Norm
@@ -154,7 +155,8 @@ def _family(
                 raise refusal from None
             whole[error.owner], leaves = error.said, traced.leaves.with_paths([error.owner])
             continue
-        hints, kept = (*plan.hints, *proof.hints), outermost(whole | dict(plan.whole))
+        hints = (*plan.hints, *proof.hints, *hooks_of_parameters(model))
+        kept = outermost(whole | dict(plan.whole))
         net.plan = plan.model_copy(update={"checked": proof.checked, "hints": hints, "whole": kept})
         return net
 

@@ -8,11 +8,12 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._device import _device_constructors
 
 from detachnet.errors import TraceError
@@ -23,6 +24,9 @@ _device_constructors()
 
 TURN = threading.RLock()
 """Held while functions of torch are replaced or random states are set: one thread at a time does either."""
+
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -46,6 +50,28 @@ def inner_model(module: nn.Module) -> nn.Module | None:
     """The module that `torch.compile` or DataParallel is around, if this is one of these."""
     inner = unwrap(module)
     return None if inner is module else inner
+
+
+def weight_of(model: nn.Module) -> Tensor:
+    """What images are like on the way into a model: its first layer's weight, in whose type and where it is.
+
+    The first floating-point weight of a convolution or linear layer; else the first floating-point parameter.
+    """
+    layers = (m._parameters.get("weight") for m in model.modules() if isinstance(m, _ConvNd | nn.Linear))
+    floating = (p for p in [*layers, *model.parameters()] if p is not None and p.is_floating_point())
+    return next(floating, next(model.parameters(), torch.empty(0)))
+
+
+def in_precision(model: AnyModule, dtype: torch.dtype) -> AnyModule:
+    """A model with its floating-point tensors in some type, in place; complex ones as precise."""
+    kinds = {torch.float64: torch.complex128, torch.float32: torch.complex64}
+
+    def cast(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to(kinds.get(dtype, tensor.dtype))
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return model._apply(cast)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def attribute(root: nn.Module, target: str) -> Any:

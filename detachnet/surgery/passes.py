@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from detachnet.surgery.contents import generator_state
 from detachnet.surgery.difference import seed_all, tensors, twin
 from detachnet.surgery.generators import generators_kept, generators_of
-from detachnet.surgery.modules import copies_of_computed_tensors, random_states, silence_hooks
+from detachnet.surgery.modules import (
+    copies_of_computed_tensors,
+    in_precision,
+    random_states,
+    silence_hooks,
+)
 from detachnet.surgery.outside import Outside, Taken
 from detachnet.surgery.plan import BASE
 
@@ -61,7 +66,7 @@ class Passes:
     """
 
     def __init__(self, net: DetachableNet, dtype: torch.dtype, images: int) -> None:
-        self.root = twin(net, copies_of_computed_tensors(net)).to(dtype)
+        self.root = in_precision(twin(net, copies_of_computed_tensors(net)), dtype)
         silence_hooks(self.root)
         torch.manual_seed(0)
         _vary(self.root)

@@ -23,11 +23,8 @@ from detachnet.surgery.difference import (
     other_buffer,
     other_gradient,
 )
-from detachnet.surgery.hints import left_out, left_out_hooks, sums_to_one
-from detachnet.surgery.modules import (
-    attribute,
-    random_states_kept,
-)
+from detachnet.surgery.hints import left_out, left_out_hooks, of_a_single_image, sums_to_one
+from detachnet.surgery.modules import attribute, random_states_kept, weight_of
 from detachnet.surgery.passes import Pass, Passes, is_large
 from detachnet.surgery.plan import BASE
 from detachnet.surgery.rewrite import build_view
@@ -73,7 +70,7 @@ def prove(net: DetachableNet, check: Check) -> Proof:
     """
     if check == "none":
         return Proof("nothing was compared with the model")
-    like = next(net.parameters(), torch.empty(0))
+    like = weight_of(net)
     if like.is_meta:
         return Proof("nothing was compared with the model, which has no weights yet")
     large = is_large(net)
@@ -121,7 +118,7 @@ class _Prover:
 
     def run(self) -> Proof:
         """All comparisons."""
-        hints = (*left_out_hooks(self.net), *left_out(self.net))
+        hints = (*left_out_hooks(self.net), *left_out(self.net), *of_a_single_image(self.net))
         for training in (False, True):
             expected = self._model_pass(training)
             found = self._view_pass(training, (BASE,), self.gradients)

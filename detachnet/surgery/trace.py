@@ -22,7 +22,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from detachnet.errors import TraceError, nearest
 from detachnet.surgery.generators import generators_kept, generators_of
 from detachnet.surgery.graph import Root, TracedGraph, TracedModel
-from detachnet.surgery.modules import meta_twin, random_states_kept
+from detachnet.surgery.modules import meta_twin, random_states_kept, weight_of
 from detachnet.surgery.outside import Outside
 from detachnet.surgery.settle import cut_gradients, settle_augmented
 from detachnet.surgery.tracer import NO_LEAVES, PREFIX, PROBE_BATCH, Leaves, Spec, Tracer
@@ -277,7 +277,7 @@ def _source_line(error: BaseException) -> str:
 
 
 def _image_spec(model: nn.Module, input_size: tuple[int, ...] | None, example_input: torch.Tensor | None) -> Spec:
-    """The input's shape at PROBE_BATCH and its dtype (that of the model's first floating-point parameter)."""
+    """The input's shape at PROBE_BATCH and its dtype, that of the model's weights."""
     if example_input is not None:
         return Spec((PROBE_BATCH, *example_input.shape[1:]), example_input.dtype)
     if isinstance(input_size, torch.Tensor):
@@ -301,8 +301,8 @@ def _image_spec(model: nn.Module, input_size: tuple[int, ...] | None, example_in
             f"input_size is the shape of one image, (C, H, W), not of a batch, {size}",
             hint=f"input_size={size[1:]}",
         )
-    floating = (p.dtype for p in model.parameters() if p.dtype.is_floating_point)
-    return Spec((PROBE_BATCH, *size), next(floating, torch.float32))
+    like = weight_of(model)
+    return Spec((PROBE_BATCH, *size), like.dtype if like.is_floating_point() else torch.float32)
 
 
 def _flatten(calls: dict[str, list[fx.Node]]) -> dict[str, fx.Node]:
