@@ -42,6 +42,22 @@ def greedy(space: Space, cost: Cost, trials: Trials, budget: float) -> Iterator[
         yield here
 
 
+def put_back(space: Space, cost: Cost, trials: Trials, budget: float) -> Iterator[Candidate]:
+    """The best of what was tried within a budget, and each larger candidate that is better and keeps it, too.
+
+    A step may save more than is asked for: what fits again is tried, the dearest first, and what helps most stays.
+    """
+    here = best_within(list(trials.seen.items()), cost, budget)
+    while here is not None:
+        yield here
+        larger = [back for name in space.names if (back := space.before(here, name, cost))]
+        fits = [back for back in dict.fromkeys(larger) if (cost(back) or math.inf) <= budget]
+        fits.sort(key=lambda back: -(cost(back) or 0.0))
+        trials(fits[:AT_ONCE])
+        better = best_within(list(trials.seen.items()), cost, budget)
+        here = better if better != here else None
+
+
 def _next(
     space: Space, cost: Cost, here: Candidate, looked: dict[str, tuple[float, float]], count: int
 ) -> list[tuple[str, Candidate]]:

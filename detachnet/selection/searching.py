@@ -23,7 +23,7 @@ from detachnet.selection.costs import checked, counted
 from detachnet.selection.even import evenly
 from detachnet.selection.evolution import evolve as evolved
 from detachnet.selection.front import UNITS, By, Found, Front, Point, name_of, unbeaten
-from detachnet.selection.greedy import best_within, greedy
+from detachnet.selection.greedy import best_within, greedy, put_back
 from detachnet.selection.journal import Journal, Trials
 from detachnet.selection.latency import Latency
 from detachnet.selection.space import Cost, Space
@@ -56,8 +56,8 @@ def search(
     A candidate leaves out spans and eighths of groups of filters, of those the least important. It costs what is
     counted of it; it is worth its accuracy on held-out images inside the family, its norms measured anew. The
     search is greedy: it begins with the base-model and leaves out, step by step, what loses least accuracy for
-    what it saves, until the smallest budget is met. For each budget, all groups narrowed alike are tried, too. The
-    best of all that was tried within each budget is chosen.
+    what it saves, until the smallest budget is met. For each budget, all groups narrowed alike are tried, too, and
+    what fits into it again is put back. The best of all that was tried within each budget is chosen.
 
     Args:
         net: The family, trained, with `facts.data`; it is not changed.
@@ -207,6 +207,9 @@ def _try_all(
         if step == 1:
             _check_not_all_at_chance(trials, classes, images)
     trials([even for budget in limits if (even := evenly(space, cost, budget))])
+    for budget in limits:
+        for _ in put_back(space, cost, trials, budget):
+            pass
     if tries:
         for _ in evolved(space, cost, trials, limits, tries, seed):
             pass

@@ -155,6 +155,23 @@ class Space:
                 return to
         return None
 
+    def before(self, candidate: Candidate, name: str, cost: Cost) -> Candidate | None:
+        """The candidate that has a span, or the next step of a group, again; None if that brings nothing back."""
+        if name in self.spans:
+            back = self.tied(candidate.with_drop(self._without_span(candidate.drop, name)))
+            return back if _saves(cost, back, candidate) else None
+        tied = next((some for some in self._ties(candidate.drop) if name in some), (name,))
+        now = candidate.widths.get(name, PARTS)
+        if name != tied[0]:
+            return None
+        more = {kept: self._stored(name, kept) for kept in range(now + 1, PARTS + 1)}
+        for first in [kept for kept in more if more[kept] != self._stored(name, now)]:
+            kept = max(other for other in more if more[other] == more[first])  # as it is named by `after`
+            back = candidate.with_widths(dict.fromkeys(tied, kept))
+            if _saves(cost, back, candidate):
+                return back
+        return None
+
     def _stored(self, name: str, kept: int) -> int | str:
         """What is kept of a group alone at so many eighths; rounded, several may be the same."""
         if (name, kept) not in self._alone:
@@ -178,6 +195,17 @@ class Space:
             else:
                 merged.append((start, end))
         return tuple(f"{start}:{end}" for start, end in merged)
+
+    def _without_span(self, drop: tuple[str, ...], span: str) -> tuple[str, ...]:
+        """Some spans but for one of the shortest that they are made of."""
+        at = self.places.index
+        rest: tuple[str, ...] = ()
+        inside = [tuple(map(at, split_span(each))) for each in drop]
+        for other in self.spans:
+            start, end = map(at, split_span(other))
+            if other != span and any(first <= start and end <= last for first, last in inside):
+                rest = self.with_span(rest, other)
+        return rest
 
     def _ties(self, drop: tuple[str, ...]) -> list[tuple[str, ...]]:
         """Groups that go together, front to back, because what lay between them is left out."""

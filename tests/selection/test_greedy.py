@@ -8,7 +8,7 @@ from detachnet.selection.candidate import PARTS, Candidate
 from detachnet.selection.costs import counted
 from detachnet.selection.evolution import evolve
 from detachnet.selection.front import Point, unbeaten
-from detachnet.selection.greedy import best_within, greedy
+from detachnet.selection.greedy import best_within, greedy, put_back
 from detachnet.selection.journal import Journal, Trials
 from detachnet.selection.worth import Worth
 from tests.searched import everything, space_of_tiny
@@ -93,3 +93,35 @@ def test_nothing_on_the_front_is_beaten() -> None:
     costs = [(3.0, 0.5), (1.0, 0.2), (2.0, 0.6), (2.0, 0.4), (4.0, 0.6)]
     points = [Point(None, cost, 0, 0, accuracy) for cost, accuracy in costs]
     assert [(p.cost, p.accuracy) for p in unbeaten(points)] == [(1.0, 0.2), (2.0, 0.6)]
+
+
+@pytest.mark.slow
+def test_what_fits_again_is_put_back() -> None:
+    space = space_of_tiny()
+    cost = counted(space, "macs")
+    smallest = Candidate(("stem:two",)).with_widths({"stem.0": 4})
+    trials = Trials(additive, Journal(None, {}))
+    trials([smallest])
+    budget = 0.7 * (cost(Candidate()) or 0.0)
+    way = list(put_back(space, cost, trials, budget))
+    assert way[0] == smallest
+    costs = [cost(candidate) or 0.0 for candidate in way]
+    assert all(a < b for a, b in pairwise(costs))
+    assert costs[-1] <= budget
+    accuracies = [additive(candidate).accuracy for candidate in way]
+    assert all(a < b for a, b in pairwise(accuracies))
+    larger = [back for name in space.names if (back := space.before(way[-1], name, cost))]
+    assert all((cost(back) or 0.0) > budget or additive(back).accuracy <= accuracies[-1] for back in larger)
+
+
+@pytest.mark.slow
+def test_a_step_back_undoes_a_step() -> None:
+    space = space_of_tiny()
+    cost = counted(space, "macs")
+    for candidate in everything(space, cost):
+        for name in space.names:
+            after = space.after(candidate, name, cost)
+            if after is not None and name in space.groups:
+                assert space.before(after, name, cost) == candidate
+            elif after is not None and not candidate.widths:
+                assert (space.before(after, name, cost) or candidate) == candidate
