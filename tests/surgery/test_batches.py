@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import detachnet
 from tests.helpers import assert_joint_equals_separate
 
+pytestmark = pytest.mark.slow
+
 SIZE = (3, 16, 16)
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import detachnet
 
+pytestmark = pytest.mark.slow
+
 SIZE = (3, 16, 16)
 OPTIONS, THREAD, CONTEXT = Namespace(t=1.0), threading.local(), contextvars.ContextVar("t", default=1.0)
 THREAD.t = 1.0
