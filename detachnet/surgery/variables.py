@@ -206,7 +206,8 @@ def _below(
     for part in own_bases(owner) if isinstance(owner, type) else [owner]:
         space = space_of(part)
         called = [f for name in names if name in vars(part) for f in _functions_in(vars(part)[name])]
-        inner = names if ismodule(part) else {*names, *(name for f in called for name in names_in(f))}
+        more = () if ismodule(part) else [name for f in called for name in names_in(f)]
+        inner = dict.fromkeys([*names, *more])
         for name in [name for name in inner if name[:2] != "__" and name in vars(part)] if space else ():
             value = vars(part)[name]
             yield space, name, value
