@@ -96,18 +96,23 @@ class DetachableNet(nn.Module):
         like = weight_of(base)
         for path, module in bridges.items():
             put(self, path, module.to(like.device, like.dtype).train(base.training))
+        self._put_own_layers()
+        self.training = base.training
+        self._copied = list(self._copied_parts())
+
+    def _put_own_layers(self) -> None:
+        """Give each sub-model copies of the layers that are its own, those that it has not yet."""
+        there = dict(self.named_modules(remove_duplicate=False))
         for name in self.names[1:]:
             source = self._of_width[name][False]
             for path, place in sorted(source.private[name].items()):
-                layer = base.get_submodule(path)
-                own = (
-                    own_statistics(layer, self._statistics.get(path, ()))
-                    if place == NORMS
-                    else copy.deepcopy(layer)
-                )
-                put(self.get_submodule(place), f"{folder(name)}.{path}", source.own_layer(path, own))
-        self.training = base.training
-        self._copied = list(self._copied_parts())
+                target = f"{place}.{folder(name)}.{path}"
+                if target in there:
+                    continue
+                layer = self.base.get_submodule(path)
+                keeps = self._statistics.get(path, ())
+                own = own_statistics(layer, keeps) if place == NORMS else copy.deepcopy(layer)
+                put(self, target, source.own_layer(path, own))
 
     def _copied_parts(self) -> Iterator[Copied]:
         """What of the sub-models' own norms is to follow the base-model's layers."""
@@ -463,6 +468,7 @@ class DetachableNet(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._attach(self.retraced())
+        self._put_own_layers()
         self._copied = list(self._copied_parts())
 
     def _follow(self) -> None:
@@ -484,6 +490,7 @@ class DetachableNet(nn.Module):
             logger.warning("%s is traced again: another mode of %s", self.plan.model, names)
         if other or changed or moved or (self._asks_for_dtype and self._has_another_dtype()):
             self._attach(self.retraced())
+            self._put_own_layers()
             self._copied = list(self._copied_parts())
 
     def _has_another_dtype(self) -> bool:

@@ -37,7 +37,8 @@ class Layout:
     def models(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the two models' images, with the axis as three: outer, images, inner."""
         before, after = value.shape[: self.axis], value.shape[self.axis + 1 :]
-        split = value.reshape(*before, self.outer, -1, self.inner, *after)
+        images = value.shape[self.axis] // (self.outer * self.inner)
+        split = value.reshape(*before, self.outer, images, self.inner, *after)
         one, two = (split.narrow(self.axis + 1, i * HALF, HALF) for i in (0, 1))
         return one, two
 

@@ -133,6 +133,17 @@ def test_norms_on_the_statistics_of_a_batch_in_evaluation(norm: str) -> None:
         torch.testing.assert_close(joint[name], net(images, which=name))
 
 
+def test_a_norm_with_statistics_that_is_put_there_is_each_models_own() -> None:
+    net = family(layers(nn.GroupNorm(4, 8)))
+    net.base.mid[1] = nn.BatchNorm2d(8).double()
+    images = torch.randn(4, *SIZE, dtype=torch.double)
+    assert_joint_equals_separate(net, images)
+    assert "norms.late.mid.1.running_mean" in net.state_dict()
+    again = copy.deepcopy(net).eval()
+    for name in net.names:
+        torch.testing.assert_close(again(images, which=name), net.eval()(images, which=name))
+
+
 def test_hooks_that_are_added_to_what_was_opened_are_told(caplog: pytest.LogCaptureFixture) -> None:
     net, images = family(layers(nn.ReLU())), torch.zeros(1, *SIZE, dtype=torch.double)
     net.base.mid.register_forward_hook(lambda module, given, out: None)
