@@ -380,3 +380,16 @@ class Reverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         return -gradient
+
+
+class Around(nn.Module):
+    """A small network around a module that takes 8 channels at half the image's size, and gives as many."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.mid, self.b, self.fc = middle, nn.Conv2d(8, 16, 3, 2, 1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.b(self.mid(self.a(x))).relu().mean((2, 3)))
+        return logits

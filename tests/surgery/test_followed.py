@@ -12,21 +12,11 @@ from torch import Tensor, nn
 
 import detachnet
 from tests.helpers import assert_joint_equals_separate
+from tests.models import Around
 
 pytestmark = pytest.mark.slow
 
 SIZE = (3, 16, 16)
-
-
-class Net(nn.Module):
-    def __init__(self, middle: nn.Module) -> None:
-        super().__init__()
-        self.a = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
-        self.mid, self.b, self.fc = middle, nn.Conv2d(8, 16, 3, 2, 1), nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.fc(self.b(self.mid(self.a(x))).relu().mean((2, 3)))
-        return logits
 
 
 class Kept(nn.Module):
@@ -41,6 +31,14 @@ class Kept(nn.Module):
             level = h.mean((1, 2, 3), keepdim=True)
         out: Tensor = self.bn(self.conv(h)) * self.t + level
         return out
+
+
+class Noted(nn.GroupNorm):
+    """With tensors in a tuple, which cannot be compared."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 8)
+        self.levels = (torch.zeros(2), torch.ones(2))
 
 
 class Gain(nn.Module):
@@ -59,7 +57,7 @@ def layers(*more: nn.Module) -> nn.Sequential:
 def family(middle: nn.Module, **options: str) -> detachnet.DetachableNet:
     torch.manual_seed(0)
     cuts = {"late": "a", "slim": detachnet.SubModel(width=0.5)} if not options else {"late": "a"}
-    return detachnet.make_detachable(Net(middle).double(), cuts, SIZE, **options).eval()  # type: ignore[arg-type]
+    return detachnet.make_detachable(Around(middle).double(), cuts, SIZE, **options).eval()  # type: ignore[arg-type]
 
 
 def tripled(self: nn.Sequential, h: Tensor) -> Tensor:
@@ -71,6 +69,7 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]
     "layer of what is kept whole": (Kept, lambda mid: setattr(mid, "conv", nn.Conv2d(8, 8, 3, 1, 1).double())),
     "its padding": (Kept, lambda mid: setattr(mid.conv, "padding_mode", "circular")),
     "attribute of a layer": (lambda: layers(Gain()), lambda mid: setattr(mid[1], "t", 9.0)),
+    "eps of a layer that holds tensors": (lambda: layers(Noted()), lambda mid: setattr(mid[1], "eps", 10.0)),
     "eps": (lambda: layers(nn.GroupNorm(4, 8)), lambda mid: setattr(mid[1], "eps", 10.0)),
     "dilation": (
         lambda: layers(nn.ReLU()),

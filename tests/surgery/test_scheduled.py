@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import detachnet
+from tests.models import Around
 
 pytestmark = pytest.mark.slow
 
@@ -87,17 +88,6 @@ class Middle(nn.Module):
         return out
 
 
-class Net(nn.Module):
-    def __init__(self, middle: nn.Module) -> None:
-        super().__init__()
-        self.a = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
-        self.mid, self.b, self.fc = middle, nn.Conv2d(8, 16, 3, 2, 1), nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.fc(self.b(self.mid(self.a(x))).relu().mean((2, 3)))
-        return logits
-
-
 def put(where: Any, value: Any = 4.0, name: str = "t") -> Callable[[pytest.MonkeyPatch, Any], None]:
     return lambda patch, middle: patch.setattr(where, name, value)
 
@@ -147,7 +137,7 @@ def test_what_is_scheduled_is_followed(name: str, monkeypatch: pytest.MonkeyPatc
     read, held, change = CASES[name]
     kind = type("Reading", (Middle,), {"read": read, "__module__": __name__})
     torch.manual_seed(0)
-    model = Net(kind(held=held)).eval()
+    model = Around(kind(held=held)).eval()
     net = detachnet.make_detachable(model, ["a"], SIZE).eval()
     images = torch.randn(2, *SIZE)
     before = net(images, which="all")
@@ -162,7 +152,7 @@ def test_what_is_scheduled_is_followed(name: str, monkeypatch: pytest.MonkeyPatc
 
 def test_a_context_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = type("Reading", (Middle,), {"read": lambda self: CONTEXT.get(), "__module__": __name__})
-    model = Net(kind()).eval()
+    model = Around(kind()).eval()
     net = detachnet.make_detachable(model, ["a"], SIZE).eval()
     images = torch.randn(2, *SIZE)
     token = CONTEXT.set(4.0)

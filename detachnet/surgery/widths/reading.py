@@ -77,7 +77,7 @@ class SlicedLayer(nn.Module):
         self._counts = {
             name: value
             for name, value in vars(shape).items()
-            if isinstance(value, int | tuple) and value != vars(layer).get(name)
+            if _is_count(value) and value != vars(layer).get(name)
         }
         self._none = dict.fromkeys({*layer._parameters, *layer._buffers} - tensors.keys())
         self._call = _call_of(layer)
@@ -144,6 +144,11 @@ class SlicedTensor(nn.Module):
         """The kept part with memory of its own; a parameter stays one."""
         part = self._pick(tensor.detach()).clone(memory_format=torch.contiguous_format)
         return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
+
+
+def _is_count(value: object) -> bool:
+    """Whether an attribute is a number or some, as those that say how many channels a layer has."""
+    return all(isinstance(part, int) for part in value) if isinstance(value, tuple) else isinstance(value, int)
 
 
 def _call_of(layer: nn.Module) -> Any:
