@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, fx, nn
 
-from detachnet.errors import CutError, StepDownError, TraceError, nearest
+from detachnet.errors import CutError, StepDownError, TraceError, WidthError, nearest
 from detachnet.facts import Facts
 from detachnet.surgery.codegen import Run, compile_graph
 from detachnet.surgery.detached import DetachedModel
@@ -133,7 +133,6 @@ class DetachableNet(nn.Module):
         read = traced.read | self._read_where_narrow(traced)
         every = [r for path, names in read.items() for r in readings(self.base.get_submodule(path), names)]
         self._read = Readings(every)
-        self._structure = Structure(self.base, traced.read)
         self._sources = self._of_width[BASE]
         self._views: dict[tuple[tuple[str, ...], bool, bool], Run] = {}
         self._legs: dict[str, tuple[Leg, ...]] | None = None
@@ -145,6 +144,8 @@ class DetachableNet(nn.Module):
             for source in [source for both in self._of_width.values() for source in both.values()]:
                 for path, part in source.slices(self):
                     put(self, path, part)
+        sliced = {path for both in self._of_width.values() for path in both[False].sliced_layers}
+        self._structure = Structure(self.base, traced.read, sorted(sliced))
 
     def _read_where_narrow(self, traced: TracedModel) -> dict[str, frozenset[str]]:
         """Path of a layer that only narrower graphs go through → the names of what that reads."""
@@ -489,7 +490,10 @@ class DetachableNet(nn.Module):
             names = ", ".join(repr(path) if path else "the model itself" for path in sorted(moved))
             logger.warning("%s is traced again: another mode of %s", self.plan.model, names)
         if other or changed or moved or (self._asks_for_dtype and self._has_another_dtype()):
-            self._attach(self.retraced())
+            try:
+                self._attach(self.retraced())
+            except WidthError as error:
+                raise _no_longer_narrow(error, other) from None
             self._put_own_layers()
             self._copied = list(self._copied_parts())
 
@@ -571,6 +575,16 @@ def _by_width(
 def _read_by(value: Any) -> Any:
     """The layer whose parameters a part of a family reads."""
     return value.layer if isinstance(value, SlicedLayer) else value
+
+
+def _no_longer_narrow(error: WidthError, changed: str) -> WidthError:
+    """Why a changed base-model has no place for sub-models with fewer filters."""
+    place = repr(changed) if changed else "the base-model"
+    return WidthError(
+        f"{place} was changed: sub-models with fewer filters no longer fit",
+        what=error.summary,
+        hint="undo the change (prune.remove, remove_parametrizations), or make the family of the changed model",
+    )
 
 
 def _free_name(base: nn.Module, name: str) -> str:

@@ -104,6 +104,12 @@ class ViewSource:
         tensors = [path for path, atoms in channels.tensors.items() if kept_along_axes(atoms, self.choice.mask)]
         return {target: f"{SLICES}.{first}.{target.removeprefix(PREFIX)}" for target in (*layers, *tensors)}
 
+    @property
+    def sliced_layers(self) -> list[str]:
+        """Paths of the base-model's layers that have fewer channels here."""
+        layers = {} if self.choice is None else self.choice.channels.layers
+        return [target.removeprefix(PREFIX) for target in self._slices if target in layers]
+
     def slices(self, root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """What reads the parts of a family's layers and tensors, and where that is to be."""
         for target, place in self._slices.items():

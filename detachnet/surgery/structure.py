@@ -20,23 +20,29 @@ class Structure:
     Args:
         model: Its layers may be others afterwards.
         opened: Paths of the modules whose own forward was traced, and which hooks are not called for.
+        sliced: Paths of the layers that narrower models read a part of: which tensors one has counts.
     """
 
-    def __init__(self, model: nn.Module, opened: Collection[str]) -> None:
+    def __init__(self, model: nn.Module, opened: Collection[str], sliced: Collection[str]) -> None:
         parents = [(path, module) for path, module in model.named_modules() if module._modules]
         self._parts = [(path, module._modules, list(module._modules.items())) for path, module in parents]
         self._forwards = [(path, vars(module), vars(module).get("forward")) for path, module in parents]
         self._hooks = [(path, getattr(model.get_submodule(path), kind)) for path in opened for kind in _HOOKS]
         self._counts = [len(hooks) for _, hooks in self._hooks]
+        layers = [(path, model.get_submodule(path)) for path in sliced]
+        self._tensors = [(path, layer, _tensor_names(layer)) for path, layer in layers]
 
     def changed(self) -> str:
-        """The first module that has other parts or another forward now; empty if none has."""
+        """The first module that has other parts, tensors or another forward now; empty if none has."""
         for path, now, then in self._parts:
             if list(now.items()) != then:
                 return path or "the model itself"
         for path, held, forward in self._forwards:
             if held.get("forward") is not forward:
                 return path or "the model itself"
+        for path, layer, names in self._tensors:
+            if _tensor_names(layer) != names:
+                return path
         return ""
 
     def tell_of_hooks(self) -> None:
@@ -52,6 +58,12 @@ class Structure:
                     repr(path) if path else "the base-model",
                 )
         self._counts = counts
+
+
+def _tensor_names(layer: nn.Module) -> list[str]:
+    """Those that a layer has, of its own."""
+    tensors = (*layer._parameters.items(), *layer._buffers.items())
+    return [name for name, tensor in tensors if tensor is not None]
 
 
 class Copied:

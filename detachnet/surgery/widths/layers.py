@@ -80,6 +80,8 @@ def run_layer(channels: Channels, path: str, module: nn.Module, x: Tensor, shape
         WholeError: The layer, or how it is used, is not known.
     """
     rule = _rule(module)
+    if rule is None and not _has_its_weight(module):
+        raise WholeError("it computes its weight when it runs")
     if rule is None:
         raise WholeError(f"{type(module).__name__} is a layer that is not known")
     return rule(_Call(channels, path, module, x, shape))
@@ -112,8 +114,13 @@ def _home(module: nn.Module) -> str:
 
 def _runs_as_known(module: nn.Module) -> bool:
     """Whether a layer's forward pass and weights are those of its class."""
+    return _home(module).startswith(_TRUSTED) and _has_its_weight(module)
+
+
+def _has_its_weight(module: nn.Module) -> bool:
+    """Whether a layer's weight is one of its tensors, if it has any: none that pruning or the like computes."""
     has_weight = not hasattr(module, "weight") or "weight" in {**module._parameters, **module._buffers}
-    return _home(module).startswith(_TRUSTED) and has_weight and not hasattr(module, "parametrizations")
+    return has_weight and not hasattr(module, "parametrizations")
 
 
 def _convolution(call: _Call) -> Tensor:

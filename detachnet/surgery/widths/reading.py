@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from detachnet.surgery.modules import copies_of_computed_tensors, meta_twin
+from detachnet.surgery.modules import copies_of_computed_tensors, hooks_of, meta_twin
 from detachnet.surgery.widths.channels import Layer
 from detachnet.surgery.widths.choice import Kept
 from detachnet.surgery.widths.patch import kept_along_axes
@@ -96,13 +96,13 @@ class SlicedLayer(nn.Module):
         """What the layer makes of its input's channels."""
         of = self._of[0]
         tensors = {name: pick(getattr(of, name)) for name, pick in self._picks.items()}
-        if self._call is not None:
+        if self._call is not None and not any(hooks_of(of)):
             return self._call(x, tensors["weight"], tensors.get("bias"), of, self._counts)
         # An instance for this call alone: threads may run one layer at the same time.
         small = object.__new__(type(of))
         empty: dict[str, Any] = {"_parameters": {}, "_buffers": {}, **self._none}
         vars(small).update(vars(of) | self._counts | empty | tensors)
-        return small.forward(x)
+        return small(x)
 
     def detached(self) -> nn.Module:
         """The same as a plain layer with weights of its own."""

@@ -57,9 +57,10 @@ def restore(channels: Channels, stored: Stored) -> Kept:
     free = {name: group for group, name in zip(groups, names, strict=True) if not group.reason}
     for name, units in stored.items():
         if name not in free:
+            why = next((group.reason for group, known in zip(groups, names, strict=True) if known == name), "")
             raise WidthError(
-                f"a stored width is of filters {name!r}, of which none can be left out here",
-                nearest=nearest(name, free),
+                f"a stored width is of filters {name!r}, of which none can be left out here{why and f': {why}'}",
+                nearest=() if why else nearest(name, free),
             )
         kept[list(free[name].roots)] = _bits(name, units, len(free[name].roots))
     return _checked(channels, kept[roots], "a stored width does not fit the network")

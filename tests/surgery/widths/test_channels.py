@@ -61,7 +61,7 @@ def reasons(net: nn.Module) -> list[str]:
         (MadeTensor, "a constant of the forward pass"),
         (TiedWeight, "'b' is called, and its weights are read elsewhere"),
         (OwnConvolution, "'b': conv2d is an operation that is not known"),
-        (ComputedWeight, "'b': ParametrizedConv2d is a layer that is not known"),
+        (ComputedWeight, "'b': it computes its weight when it runs"),
     ],
 )
 def test_reasons(net: Callable[[], nn.Module], why: str) -> None:
