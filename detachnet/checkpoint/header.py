@@ -69,6 +69,8 @@ class Header(BaseModel):
         fingerprint: Of the base-model's layers; empty in files from before it was kept.
         unstored: Tensors that no file holds (buffers that are not persistent, plain attributes) → their size and a
             number that tells one from another.
+        answer: What the base-model, or the one model of the file, answers to one image (`checkpoint.answer`); None
+            where that says nothing.
         extra_state: What layers keep besides tensors (`get_extra_state`), by its name in the state dict.
     """
 
@@ -87,6 +89,7 @@ class Header(BaseModel):
     fingerprint: str = ""
     extra_state: dict[str, Any] = {}
     unstored: dict[str, tuple[float, float]] = {}
+    answer: tuple[float, float] | None = None
 
     @property
     def facts(self) -> Facts:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detachnet.checkpoint.answer import answer, is_alike
 from detachnet.checkpoint.content import LIVE, TRAINER, read, without_prefix
 from detachnet.checkpoint.fingerprint import fingerprint, unstored
 from detachnet.checkpoint.header import Header
@@ -98,6 +99,7 @@ def build(
     with _fits(base, path):
         load_weights(net, header, tensors)
     _warn_of_others(header, net.base, path)
+    _warn_of_answers(header, net.base, path)
     net.facts = header.facts
     return net.eval()
 
@@ -122,7 +124,9 @@ def _build_detached(
             module = net.detach(name)
     with _fits(base, path):
         tied = {name: tensors[kept] for name, kept in header.tied.items()}
+        _cast_as(module, {**tensors, **tied})
         module.load_state_dict({**tensors, **tied, **header.extra_state})
+    _warn_of_answers(header, module, path)
     return module
 
 
@@ -201,6 +205,17 @@ def _warn_of_others(header: Header, base: nn.Module, path: str | Path) -> None:
         )
 
 
+def _warn_of_answers(header: Header, model: nn.Module, path: str | Path) -> None:
+    """Warn where a model answers otherwise than the one that was written."""
+    if header.answer is not None and not is_alike(header.answer, answer(model, header.plan.input_size)):
+        logger.warning(
+            "%s: %s answers otherwise than when it was written, with the same weights: its code, or what it holds "
+            "besides tensors, is another",
+            path,
+            header.detached or header.plan.model,
+        )
+
+
 def _family(header: Header, base: nn.Module, stepdown: StepDownBuilder | None, leaves: Leaves) -> DetachableNet:
     """The family a header describes, with weights to be replaced."""
     net = make_detachable(
@@ -236,7 +251,17 @@ def _fits(base: nn.Module, path: str | Path) -> Iterator[None]:
 def load_weights(net: DetachableNet, header: Header, tensors: Mapping[str, Tensor]) -> None:
     """Put a file's weights into a family of the same plan."""
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith((TRAINER, LIVE))}
-    net.load_state_dict(weights | {name: tensors[kept] for name, kept in header.tied.items()} | header.extra_state)
+    weights |= {name: tensors[kept] for name, kept in header.tied.items()}
+    _cast_as(net, weights)
+    net.load_state_dict(weights | header.extra_state)
+
+
+def _cast_as(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a model's tensors the precision of those that are to be loaded: norms may have another than layers."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        like = weights.get(name, tensor)
+        if like.dtype != tensor.dtype and like.is_floating_point() and tensor.is_floating_point():
+            tensor.data = tensor.data.to(like.dtype)
 
 
 def _check_shapes(

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from detachnet.checkpoint.answer import answer
 from detachnet.checkpoint.content import split_state, write_file
 from detachnet.checkpoint.fingerprint import difference_from_source, fingerprint, unstored
 from detachnet.checkpoint.header import Header, Source, TrainingState
@@ -44,15 +46,16 @@ def save(net: DetachableNet, path: str | Path, which: str | None = None, *, own:
     net = family_in(net)
     check_storable(net, own)
     header = _header(net, own)
+    size = net.plan.input_size
     if header.source is None:
         why = "" if own else _unlike_timms(net.base)
         logger.info("%s: loading it needs the model: load(path, model=%s(...))%s", path, net.plan.model, why)
     if which is None:
-        write_file(path, header, net.state_dict(), {})
+        write_file(path, _with_answer(header, net.base, size), net.state_dict(), {})
     else:
         is_narrow = which in net.names and bool(net.plan[which].kept)
         module = net.detach(which, share=not is_narrow)
-        write_file(path, _alone(header, which), module.state_dict(), {})
+        write_file(path, _with_answer(_alone(header, which), module, size), module.state_dict(), {})
 
 
 def loads_alone(net: DetachableNet) -> bool:
@@ -73,6 +76,7 @@ def check_storable(net: DetachableNet, own: bool = False) -> None:
     """
     header = _header(net, own)
     split_state(net.state_dict())
+    _check_norms(net)
     if header.source is None or net.source is None:
         return
     if difference := difference_from_source(net.base, net.source):
@@ -86,6 +90,24 @@ def check_storable(net: DetachableNet, own: bool = False) -> None:
         logger.warning("a file has no hooks: what loading gives is without those of %s; %s", names, _AS_OWN)
 
 
+def _check_norms(net: DetachableNet) -> None:
+    """Refuse sub-models' norms that are set otherwise than the base-model's: loading makes them of those.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    for path, norm in net.norms.named_modules():
+        if isinstance(norm, _BatchNorm):
+            like = net.base.get_submodule(path.partition(".")[2])
+            for name in ("eps", "momentum"):
+                if getattr(norm, name) != getattr(like, name):
+                    raise CheckpointError(
+                        f"{name} of net.norms.{path} is {getattr(norm, name)}, that of the base-model's norm "
+                        f"{getattr(like, name)}: a file has one for both",
+                        hint="set it for all norms alike: net.modules() has them",
+                    )
+
+
 def write(
     net: DetachableNet,
     path: str | Path,
@@ -94,7 +116,8 @@ def write(
 ) -> None:
     """`save`, with what a training needs to go on: its state and its tensors, under one of the two prefixes."""
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in (extra or {}).items()}
-    write_file(path, _header(net).model_copy(update={"training": training}), net.state_dict(), kept)
+    header = _with_answer(_header(net), net.base, net.plan.input_size)
+    write_file(path, header.model_copy(update={"training": training}), net.state_dict(), kept)
 
 
 def _header(net: DetachableNet, own: bool = False) -> Header:
@@ -120,6 +143,10 @@ def _header(net: DetachableNet, own: bool = False) -> Header:
             what=one_line(error),
             hint="net.facts says it: data, trained and accuracy",
         ) from error
+
+
+def _with_answer(header: Header, model: nn.Module, input_size: tuple[int, ...]) -> Header:
+    return header.model_copy(update={"answer": answer(model, input_size)})
 
 
 def _timms_own(model: nn.Module) -> ModelSource | None:

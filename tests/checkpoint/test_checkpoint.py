@@ -1,16 +1,20 @@
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
 import detachnet
 from detachnet.checkpoint import content
+from detachnet.checkpoint.answer import answer
 from detachnet.checkpoint.loading import load_family
 from detachnet.checkpoint.saving import check_storable
 from detachnet.surgery.plan import Head, Norm
@@ -55,6 +59,39 @@ def test_round_trip(tmp_path: Path, norm: Norm, head: Head) -> None:
 def test_dtypes(net: detachnet.DetachableNet, tmp_path: Path, dtype: torch.dtype) -> None:
     detachnet.save(net.to(dtype), tmp_path / "family.safetensors")
     assert_same(detachnet.load(tmp_path / "family.safetensors"), net, IMAGES.to(dtype))
+
+
+@pytest.mark.parametrize("which", [None, "sub0"])
+def test_layers_of_several_types(net: detachnet.DetachableNet, tmp_path: Path, which: str | None) -> None:
+    net.half()
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.float()
+    detachnet.save(net, tmp_path / "family", which=which)
+    there = detachnet.load(tmp_path / "family").state_dict()
+    ours = (net if which is None else net.detach(which)).state_dict()
+    assert {t.dtype for t in ours.values()} == {torch.float16, torch.float32, torch.int64}
+    assert all(there[name].dtype == tensor.dtype and there[name].equal(tensor) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize(("name", "value"), [("eps", 0.1), ("momentum", None)])
+def test_norms_that_are_set_otherwise_than_the_base_models(
+    net: detachnet.DetachableNet, tmp_path: Path, name: str, value: object
+) -> None:
+    norm = net.norms.get_submodule("sub0.features.8")
+    setattr(norm, name, value)
+    said = (
+        rf"{name} of net.norms.sub0.features.8 is {value}, that of the base-model's norm [\d.e-]+: a file has one"
+    )
+    with pytest.raises(detachnet.CheckpointError, match=said):
+        detachnet.save(net, tmp_path / "family")
+    setattr(net.base.get_submodule("features.8"), name, value)
+    setattr(net.norms.get_submodule("sub0.features.8"), name, value)
+    with pytest.raises(detachnet.CheckpointError, match="it was changed afterwards"):
+        detachnet.save(net, tmp_path / "family")
+    detachnet.save(net, tmp_path / "family", own=True)
+    own = detachnet.load(tmp_path / "family", model=net.base)
+    assert getattr(own.norms.get_submodule("sub0.features.8"), name) == value
 
 
 @pytest.mark.slow
@@ -487,3 +524,63 @@ def test_a_model_whose_weights_hooks_compute_comes_back(tmp_path: Path) -> None:
     detachnet.save(net, path := tmp_path / "family.safetensors")
     assert_same(detachnet.load(path, made()), net.eval(), torch.randn(2, 3, 8, 8))
     assert detachnet.recalibrate(net, [torch.randn(2, 3, 8, 8)]).names == net.names
+
+
+@dataclass
+class Slope:
+    negative: float = 0.01
+
+
+class Leaky(nn.Module):
+    """A slope that no fingerprint sees, kept in one of four ways."""
+
+    def __init__(self, way: str, slope: float) -> None:
+        super().__init__()
+        self.way, self._slope, self.held = way, slope, Slope(slope)
+        self.partial = partial(F.leaky_relu, negative_slope=slope)
+        self.function = lambda x: F.leaky_relu(x, slope)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.way in ("partial", "function"):
+            return getattr(self, self.way)(x)  # type: ignore[no-any-return]
+        return F.leaky_relu(x, self._slope if self.way == "private" else self.held.negative)
+
+
+@pytest.mark.parametrize("way", ["private", "partial", "function", "field"])
+@pytest.mark.parametrize("which", [None, "sub0"])
+def test_loading_says_when_the_same_layers_answer_otherwise(
+    way: str, which: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def built(slope: float) -> nn.Module:
+        return models.Around(nn.Sequential(nn.Conv2d(8, 8, 1), Leaky(way, slope)))
+
+    net = detachnet.make_detachable(built(0.1), ["a"], (3, 16, 16), check="none")
+    detachnet.save(net, tmp_path / "one", which=which)
+    detachnet.load(tmp_path / "one", model=built(0.1))
+    assert not caplog.text
+    detachnet.load(tmp_path / "one", model=built(0.2))
+    assert f"{which or 'Around'} answers otherwise than when it was written, with the same weights" in caplog.text
+
+
+class Counting(nn.Module):
+    """It never answers twice alike."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+def test_what_no_answer_says() -> None:
+    assert answer(models.Around(nn.Identity()), (3, 16, 16)) is not None
+    for layer in (Counting(), nn.Threshold(0, float("nan")), nn.Conv2d(8, 9, 1)):
+        assert answer(models.Around(layer), (3, 16, 16)) is None
+    assert answer(models.Around(nn.Identity()).half(), (3, 16, 16)) is None
+    assert answer(models.Around(nn.Identity()).to("meta"), (3, 16, 16)) is None
+    hooked, called = models.Around(nn.Identity()), []
+    hooked.register_forward_hook(lambda module, inputs, output: called.append(output))
+    hooked.train()
+    assert answer(hooked, (3, 16, 16)) is not None
+    assert hooked.training
+    assert not called
