@@ -401,6 +401,11 @@ for _name in _AUGMENTED:
 class _ShapeAttribute(fx.proxy.Attribute, _ShapeProxy):
     """An attribute of a traced value, such as `x.ndim`."""
 
+    def __hash__(self) -> int:
+        if self.attr in ("dtype", "device"):  # looked up in a set or a dict, where it is not
+            self.tracer.watch.cannot_tell(self.attr)
+        return super().__hash__()
+
 
 @contextmanager
 def _factories_traced(tracer: Tracer) -> Iterator[None]:

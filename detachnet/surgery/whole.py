@@ -8,6 +8,7 @@ listens for that. The smallest module whose own forward does it stays one layer,
 from __future__ import annotations
 
 import contextlib
+import dis
 import inspect
 import random
 import re
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
@@ -38,7 +40,7 @@ _OURS = (
     random.__file__,
     "<",
 )
-_QUESTIONS = {"device", "dtype", "get_device"}
+_QUESTIONS = {"device", "dtype", "get_device", "is_contiguous"}
 _QUESTIONS_AT_ONCE = {"requires_grad", "grad_fn", "grad", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_mps"}
 """What is asked of a tensor that its twin on the meta device answers in another way."""
 _RANDOM_WORDS = re.compile(r"rand|choice|shuffle|sample|uniform|normal|bernoulli|gauss|\brng\b", re.IGNORECASE)
@@ -75,7 +77,7 @@ def is_soft(why: str) -> bool:
     return "checkpointing" in why or why.startswith(_SOFT)
 
 
-_SOFT = ("a forward hook", "a backward hook", "what is left in")
+_SOFT = ("a forward hook", "a backward hook", "what is left in", "a decision by .is_contiguous")
 
 
 class LostError(Exception):
@@ -237,8 +239,15 @@ class Watch:
 
         Checkpointing asks, too, in torch 2.11, and is noted as what it is.
         """
-        if name in _QUESTIONS_AT_ONCE and sys._getframe(2).f_code.co_filename != checkpoint.__file__:
+        code = sys._getframe(2).f_code
+        if name in _QUESTIONS_AT_ONCE and code.co_filename != checkpoint.__file__:
             self.note(f"a question about .{name}", decides=True)
+        elif name == "dtype" and _compares_dtypes(code):
+            self.cannot_tell(name)
+
+    def cannot_tell(self, name: str) -> None:
+        """A decision is made by what a traced value stands for in a way that no traced value answers."""
+        self.note(f"a decision by what .{name} is, not by ==", decides=True)
 
     def decides(self, node: fx.Node) -> None:
         """A decision is made by a value: does it come from such a question?"""
@@ -250,7 +259,7 @@ class Watch:
             seen.add(current)
             name = current.args[1] if current.target is getattr else current.target
             if name in _QUESTIONS:
-                self.note(f"a decision by .{name}", decides=str(name) != "dtype")
+                self.note(f"a decision by .{name}", decides=name in ("device", "get_device"))
                 return
             if current.op == "call_function" or name in _TEXT or not seen - {current}:
                 pending += current.all_input_nodes
@@ -311,6 +320,17 @@ def _random() -> tuple[object, ...]:
     """The random states, in the order of `_RANDOM`."""
     numpy = np.random.get_state(legacy=False)["state"]
     return random.getstate(), (numpy["key"].tobytes(), numpy["pos"]), torch.get_rng_state().numpy().tobytes()
+
+
+@lru_cache
+def _compares_dtypes(code: CodeType) -> bool:
+    """Whether code asks if something *is* a dtype, which no traced value can answer."""
+    steps = list(dis.get_instructions(code))
+    named = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)} | {"dtype"}
+    compared = (
+        [step.argval for step in steps[i - 3 : i]] for i, step in enumerate(steps) if step.opname == "IS_OP"
+    )
+    return any(before[-1] is not None and not named.isdisjoint(map(str, before)) for before in compared)
 
 
 def _is_plain(value: object) -> bool:

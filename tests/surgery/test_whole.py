@@ -265,6 +265,25 @@ def by_dtype(module: Any, x: Tensor) -> Tensor:
     return h
 
 
+def by_identity(module: Any, x: Tensor) -> Tensor:
+    given = x.dtype
+    h: Tensor = module.conv(x) * (2 if torch.float64 is given else 1)
+    return h
+
+
+def by_lookup(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * GAINS.get(x.dtype, 1)
+    return h
+
+
+GAINS = {torch.float64: 2}
+
+
+def by_layout(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if x.is_contiguous(memory_format=torch.channels_last) else 1)
+    return h
+
+
 # State.
 
 
@@ -381,6 +400,9 @@ KEPT: dict[Run, str] = {
     by_gradient: "a question about .requires_grad",
     by_history: "a question about .grad_fn",
     by_dtype: "a decision by .dtype",
+    by_identity: "a decision by what .dtype is, not by ==",
+    by_lookup: "a decision by what .dtype is, not by ==",
+    by_layout: "a decision by .is_contiguous",
     assigned: "'mean' assigned",
     in_place: "'mean' changed in place",
     replaced: ".data of a tensor assigned",
@@ -404,12 +426,12 @@ REFUSED = {
     *(in_half_precision, layer_drop, numpy_noise, drawn_outside, by_device, by_place, by_gradient, by_history),
     *(assigned, in_place, replaced, averaged, own_python, own_numpy, number_taken_out),
     *(counted, left_in_a_list, left_in_an_object, left_in_itself, given_one_by_one, in_an_array, seeded_anew),
-    *(by_autocast, by_gradients, kept_in_a_list, on_the_device_of_a_weight),
+    *(by_autocast, by_gradients, kept_in_a_list, on_the_device_of_a_weight, by_identity, by_lookup),
 }
 """What is refused in the model's own forward, which cannot be kept whole."""
 LATER = {kept_for_the_next, first_pass_only, kept_in_a_place}
 """What is refused there because a second pass is another."""
-TOLD = {saved_on_cpu, checkpointed, checkpointed_anew}
+TOLD = {saved_on_cpu, checkpointed, checkpointed_anew, by_layout}
 """What is left out there, and told in a hint."""
 
 
