@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from detachnet.errors import CutError, StepDownError, TraceError, WidthError, nearest
 from detachnet.facts import Facts
 from detachnet.surgery.codegen import Run, compile_graph
-from detachnet.surgery.detached import DetachedModel
+from detachnet.surgery.detached import Code, DetachedModel
 from detachnet.surgery.graph import TracedGraph, TracedModel
 from detachnet.surgery.legs import Leg, find_legs
 from detachnet.surgery.modules import (
@@ -358,9 +358,10 @@ class DetachableNet(nn.Module):
             base = copy_model(self.base)
             base.zero_grad()
             return base.eval()
-        return self._as_module(
-            build_view(self._of_width[name][False], (name,)), self.plan.model if name == BASE else name, share
-        )
+        modes = [self._of_width[name][training] for training in (False, True)]
+        differ = not share and modes[0].traced.source != modes[1].traced.source
+        graphs = [build_view(mode, (name,)) for mode in modes[: 1 + differ]]
+        return self._as_module(graphs, self.plan.model if name == BASE else name, share)
 
     def parts(self, name: str) -> dict[str, tuple[Tensor, Pick]]:
         """What a model with fewer filters has of the base-model's tensors.
@@ -399,35 +400,48 @@ class DetachableNet(nn.Module):
         Returns:
             A module from images or the feature at `leg.start` to the feature at `leg.end` or the output.
         """
-        return self._as_module(build_leg(self._of_width[leg.models[0]][False], leg), str(leg), share)
+        return self._as_module([build_leg(self._of_width[leg.models[0]][False], leg)], str(leg), share)
 
-    def _as_module(self, graph: fx.Graph, label: str, share: bool) -> nn.Module:
-        """A graph of the family with its layers, or copies of them."""
+    def _as_module(self, graphs: Sequence[fx.Graph], label: str, share: bool) -> nn.Module:
+        """A graph of the family with its layers, or copies of them.
+
+        Args:
+            graphs: The graph, and that of the training mode where it is another one.
+            label: What the module is called.
+            share: As of `detach`.
+        """
         memo: dict[int, Any] = copies_of_computed_tensors(self)
-        root: dict[str, Any] = {}
+        parts = [dict(self._parts(graph, share, memo)) for graph in graphs]
+        written = [graph.python_code("self") for graph in graphs]
+        codes = [Code(code.src, code.globals) for code in written]
+        only_in_training = sorted(parts[-1].keys() - parts[0].keys())
+        detached = DetachedModel(label, codes[0], parts[0], codes[-1], only_in_training)
+        if not share:
+            detached.zero_grad()
+            return detached.eval()
+        detached.training = False
+        return detached
+
+    def _parts(self, graph: fx.Graph, share: bool, memo: dict[int, Any]) -> Iterator[tuple[str, Any]]:
+        """Name in a detached model → part, of a graph that is written in those names, in place."""
         entry, bridge = (_free_name(self.base, name) for name in ("stepdown", "bridge"))
+        read = dict[fx.Node, Any]()
         for node in list(graph.nodes):
             if node.op in ("call_module", "get_attr"):
                 value = attribute(self, str(node.target))
                 node.target = _detached_name(str(node.target), entry, bridge)
                 if isinstance(value, SlicedTensor) and not share:
                     (of,) = node.all_input_nodes
-                    root[str(of.target)] = value.detached(root[str(of.target)])
+                    yield str(of.target), value.detached(read[of])
                     node.replace_all_uses_with(of)
                     graph.erase_node(node)
                 elif isinstance(value, SlicedTensor):
-                    node.target = root_name = f"{node.target}_part"
-                    root[root_name] = value
+                    node.target = f"{node.target}_part"
+                    yield node.target, value
                 else:
                     own = isinstance(value, SlicedLayer) and not share
-                    root[node.target] = value.detached() if own else value if share else copy.deepcopy(value, memo)
-        code = graph.python_code("self")
-        detached = DetachedModel(label, code.src, code.globals, root)
-        if not share:
-            detached.zero_grad()
-            return detached.eval()
-        detached.training = False
-        return detached
+                    read[node] = value.detached() if own else value if share else copy.deepcopy(value, memo)
+                    yield str(node.target), read[node]
 
     def copied(self) -> DetachableNet:
         """A copy, also where `copy.deepcopy` refuses what hooks have computed."""

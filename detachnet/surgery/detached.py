@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -11,6 +13,30 @@ from torch import Tensor, nn
 
 from detachnet.surgery.codegen import compile_source
 from detachnet.surgery.modules import put
+
+logger = logging.getLogger("detachnet")
+
+
+@dataclass
+class Code:
+    """A forward pass that pickles: modules that it refers to by their names.
+
+    Attributes:
+        source: As torch.fx writes it.
+        scope: What the source refers to.
+    """
+
+    source: str
+    scope: dict[str, Any]
+
+    def __getstate__(self) -> dict[str, Any]:
+        modules = {key: value.__name__ for key, value in self.scope.items() if isinstance(value, ModuleType)}
+        rest = {key: value for key, value in self.scope.items() if key not in modules}
+        return {"source": self.source, "scope": rest, "modules": modules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        modules = {key: import_module(name) for key, name in state["modules"].items()}
+        self.source, self.scope = state["source"], state["scope"] | modules
 
 
 class DetachedModel(nn.Module):
@@ -22,34 +48,51 @@ class DetachedModel(nn.Module):
 
     Args:
         name: The model's, shown when it is printed.
-        source: Its forward pass, as torch.fx writes it.
-        scope: What the source refers to.
+        code: Its forward pass.
         parts: Dotted name → module, parameter or buffer.
+        in_training: Its forward pass in training mode.
+        only_in_training: Parts that the base-model runs in training mode only; then there is no such pass.
     """
 
-    def __init__(self, name: str, source: str, scope: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        code: Code,
+        parts: Mapping[str, Any],
+        in_training: Code | None = None,
+        only_in_training: Sequence[str] = (),
+    ) -> None:
         super().__init__()
-        self._name, self._source, self._scope = name, source, dict(scope)
-        self._run = compile_source(source, scope, name)
+        self._name, self._code, self._only_in_training = name, code, tuple(only_in_training)
+        self._code_in_training = code if in_training is None or only_in_training else in_training
+        self._compile()
         for path, part in parts.items():
             put(self, path, part)
 
+    def _compile(self) -> None:
+        codes = self._code, self._code_in_training
+        self._run, self._run_in_training = (compile_source(c.source, c.scope, self._name) for c in codes)
+
+    def train(self, mode: bool = True) -> DetachedModel:
+        """Set the mode; it is told once where the base-model trains with more layers than there are here."""
+        if mode and self._only_in_training:
+            names, self._only_in_training = ", ".join(map(repr, self._only_in_training)), ()
+            logger.warning("%s has no %s, which its base-model has in training mode", self._name, names)
+        super().train(mode)
+        return self
+
     def forward(self, x: Tensor) -> Any:
         """What the base-model returns, `(B, num_classes)` for a classifier, of images `(B, C, H, W)`."""
-        return self._run(self, x)
+        return self._run_in_training(self, x) if self.training else self._run(self, x)
 
     def _get_name(self) -> str:
         return self._name
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_run"]
-        modules = {key: value.__name__ for key, value in self._scope.items() if isinstance(value, ModuleType)}
-        rest = {key: value for key, value in self._scope.items() if key not in modules}
-        return state | {"_scope": rest, "_modules_of_scope": modules}
+        del state["_run"], state["_run_in_training"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        modules = {key: import_module(name) for key, name in state.pop("_modules_of_scope").items()}
-        state["_scope"] = state["_scope"] | modules
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._run = compile_source(self._source, self._scope, self._name)
+        self._compile()

@@ -147,6 +147,11 @@ class TracedGraph:
         return fx.GraphModule(self.root, self.graph)
 
     @cached_property
+    def source(self) -> str:
+        """The graph as Python."""
+        return self.graph.python_code("self").src
+
+    @cached_property
     def _probe(self) -> _Propagator:
         return self.propagate(PROBE_BATCH, counts=True)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import detachnet
+from detachnet import SubModel
 from tests import models
 
 
@@ -345,3 +346,42 @@ def test_outputs_of_a_dataclass_train_and_are_exported(tmp_path: Path) -> None:
     detachnet.export(net, tmp_path / "exported", models=["sub0"])
     found = detachnet.Family.load(tmp_path / "exported").run(IMAGES[:1], "sub0")
     torch.testing.assert_close(torch.as_tensor(found.output), alone.logits[:1])
+
+
+class Trained(models.Around):
+    """Does more in training mode: a dropout, a gain, and with `extra` a layer."""
+
+    def __init__(self, extra: bool = False) -> None:
+        super().__init__(nn.Conv2d(8, 8, 1))
+        self.extra = nn.Conv2d(8, 8, 1) if extra else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.a(x), 0.5, self.training)
+        if self.training:
+            x = x * 1.5 if self.extra is None else self.extra(x)
+        logits: Tensor = self.fc(self.b(self.mid(x)).relu().mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("name", ["inner", "narrow"])
+def test_detached_models_train_as_they_do_in_their_family(name: str) -> None:
+    subs = {"inner": SubModel(drop=["a:mid"]), "narrow": SubModel(width=0.5)}
+    net, x = detachnet.make_detachable(Trained(), subs, (3, 16, 16)), torch.randn(4, 3, 16, 16)
+    detached = net.detach(name)
+    again = [detached, pickle.loads(pickle.dumps(detached)), copy.deepcopy(detached)]
+    torch.testing.assert_close(detached(x), net.eval()(x, which=name))
+    torch.manual_seed(1)
+    trained = net.train()(x, which=name)
+    for module in again:
+        torch.manual_seed(1)
+        torch.testing.assert_close(module.train()(x), trained)
+
+
+def test_layers_of_the_training_mode_stay_with_the_family(caplog: pytest.LogCaptureFixture) -> None:
+    net = detachnet.make_detachable(Trained(extra=True), {"behind": "a"}, (3, 16, 16))
+    detached = net.detach("behind")
+    assert not caplog.text
+    detached.train()
+    assert "behind has no 'extra', which its base-model has in training mode" in caplog.text
+    assert "extra.weight" not in detached.state_dict()
+    detached(torch.randn(4, 3, 16, 16))
