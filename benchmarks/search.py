@@ -8,7 +8,7 @@ CIFAR-10 for 6 epochs: in each step the base-model, the smallest and a random on
 60, 40 and 25 % of the base-model's MACs, on 2000 held-out training images:
 
 - `search`: what `detachnet.search` chooses;
-- `evolved`: what it chooses when so many more candidates evolve from those that were tried (--evolve);
+- `evolved`: what it chooses when so many more candidates are tried, half drawn, half children (--evolve);
 - `random`: the best of as many candidates, each made by leaving out things at random until it fits;
 - `even routes`: spans left out evenly along the network, the fewest that fit;
 - `even widths`: as many eighths of all filters, of some groups at the end one less; the search tries it, too.
@@ -33,6 +33,7 @@ from detachnet.data.datasets import Split, load_data
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.costs import counted
 from detachnet.selection.even import evenly
+from detachnet.selection.evolution import drawn
 from detachnet.selection.front import Front
 from detachnet.selection.greedy import best_within
 from detachnet.selection.images import run_images
@@ -208,13 +209,8 @@ def at_random(space: Space, cost: Cost, limit: float, count: int, seed: int) -> 
     for _ in range(20 * count):
         if len(found) == count:
             return
-        candidate, names = Candidate(), list(space.names)
-        while names and (cost(candidate) or 0.0) > limit:
-            name = draw.choice(names)
-            smaller = space.after(candidate, name, cost)
-            candidate = smaller or candidate
-            names = names if smaller else [other for other in names if other != name]
-        if (cost(candidate) or 0.0) <= limit and candidate not in found:
+        candidate = drawn(space, cost, limit, draw)
+        if candidate is not None and candidate not in found:
             found.add(candidate)
             yield candidate
 

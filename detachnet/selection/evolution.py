@@ -1,4 +1,4 @@
-"""Space + budgets + what was tried -> more candidates: children of the best ones within each budget."""
+"""Space + budgets + what was tried -> more candidates: some drawn at random, then children of the best ones."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def evolve(
 ) -> Iterator[list[Candidate]]:
     """Generations of candidates within the budgets, `tries` in all; fewer where no new ones are found.
 
-    A child has each group's filters from one of two parents and the spans of the first; then one or two of its
-    things change. Too expensive ones lose more, at random, until they fit.
+    The first half are drawn at random: ways that greedy, one step at a time, does not go. A child has each
+    group's filters from one of two parents and the spans of the first; then one or two of its things change. Too
+    expensive ones lose more, at random, until they fit.
 
     Args:
         space: What can be left out.
@@ -43,7 +44,10 @@ def evolve(
             if len(children) == min(CHILDREN, tries - done):
                 break
             budget = draw.choice(budgets)
-            child = _child(space, cost, _parents(trials, cost, budget), budget, draw)
+            if done < tries // 2:
+                child = drawn(space, cost, budget, draw)
+            else:
+                child = _child(space, cost, _parents(trials, cost, budget), budget, draw)
             if child is not None and child not in trials.seen:
                 children[child] = None
         if not children:
@@ -52,6 +56,17 @@ def evolve(
         done += len(children)
         tell("candidates of the evolution", done, tries)
         yield list(children)
+
+
+def drawn(space: Space, cost: Cost, budget: float, draw: random.Random) -> Candidate | None:
+    """A candidate within a budget that things are left out of at random until it fits; None if it never does."""
+    candidate, names = Candidate(), list(space.names)
+    while names and (cost(candidate) or 0.0) > budget:
+        name = draw.choice(names)
+        smaller = space.after(candidate, name, cost)
+        candidate = smaller or candidate
+        names = names if smaller else [other for other in names if other != name]
+    return candidate if (cost(candidate) or 0.0) <= budget else None
 
 
 def _parents(trials: Trials, cost: Cost, budget: float) -> list[Candidate]:

@@ -70,8 +70,8 @@ def search(
         runtime: What latencies are measured through: `torch` or `onnx`; by default `torch`.
         threads: Threads of the CPU for that; by default torch's present number.
         calibration: Training images that norms are measured on; by default those of `data`, without their classes.
-        evolve: So many more candidates are tried that evolve from the best.
-        seed: Of the evolution.
+        evolve: So many more candidates are tried, half of them drawn at random, then children of the best.
+        seed: Of these.
         folder: What was tried is kept in a file there, which the same search goes on from.
         executor: Tries several candidates at a time: any of `concurrent.futures`. Results do not depend on it.
 
