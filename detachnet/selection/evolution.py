@@ -40,11 +40,11 @@ def evolve(
     done = 0
     while done < tries:
         children: dict[Candidate, None] = {}
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             if len(children) == min(CHILDREN, tries - done):
                 break
             budget = draw.choice(budgets)
-            if done < tries // 2:
+            if done < tries // 2 and attempt < ATTEMPTS // 2:
                 child = drawn(space, cost, budget, draw)
             else:
                 child = _child(space, cost, _parents(trials, cost, budget), budget, draw)
