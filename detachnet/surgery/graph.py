@@ -86,9 +86,11 @@ class _Propagator(fx.Interpreter):
         """Run a layer or a function that needs its input's values, with zeros for weights and inputs."""
         layer: Any = n.target
         if n.op == "call_module":
-            layer = copy.deepcopy(self.fetch_attr(str(n.target))).to_empty(device="cpu")
-            for tensor in [*layer.parameters(), *layer.buffers()]:
-                tensor.zero_()
+            layer = copy.deepcopy(self.fetch_attr(str(n.target)))
+            if not isinstance(layer, torch.jit.ScriptModule):  # which has its tensors where it was compiled
+                layer = layer.to_empty(device="cpu")
+                for tensor in [*layer.parameters(), *layer.buffers()]:
+                    tensor.zero_()
         args, kwargs = self.fetch_args_kwargs_from_env(n)
 
         def zeros(leaf: Any) -> Any:
@@ -114,6 +116,11 @@ def _fits(input: Any, running_mean: Any, running_var: Any, weight: Any = None, *
     """Whether a batch norm has a value for each channel; if not, torch says what is wrong."""
     channels = {len(each) for each in (running_mean, running_var, weight) if each is not None}
     return input.ndim > 1 and channels <= {input.shape[1]}
+
+
+_NEEDS_GRADIENTS = (
+    "it must run without gradients, and take none itself: shapes are worked out inside torch.no_grad()"
+)
 
 
 def _misses_values(error: Exception) -> bool:
@@ -210,10 +217,11 @@ class TracedGraph:
             failed = next((n for n in self.graph.nodes if n not in propagator.values), None)
             node = self.describe(failed) if failed else node
             shape = "×".join(map(str, self.image.shape[1:]))
+            size = f"pass the input_size=(C, H, W) the model is made for{self._without_batch()}"
             raise TraceError(
                 f"{type(self.root.base).__name__} does not run on {shape} images: it fails at {node}",
                 what=str(error).splitlines()[0],
-                hint=f"pass the input_size=(C, H, W) the model is made for{self._without_batch()}",
+                hint=_NEEDS_GRADIENTS if "grad" in str(error) else size,
                 node=node,
             ) from error
         return propagator

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import random
 import threading
 from collections.abc import Iterator
@@ -146,7 +145,7 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     before = dict(memo)
     try:
         return copy.deepcopy(model, memo)
-    except (TypeError, ValueError, AttributeError, RuntimeError, pickle.PickleError) as error:
+    except Exception as error:  # whatever a class raises
         path, name, value = _uncopied(model, before) or ("", "", model)
         place = f"{path}.{name}".strip(".") or "the model itself"
         raise TraceError(

@@ -76,6 +76,13 @@ def _parts_with_statistics(
     except Exception:  # whatever a user's layer raises on random values
         return ()
     owners = [name.rpartition(".")[0] for name, value in one.items() if not torch.equal(value, two[name])]
+    if owners and isinstance(layer, torch.jit.ScriptModule):
+        path = str(node.target).removeprefix(PREFIX)
+        raise TraceError(
+            f"{path!r} is a script module with statistics: no sub-model can have its own and share the rest",
+            hint="make the family before torch.jit.script; or norm='shared'",
+            node=path,
+        )
     return tuple(p for p in dict.fromkeys(owners) if not isinstance(layer.get_submodule(p), _BatchNorm))
 
 

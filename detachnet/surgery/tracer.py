@@ -185,6 +185,8 @@ class Tracer(fx.Tracer):
                 self.watch.note(f".{op}() of a tensor", decides=True)
             elif kind == "call_method" and op.endswith("_") and not op.endswith("__"):
                 self.watch.writes(node.args[0])
+            elif target is torch.autograd.grad:
+                self.watch.note("gradients of its own", decides=True)
             elif target in _BATCH_NORMS and len(node.args) > 1 and self.root.training:
                 self.watch.writes(node.args[1])
         if kind not in ("get_attr", "output") and self.with_gradients and not torch.is_grad_enabled():

@@ -43,6 +43,7 @@ _OURS = (
 _QUESTIONS = {"device", "dtype", "get_device", "is_contiguous"}
 _QUESTIONS_AT_ONCE = {"requires_grad", "grad_fn", "grad", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_mps"}
 """What is asked of a tensor that its twin on the meta device answers in another way."""
+_HOOKS_OF_TENSORS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
 _RANDOM_WORDS = re.compile(r"rand|choice|shuffle|sample|uniform|normal|bernoulli|gauss|\brng\b", re.IGNORECASE)
 
 
@@ -242,6 +243,10 @@ class Watch:
         code = sys._getframe(2).f_code
         if name in _QUESTIONS_AT_ONCE and code.co_filename != checkpoint.__file__:
             self.note(f"a question about .{name}", decides=True)
+        elif name in _HOOKS_OF_TENSORS:
+            self.note("a hook of a tensor", decides=True)
+        elif name == "backward":
+            self.note("gradients of its own", decides=True)
         elif name == "dtype" and _compares_dtypes(code):
             self.cannot_tell(name)
 

@@ -628,3 +628,63 @@ def test_large_models_are_compared_in_ten_passes_of_few_images(monkeypatch: pyte
     assert seen == [(False, n) for n in (1, 1, 3, 1, 1)] + [(True, n) for n in (2, 2, 6, 2, 2)]
     skipped = {"base.b.weight", "base.c.weight", "base.fc.weight"}
     assert proof._telling(net) == {name for name, _ in net.named_parameters()} - skipped
+
+
+class GradientStep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return x - torch.autograd.grad(self.conv(x).square().sum(), x)[0]
+
+
+class HooksItsValue(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.conv(x)
+        h.register_hook(torch.neg)
+        return h
+
+
+class Settings(dict[str, float]):
+    def __getattr__(self, name: str) -> float:
+        return self[name]
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)))  # type: ignore[no-any-return]
+
+
+def with_settings() -> nn.Module:
+    layer = nn.Conv2d(8, 8, 1)
+    layer.settings = Settings(gain=2.0)  # type: ignore[assignment]
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("middle", "message"),
+    [
+        (GradientStep, r"fails at 'mid'[\s\S]*try .*without gradients, and take none"),
+        (HooksItsValue, r"fails at 'mid'[\s\S]*requires? grad[\s\S]*try .*without gradients"),
+        (with_settings, r"cannot copy Around: its 'mid.settings' \(Settings\) allows no copy"),
+        (scripted, r"'mid' is a script module with statistics[\s\S]*try .*before torch.jit.script"),
+    ],
+    ids=["gradients", "hooks", "settings", "scripted"],
+)
+def test_refused_with_the_true_reason(middle: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(detachnet.TraceError, match=message):
+        detachnet.make_detachable(models.Around(middle()), ["a"], (3, 16, 16))
+
+
+@pytest.mark.parametrize("norm", ["shared", "private"])
+def test_script_modules_without_statistics(norm: Any) -> None:
+    middle = scripted() if norm == "shared" else torch.jit.script(nn.Conv2d(8, 8, 1))
+    model, images = models.Around(middle), torch.randn(4, 3, 16, 16)
+    net = detachnet.make_detachable(model, ["a"], (3, 16, 16), norm=norm)
+    torch.testing.assert_close(net.eval()(images, which="base"), model.eval()(images))
