@@ -8,7 +8,7 @@ CIFAR-10 for 6 epochs: in each step the base-model, the smallest and a random on
 60, 40 and 25 % of the base-model's MACs, on 2000 held-out training images:
 
 - `search`: what `detachnet.search` chooses;
-- `evolved`: what it chooses when so many more candidates are tried, half drawn, half children (--evolve);
+- `evolved`: what it chooses when so many more candidates evolve from those that were tried (--evolve);
 - `random`: the best of as many candidates, each made by leaving out things at random until it fits;
 - `even routes`: spans left out evenly along the network, the fewest that fit;
 - `even widths`: as many eighths of all filters, of some groups at the end one less; the search tries it, too.
@@ -21,8 +21,7 @@ tried are not tried again. --quick: one seed on the embedded data, which is too 
 from __future__ import annotations
 
 import argparse
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -32,8 +31,8 @@ from detachnet.data.batches import mix
 from detachnet.data.datasets import Split, load_data
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.costs import counted
+from detachnet.selection.drawn import drawn
 from detachnet.selection.even import evenly
-from detachnet.selection.evolution import drawn
 from detachnet.selection.front import Front
 from detachnet.selection.greedy import best_within
 from detachnet.selection.images import run_images
@@ -165,7 +164,7 @@ def compare(
     for number, budget in enumerate(budgets):
         limit = budget * whole
         trials = Trials(judge, Journal(folder / f"random-{number}.jsonl", about | {"budget": budget}))
-        for candidate in at_random(space, cost, limit, each, mix(seed, number)):
+        for candidate in drawn(space, cost, limit, each, mix(seed, number)):
             trials([candidate])
         for how, front in fronts.items():
             found = next(f for f in front.found if limit in f.budgets)
@@ -201,18 +200,6 @@ def row(
         "tries": tries,
         "minutes": seconds / 60,
     }
-
-
-def at_random(space: Space, cost: Cost, limit: float, count: int, seed: int) -> Iterator[Candidate]:
-    """Different candidates within a budget; fewer where hardly any new ones are found."""
-    draw, found = random.Random(seed), set[Candidate]()
-    for _ in range(20 * count):
-        if len(found) == count:
-            return
-        candidate = drawn(space, cost, limit, draw)
-        if candidate is not None and candidate not in found:
-            found.add(candidate)
-            yield candidate
 
 
 def even_routes(space: Space, cost: Cost, limit: float) -> Candidate | None:

@@ -33,10 +33,8 @@ def search(
         int | None, typer.Option(min=1, help="Of latencies: threads of the CPU; torch's choice if not given.")
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Held-out images that decide, at most.")] = 1000,
-    evolve: Annotated[
-        int, typer.Option(min=0, help="Candidates more: half at random, then children of the best.")
-    ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of these.")] = 0,
+    evolve: Annotated[int, typer.Option(min=0, help="Candidates more that evolve from the best.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn at random.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that try candidates.")] = 1,
     adopt: Annotated[Path | None, typer.Option(help="Write the family with what was found to this file.")] = None,
     data_root: DataRoot = None,

@@ -3,7 +3,7 @@
 candidate -> space             what a sub-model can leave out, its neighbours, what each costs
 worth                          its accuracy on held-out images, its norms recalibrated
 journal                        every candidate that was tried, in a file that a search goes on from
-greedy, even, evolution -> searching  which to try next, until the budgets are met
+greedy, even, drawn, evolution -> searching  which to try next, until the budgets are met
 cluster                        a Ray cluster that tries them
 costs, latency                 what a candidate costs: counted, or measured on this machine
 images                         of a run: some that decide, some to measure norms on

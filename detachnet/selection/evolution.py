@@ -1,4 +1,4 @@
-"""Space + budgets + what was tried -> more candidates: some drawn at random, then children of the best ones."""
+"""Space + budgets + what was tried -> more candidates: children of the best ones within each budget."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ def evolve(
 ) -> Iterator[list[Candidate]]:
     """Generations of candidates within the budgets, `tries` in all; fewer where no new ones are found.
 
-    The first half are drawn at random: ways that greedy, one step at a time, does not go. A child has each
-    group's filters from one of two parents and the spans of the first; then one or two of its things change. Too
-    expensive ones lose more, at random, until they fit.
+    A child has each group's filters from one of two parents and the spans of the first; then one or two of its
+    things change. Too expensive ones lose more, at random, until they fit.
 
     Args:
         space: What can be left out.
@@ -40,14 +39,11 @@ def evolve(
     done = 0
     while done < tries:
         children: dict[Candidate, None] = {}
-        for attempt in range(ATTEMPTS):
+        for _ in range(ATTEMPTS):
             if len(children) == min(CHILDREN, tries - done):
                 break
             budget = draw.choice(budgets)
-            if done < tries // 2 and attempt < ATTEMPTS // 2:
-                child = drawn(space, cost, budget, draw)
-            else:
-                child = _child(space, cost, _parents(trials, cost, budget), budget, draw)
+            child = _child(space, cost, _parents(trials, cost, budget), budget, draw)
             if child is not None and child not in trials.seen:
                 children[child] = None
         if not children:
@@ -56,17 +52,6 @@ def evolve(
         done += len(children)
         tell("candidates of the evolution", done, tries)
         yield list(children)
-
-
-def drawn(space: Space, cost: Cost, budget: float, draw: random.Random) -> Candidate | None:
-    """A candidate within a budget that things are left out of at random until it fits; None if it never does."""
-    candidate, names = Candidate(), list(space.names)
-    while names and (cost(candidate) or 0.0) > budget:
-        name = draw.choice(names)
-        smaller = space.after(candidate, name, cost)
-        candidate = smaller or candidate
-        names = names if smaller else [other for other in names if other != name]
-    return candidate if (cost(candidate) or 0.0) <= budget else None
 
 
 def _parents(trials: Trials, cost: Cost, budget: float) -> list[Candidate]:

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from detachnet.data.batches import mix
 from detachnet.data.datasets import Split
 from detachnet.deploy.measurement import Runtime
 from detachnet.deploy.stopwatch import Stopwatch
@@ -20,6 +21,7 @@ from detachnet.errors import BudgetError, CheckpointError, DataError, Measuremen
 from detachnet.progress import tell
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.costs import checked, counted
+from detachnet.selection.drawn import drawn
 from detachnet.selection.even import evenly
 from detachnet.selection.evolution import evolve as evolved
 from detachnet.selection.front import UNITS, By, Found, Front, Point, name_of, unbeaten
@@ -35,6 +37,8 @@ from detachnet.surgery.routes import SubModel
 
 JOURNAL = "search.jsonl"
 """Every candidate that was tried, in a run's folder."""
+DRAWN = 10
+"""Candidates that are drawn at random for each budget."""
 
 
 def search(
@@ -70,8 +74,8 @@ def search(
         runtime: What latencies are measured through: `torch` or `onnx`; by default `torch`.
         threads: Threads of the CPU for that; by default torch's present number.
         calibration: Training images that norms are measured on; by default those of `data`, without their classes.
-        evolve: So many more candidates are tried, half of them drawn at random, then children of the best.
-        seed: Of these.
+        evolve: So many more candidates are tried that evolve from the best.
+        seed: Of what is drawn at random.
         folder: What was tried is kept in a file there, which the same search goes on from.
         executor: Tries several candidates at a time: any of `concurrent.futures`. Results do not depend on it.
 
@@ -207,6 +211,8 @@ def _try_all(
         if step == 1:
             _check_not_all_at_chance(trials, classes, images)
     trials([even for budget in limits if (even := evenly(space, cost, budget))])
+    for number, budget in enumerate(limits):
+        trials(list(drawn(space, cost, budget, DRAWN, mix(seed, f"drawn {number}"))))
     for budget in limits:
         for _ in put_back(space, cost, trials, budget):
             pass

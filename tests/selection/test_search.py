@@ -79,9 +79,8 @@ def test_what_is_a_sub_model_already_is_chosen_as_it_is(monkeypatch: pytest.Monk
     judge: Callable[..., Any] = Judge.__call__
 
     def preferring(self: Judge, candidate: Any) -> Any:
-        return judge(self, candidate)._replace(
-            accuracy=0.5 + 0.4 * (candidate.is_base or candidate.drop == ("one:two",))
-        )
+        short = candidate.drop == ("one:two",) and not candidate.eighths
+        return judge(self, candidate)._replace(accuracy=0.5 + 0.4 * (candidate.is_base or short))
 
     monkeypatch.setattr(Judge, "__call__", preferring)
     front = search((0.55,))
