@@ -56,7 +56,8 @@ def is_alike(one: Answer | None, two: Answer | None) -> bool:
 def _left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Random states, and what the model's code writes elsewhere, as found afterwards."""
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with random_states_kept(device), generators_kept(generators_of(model)), Outside(model).kept(), exact:
+    kept = random_states_kept(device), generators_kept(generators_of(model)), Outside(model).kept()
+    with kept[0], kept[1], kept[2], exact, torch.autocast(device.type, enabled=False):
         yield
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from detachnet.errors import ModelError
+from detachnet.surgery.whole import hooked
 from detachnet.zoo import ModelSource, create_model
 
 _NOT_THE_NETWORK = {"training", "detachnet_source", "detachnet_new", "pretrained_cfg", "default_cfg"}
@@ -18,8 +19,12 @@ _NOT_THE_NETWORK = {"training", "detachnet_source", "detachnet_new", "pretrained
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash over the class, the plain attributes and the shapes of each layer."""
-    return hashlib.sha256(json.dumps(_layers(model)).encode()).hexdigest()
+    """A hash over the class, the plain attributes, the shapes and, if there are such, the hooks of each layer."""
+    layers = _layers(model)
+    hooks = {path: {"hooks": True} for path in hooked(model)}
+    return hashlib.sha256(
+        json.dumps({path: layers[path] | hooks.get(path, {}) for path in layers}).encode()
+    ).hexdigest()
 
 
 def difference_from_source(model: nn.Module, source: ModelSource) -> str:

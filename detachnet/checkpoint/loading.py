@@ -99,7 +99,7 @@ def build(
     with _fits(base, path):
         load_weights(net, header, tensors)
     _warn_of_others(header, net.base, path)
-    _warn_of_answers(header, net.base, path)
+    _warn_of_answers(header, net.base, net.base, path)
     net.facts = header.facts
     return net.eval()
 
@@ -126,7 +126,7 @@ def _build_detached(
         tied = {name: tensors[kept] for name, kept in header.tied.items()}
         _cast_as(module, {**tensors, **tied})
         module.load_state_dict({**tensors, **tied, **header.extra_state})
-    _warn_of_answers(header, module, path)
+    _warn_of_answers(header, module, base, path)
     return module
 
 
@@ -185,7 +185,9 @@ def _base(
         raise CheckpointError(f"{path} was made with a user's own step-down", hint="load(path, stepdown=it)")
     if header.fingerprint not in ("", fingerprint(base)):
         logger.warning(
-            "%s was made from a %s whose layers had other classes, attributes or shapes", path, header.plan.model
+            "%s was made from a %s whose layers had other classes, attributes, shapes or hooks",
+            path,
+            header.plan.model,
         )
     return base.to(getattr(torch, header.dtype)) if header.dtype in ("float16", "bfloat16", "float64") else base
 
@@ -205,9 +207,11 @@ def _warn_of_others(header: Header, base: nn.Module, path: str | Path) -> None:
         )
 
 
-def _warn_of_answers(header: Header, model: nn.Module, path: str | Path) -> None:
-    """Warn where a model answers otherwise than the one that was written."""
-    if header.answer is not None and not is_alike(header.answer, answer(model, header.plan.input_size)):
+def _warn_of_answers(header: Header, model: nn.Module, base: nn.Module, path: str | Path) -> None:
+    """Warn where a model answers otherwise than the one that was written, and its layers are the same."""
+    if header.answer is None or header.fingerprint != fingerprint(base):
+        return
+    if not is_alike(header.answer, answer(model, header.plan.input_size)):
         logger.warning(
             "%s: %s answers otherwise than when it was written, with the same weights: its code, or what it holds "
             "besides tensors, is another",

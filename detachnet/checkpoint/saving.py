@@ -55,7 +55,8 @@ def save(net: DetachableNet, path: str | Path, which: str | None = None, *, own:
     else:
         is_narrow = which in net.names and bool(net.plan[which].kept)
         module = net.detach(which, share=not is_narrow)
-        write_file(path, _with_answer(_alone(header, which), module, size), module.state_dict(), {})
+        header = _with_answer(_alone(header, which), net.detach(which), size)
+        write_file(path, header, module.state_dict(), {})
 
 
 def loads_alone(net: DetachableNet) -> bool:
@@ -74,6 +75,7 @@ def check_storable(net: DetachableNet, own: bool = False) -> None:
         CheckpointError: The model's arguments cannot be stored, it is no longer what they build, or a layer has a
             state that is no tensor and no JSON.
     """
+    net.prepare((BASE,))  # which follows what was changed since the last pass
     header = _header(net, own)
     split_state(net.state_dict())
     _check_norms(net)
@@ -99,7 +101,7 @@ def _check_norms(net: DetachableNet) -> None:
     for path, norm in net.norms.named_modules():
         if isinstance(norm, _BatchNorm):
             like = net.base.get_submodule(path.partition(".")[2])
-            for name in ("eps", "momentum"):
+            for name in ("eps", "momentum", "affine", "track_running_stats"):
                 if getattr(norm, name) != getattr(like, name):
                     raise CheckpointError(
                         f"{name} of net.norms.{path} is {getattr(norm, name)}, that of the base-model's norm "

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, fx, nn
 
-from detachnet.errors import CutError, StepDownError, TraceError, WidthError, nearest
+from detachnet.errors import CutError, DetachNetError, StepDownError, TraceError, WidthError, nearest
 from detachnet.facts import Facts
+from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.codegen import Run, compile_graph
 from detachnet.surgery.detached import Code, DetachedModel
 from detachnet.surgery.graph import TracedGraph, TracedModel
@@ -29,7 +30,7 @@ from detachnet.surgery.modules import (
     unwrap,
     weight_of,
 )
-from detachnet.surgery.ownership import HEADS, NORMS, SLICES, view_sources
+from detachnet.surgery.ownership import HEADS, NORMS, SLICES, ViewSource, view_sources
 from detachnet.surgery.plan import BASE, DetachPlan
 from detachnet.surgery.rewrite import JointError, build_leg, build_view, changes_image
 from detachnet.surgery.routes import BRIDGES, STEPDOWNS, folder
@@ -102,17 +103,34 @@ class DetachableNet(nn.Module):
 
     def _put_own_layers(self) -> None:
         """Give each sub-model copies of the layers that are its own, those that it has not yet."""
-        there = dict(self.named_modules(remove_duplicate=False))
-        for name in self.names[1:]:
-            source = self._of_width[name][False]
-            for path, place in sorted(source.private[name].items()):
-                target = f"{place}.{folder(name)}.{path}"
-                if target in there:
-                    continue
-                layer = self.base.get_submodule(path)
-                keeps = self._statistics.get(path, ())
-                own = own_statistics(layer, keeps) if place == NORMS else copy.deepcopy(layer)
-                put(self, target, source.own_layer(path, own))
+        wanted = {
+            f"{place}.{folder(name)}.{path}": (name, path, place)
+            for name in self.names[1:]
+            for path, place in sorted(self._of_width[name][False].private[name].items())
+        }
+        there = dict(self._own_layers())
+        for target in there.keys() - wanted.keys():
+            parent, _, last = target.rpartition(".")
+            del self.get_submodule(parent)._modules[last]
+            logger.warning("%s is gone: there is no such layer any more", target)
+        for target, (name, path, place) in wanted.items():
+            in_evaluation, in_training = (self._of_width[name][mode] for mode in (False, True))
+            layer, keeps = self.base.get_submodule(path), self._statistics.get(path, ())
+            source = in_evaluation if in_evaluation.runs(path) else in_training
+            own = source.own_layer(path, own_statistics(layer, keeps) if place == NORMS else copy.deepcopy(layer))
+            if target not in there:
+                put(self, target, own)
+            elif _shapes(own) != _shapes(there[target]):
+                put(self, target, own)
+                logger.warning("%s gets a copy of the new %r: its own had other shapes", name, path)
+
+    def _own_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Where each layer is that is a sub-model's own, bridges not counted."""
+        for place in (NORMS, HEADS):
+            for path, module in list(self.get_submodule(place).named_modules(prefix=place)):
+                parent = self.get_submodule(path.rpartition(".")[0])
+                if isinstance(parent, Folder) and not isinstance(module, Folder):
+                    yield path, module
 
     def _copied_parts(self) -> Iterator[Copied]:
         """What of the sub-models' own norms is to follow the base-model's layers."""
@@ -259,7 +277,10 @@ class DetachableNet(nn.Module):
             buffer.data.copy_(before)  # unseen by autograd, which has no use for them
 
     def prepare(self, models: Sequence[str], features: bool = False) -> None:
-        """Write the pass through some models now, not when it is first run: torch.compile then sees all of it."""
+        """Write the pass through some models now, not when it is first run: torch.compile then sees all of it.
+
+        What `torch.compile(net)` has compiled is not told of later changes in `net.base`; this tells it.
+        """
         self._view(tuple(models), features)
 
     def _view(self, models: tuple[str, ...], features: bool = False) -> Run:
@@ -359,9 +380,9 @@ class DetachableNet(nn.Module):
             base.zero_grad()
             return base.eval()
         modes = [self._of_width[name][training] for training in (False, True)]
-        differ = not share and modes[0].traced.source != modes[1].traced.source
+        differ = modes[0].traced.source != modes[1].traced.source
         graphs = [build_view(mode, (name,)) for mode in modes[: 1 + differ]]
-        return self._as_module(graphs, self.plan.model if name == BASE else name, share)
+        return self._as_module(graphs, modes, self.plan.model if name == BASE else name, share)
 
     def parts(self, name: str) -> dict[str, tuple[Tensor, Pick]]:
         """What a model with fewer filters has of the base-model's tensors.
@@ -400,13 +421,17 @@ class DetachableNet(nn.Module):
         Returns:
             A module from images or the feature at `leg.start` to the feature at `leg.end` or the output.
         """
-        return self._as_module([build_leg(self._of_width[leg.models[0]][False], leg)], str(leg), share)
+        modes = [self._of_width[leg.models[0]][training] for training in (False, True)]
+        return self._as_module([build_leg(modes[0], leg)], modes, str(leg), share)
 
-    def _as_module(self, graphs: Sequence[fx.Graph], label: str, share: bool) -> nn.Module:
+    def _as_module(
+        self, graphs: Sequence[fx.Graph], modes: Sequence[ViewSource], label: str, share: bool
+    ) -> nn.Module:
         """A graph of the family with its layers, or copies of them.
 
         Args:
             graphs: The graph, and that of the training mode where it is another one.
+            modes: What the two modes are made from: a model may keep a norm in another one.
             label: What the module is called.
             share: As of `detach`.
         """
@@ -415,7 +440,15 @@ class DetachableNet(nn.Module):
         written = [graph.python_code("self") for graph in graphs]
         codes = [Code(code.src, code.globals) for code in written]
         only_in_training = sorted(parts[-1].keys() - parts[0].keys())
-        detached = DetachedModel(label, codes[0], parts[0], codes[-1], only_in_training)
+        others = [
+            [
+                path
+                for path, part in mode.traced.root.base.named_modules()
+                if path and part.training != mode.training
+            ]
+            for mode in modes
+        ]
+        detached = DetachedModel(label, codes[0], parts[0], codes[-1], only_in_training, others)
         if not share:
             detached.zero_grad()
             return detached.eval()
@@ -465,12 +498,13 @@ class DetachableNet(nn.Module):
     def train(self, mode: bool = True) -> DetachableNet:
         """Set the mode; a sub-model's own layer follows the layer of the base-model it was copied from."""
         super().train(mode)
+        layers = dict(self.base.named_modules())
         for path, module in [*self.norms.named_modules(), *self.heads.named_modules()]:
             _, _, original = path.partition(".")
             if original and not isinstance(module, Folder):
-                like = dict(self.base.get_submodule(original).named_modules())
                 for inner, part in module.named_modules():
-                    part.training = like[inner].training
+                    like = layers.get(f"{original}.{inner}".rstrip("."))
+                    part.training = part.training if like is None else like.training
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -504,12 +538,38 @@ class DetachableNet(nn.Module):
             names = ", ".join(repr(path) if path else "the model itself" for path in sorted(moved))
             logger.warning("%s is traced again: another mode of %s", self.plan.model, names)
         if other or changed or moved or (self._asks_for_dtype and self._has_another_dtype()):
-            try:
-                self._attach(self.retraced())
-            except WidthError as error:
-                raise _no_longer_narrow(error, other) from None
-            self._put_own_layers()
-            self._copied = list(self._copied_parts())
+            with torch.inference_mode(False):
+                self._trace_again(other)
+
+    def _trace_again(self, changed: str) -> None:
+        before = self._structure
+        try:
+            self._attach(self.retraced())
+            self._check_spans(changed)
+        except DetachNetError as error:
+            self._structure = before  # so that the next pass is refused, too
+            raise _no_longer_narrow(error, changed) if isinstance(error, WidthError) else error from None
+        self._put_own_layers()
+        self._copied = list(self._copied_parts())
+
+    def _check_spans(self, changed: str) -> None:
+        """Refuse features that what stands for a span does not make any more.
+
+        Raises:
+            StepDownError: There is one.
+        """
+        for model in self.plan.models[1:]:
+            analysis = CutAnalysis(self._of_width[model.name][False].traced)
+            for span in model.spans:
+                start, feature = (
+                    analysis.shape(analysis.find(end)) if end else () for end in (span.start, span.end)
+                )
+                if feature != (made := span.bridge.feature if span.bridge else start):
+                    raise StepDownError(
+                        f"{changed or self.plan.model} was changed: the feature at {span.end!r} is {by(feature)}, "
+                        f"and what {model.name} has for it {by(made)}",
+                        hint="make the family of the changed model: make_detachable(net.base, ...)",
+                    )
 
     def _has_another_dtype(self) -> bool:
         """Whether the weights have another dtype than the family was traced in; autocast is told, once."""
@@ -593,12 +653,17 @@ def _read_by(value: Any) -> Any:
 
 def _no_longer_narrow(error: WidthError, changed: str) -> WidthError:
     """Why a changed base-model has no place for sub-models with fewer filters."""
-    place = repr(changed) if changed else "the base-model"
+    place = "the base-model" if changed in ("", "the model itself") else repr(changed)
     return WidthError(
         f"{place} was changed: sub-models with fewer filters no longer fit",
         what=error.summary,
-        hint="undo the change (prune.remove, remove_parametrizations), or make the family of the changed model",
+        hint="undo the change, or make the family of the changed model: make_detachable(net.base, ...)",
     )
+
+
+def _shapes(layer: nn.Module) -> dict[str, torch.Size]:
+    """Of a layer's tensors."""
+    return {name: t.shape for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
 
 
 def _free_name(base: nn.Module, name: str) -> str:

@@ -52,6 +52,7 @@ class DetachedModel(nn.Module):
         parts: Dotted name → module, parameter or buffer.
         in_training: Its forward pass in training mode.
         only_in_training: Parts that the base-model runs in training mode only; then there is no such pass.
+        others: Names of parts that the base-model keeps in the other mode, in evaluation and in training.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class DetachedModel(nn.Module):
         parts: Mapping[str, Any],
         in_training: Code | None = None,
         only_in_training: Sequence[str] = (),
+        others: Sequence[Sequence[str]] = ((), ()),
     ) -> None:
         super().__init__()
         self._name, self._code, self._only_in_training = name, code, tuple(only_in_training)
@@ -68,6 +70,8 @@ class DetachedModel(nn.Module):
         self._compile()
         for path, part in parts.items():
             put(self, path, part)
+        there = dict(self.named_modules())
+        self._others = [[path for path in paths if path in there] for paths in others]
 
     def _compile(self) -> None:
         codes = self._code, self._code_in_training
@@ -79,6 +83,8 @@ class DetachedModel(nn.Module):
             names, self._only_in_training = ", ".join(map(repr, self._only_in_training)), ()
             logger.warning("%s has no %s, which its base-model has in training mode", self._name, names)
         super().train(mode)
+        for path in self._others[mode]:
+            self.get_submodule(path).training = not mode
         return self
 
     def forward(self, x: Tensor) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -205,26 +205,41 @@ class TracedGraph:
     def propagate(self, batch: int, counts: bool = False) -> _Propagator:
         """Run the graph on the meta device with `batch` images; count MACs, too, which takes most of the time."""
         propagator = _Propagator(self.module)
-        counting: AbstractContextManager[object] = propagator.counter if counts else nullcontext()
-        node = "the input"
         try:
-            quiet = warnings.catch_warnings()
-            kept = random_states_kept(), Outside(self.root).kept()
-            with kept[0], kept[1], torch.device("meta"), counting, _ShapesOfNorms(), torch.no_grad(), quiet:
-                warnings.simplefilter("ignore")  # what a layer has to say of a pass without values or gradients
-                propagator.run(self.image.example(batch))
+            self._run(propagator, batch, counts)
         except Exception as error:
-            failed = next((n for n in self.graph.nodes if n not in propagator.values), None)
-            node = self.describe(failed) if failed else node
-            shape = "×".join(map(str, self.image.shape[1:]))
-            size = f"pass the input_size=(C, H, W) the model is made for{self._without_batch()}"
-            raise TraceError(
-                f"{type(self.root.base).__name__} does not run on {shape} images: it fails at {node}",
-                what=str(error).splitlines()[0],
-                hint=_NEEDS_GRADIENTS if "grad" in str(error) else size,
-                node=node,
-            ) from error
+            raise self._unrunnable(propagator, batch, error) from error
         return propagator
+
+    def _run(self, propagator: _Propagator, batch: int, counts: bool = False) -> None:
+        counting: AbstractContextManager[object] = propagator.counter if counts else nullcontext()
+        kept = random_states_kept(), Outside(self.root).kept(), warnings.catch_warnings()
+        modes = torch.inference_mode(False), torch.no_grad(), torch.device("meta"), _ShapesOfNorms()
+        with kept[0], kept[1], kept[2], modes[0], modes[1], modes[2], counting, modes[3]:
+            warnings.simplefilter("ignore")  # what a layer has to say of a pass without values or gradients
+            propagator.run(self.image.example(batch))
+
+    def _unrunnable(self, propagator: _Propagator, batch: int, error: Exception) -> TraceError:
+        """Why the model does not run."""
+        failed = next((n for n in self.graph.nodes if n not in propagator.values), None)
+        node = self.describe(failed) if failed else "the input"
+        name, said = type(self.root.base).__name__, str(error).splitlines()[0]
+        with suppress(Exception):
+            self._run(_Propagator(self.module), batch + 1)
+            return TraceError(
+                f"{name} runs on {batch + 1} images but not on {batch}: it fails at {node}",
+                what=said,
+                hint="a family's models take any number of images: pair or group them outside of the model",
+                node=node,
+            )
+        shape = "×".join(map(str, self.image.shape[1:]))
+        size = f"pass the input_size=(C, H, W) the model is made for{self._without_batch()}"
+        return TraceError(
+            f"{name} does not run on {shape} images: it fails at {node}",
+            what=said,
+            hint=_NEEDS_GRADIENTS if "grad" in said else size,
+            node=node,
+        )
 
     def _without_batch(self) -> str:
         """What may be meant by an image with more axes than C, H and W."""

@@ -119,7 +119,7 @@ def make_detachable(
             return make_plan(traced, chosen, norm, stepdown, head, narrowing)
 
     leaves = Leaves(tuple(leaf_modules), tuple(leaf_functions))
-    with generators_kept(generators_of(model)), Outside(model).kept():
+    with torch.inference_mode(False), generators_kept(generators_of(model)), Outside(model).kept():
         return _family(model, traced, planned, leaves, check)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._device import _device_constructors
 
-from detachnet.errors import TraceError
+from detachnet.errors import DetachNetError, TraceError
 
 # torch remembers its factories when `with torch.device(...)` is first used. That must not be while a trace has
 # them replaced: `torch.rand` would not heed the device from then on.
@@ -145,6 +145,8 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     before = dict(memo)
     try:
         return copy.deepcopy(model, memo)
+    except DetachNetError:
+        raise
     except Exception as error:  # whatever a class raises
         path, name, value = _uncopied(model, before) or ("", "", model)
         place = f"{path}.{name}".strip(".") or "the model itself"

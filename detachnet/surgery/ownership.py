@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from detachnet.errors import CutError
+from detachnet.errors import CutError, TraceError
 from detachnet.surgery.batches import OtherBatches
 from detachnet.surgery.coupling import Coupling
 from detachnet.surgery.finding import find_coupling
@@ -115,10 +115,19 @@ class ViewSource:
         for target, place in self._slices.items():
             assert self.choice is not None
             channels, value = self.choice.channels, attribute(root, target)
+            if value is None:
+                raise TraceError(
+                    f"{target.removeprefix(PREFIX)!r} is made by the first forward pass",
+                    hint="run the model once before it is made detachable",
+                )
             if target not in channels.layers:
                 yield place, SlicedTensor(value, channels.tensors[target], self.choice)
             elif not all(target.removeprefix(PREFIX) in self.private[name] for name in self.routes):
                 yield place, SlicedLayer(value, channels.layers[target], self.choice)
+
+    def runs(self, path: str) -> bool:
+        """Whether a layer is run in this mode."""
+        return any(node.op == "call_module" and node.target == PREFIX + path for node in self.traced.live)
 
     def own_layer(self, path: str, layer: nn.Module) -> nn.Module:
         """A copy of a layer for a model of its own, with the filters that there are, in place."""

@@ -20,7 +20,7 @@ class Structure:
     Args:
         model: Its layers may be others afterwards.
         opened: Paths of the modules whose own forward was traced, and which hooks are not called for.
-        sliced: Paths of the layers that narrower models read a part of: which tensors one has counts.
+        sliced: Paths of the layers that narrower models read a part of: of which class, tensors and sizes counts.
     """
 
     def __init__(self, model: nn.Module, opened: Collection[str], sliced: Collection[str]) -> None:
@@ -30,18 +30,18 @@ class Structure:
         self._hooks = [(path, getattr(model.get_submodule(path), kind)) for path in opened for kind in _HOOKS]
         self._counts = [len(hooks) for _, hooks in self._hooks]
         layers = [(path, model.get_submodule(path)) for path in sliced]
-        self._tensors = [(path, layer, _tensor_names(layer)) for path, layer in layers]
+        self._layers = [(path, layer, _kind_of(layer)) for path, layer in layers]
 
     def changed(self) -> str:
-        """The first module that has other parts, tensors or another forward now; empty if none has."""
+        """The first module that is of other parts, tensors or another forward now; empty if none is."""
         for path, now, then in self._parts:
             if list(now.items()) != then:
                 return path or "the model itself"
         for path, held, forward in self._forwards:
             if held.get("forward") is not forward:
                 return path or "the model itself"
-        for path, layer, names in self._tensors:
-            if _tensor_names(layer) != names:
+        for path, layer, kind in self._layers:
+            if _kind_of(layer) != kind:
                 return path
         return ""
 
@@ -60,10 +60,12 @@ class Structure:
         self._counts = counts
 
 
-def _tensor_names(layer: nn.Module) -> list[str]:
-    """Those that a layer has, of its own."""
+def _kind_of(layer: nn.Module) -> tuple[object, ...]:
+    """What a narrower layer is made by: class and forward, sizes of its tensors, numbers of groups, padding."""
+    held = vars(layer)
     tensors = (*layer._parameters.items(), *layer._buffers.items())
-    return [name for name, tensor in tensors if tensor is not None]
+    shapes = tuple((name, tensor.shape) for name, tensor in tensors if tensor is not None)
+    return type(layer), held.get("forward"), shapes, *map(held.get, ("groups", "num_groups", "padding_mode"))
 
 
 class Copied:

@@ -154,6 +154,12 @@ def _check_model(model: nn.Module, image: Spec, leaves: Leaves) -> None:
                 hint=f"run the model once first: model(torch.zeros(2, {shape}))",
                 node=path,
             )
+    if any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()]):
+        raise TraceError(
+            f"cannot trace {name}: its weights were made inside torch.inference_mode()",
+            what="such tensors take no gradient and no copy that would",
+            hint="make the model outside of it",
+        )
     _check_functions(model)
     paths = [path for path, _ in model.named_modules()]
     for path in leaves.paths:

@@ -397,7 +397,7 @@ def test_loading_says_when_layers_are_others(tmp_path: Path, caplog: pytest.LogC
     other = models.Plain()
     other.bn2.eps = 0.1
     detachnet.load(path, other)
-    assert "was made from a Plain whose layers had other classes, attributes or shapes" in caplog.text
+    assert "was made from a Plain whose layers had other classes, attributes, shapes or hooks" in caplog.text
 
 
 class Scaling(nn.Conv2d):
@@ -584,3 +584,40 @@ def test_what_no_answer_says() -> None:
     assert answer(hooked, (3, 16, 16)) is not None
     assert hooked.training
     assert not called
+
+
+@pytest.mark.parametrize("inside", ["save", "load"])
+def test_autocast_changes_no_answer(inside: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net = detachnet.make_detachable(models.Around(nn.Identity()), ["a"], (3, 16, 16), check="none")
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside == "save"):
+        detachnet.save(net, tmp_path / "net")
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside == "load"):
+        detachnet.load(tmp_path / "net", model=models.Around(nn.Identity()))
+    assert not caplog.text
+
+
+class StaysInTraining(models.Around):
+    def train(self, mode: bool = True) -> "StaysInTraining":
+        super().train(mode)
+        self.a[1].training = True
+        return self
+
+
+@pytest.mark.parametrize("which", [None, "base", "sub0"])
+def test_a_mode_that_a_model_keeps_changes_no_answer(
+    which: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = detachnet.make_detachable(StaysInTraining(nn.Identity()), ["a"], (3, 16, 16), check="none").eval()
+    detachnet.save(net, tmp_path / "net", which)
+    detachnet.load(tmp_path / "net", model=StaysInTraining(nn.Identity()))
+    assert not caplog.text
+
+
+def test_hooks_that_a_users_model_had_are_missed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net = detachnet.make_detachable(models.Around(nn.Identity()), ["a"], (3, 16, 16), check="none")
+    net.base.get_submodule("b").register_forward_hook(lambda module, inputs, output: output * 3)
+    detachnet.save(net, tmp_path / "net")
+    detachnet.load(tmp_path / "net", model=net.base)
+    assert not caplog.text
+    detachnet.load(tmp_path / "net", model=models.Around(nn.Identity()))
+    assert "whose layers had other classes, attributes, shapes or hooks" in caplog.text

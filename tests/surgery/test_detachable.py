@@ -372,7 +372,7 @@ def test_detached_models_train_as_they_do_in_their_family(name: str) -> None:
     torch.testing.assert_close(detached(x), net.eval()(x, which=name))
     torch.manual_seed(1)
     trained = net.train()(x, which=name)
-    for module in again:
+    for module in (*again, net.detach(name, share=True)):
         torch.manual_seed(1)
         torch.testing.assert_close(module.train()(x), trained)
 

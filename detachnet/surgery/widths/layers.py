@@ -82,6 +82,8 @@ def run_layer(channels: Channels, path: str, module: nn.Module, x: Tensor, shape
     rule = _rule(module)
     if rule is None and not _has_its_weight(module):
         raise WholeError("it computes its weight when it runs")
+    if rule is None and "forward" in vars(module):
+        raise WholeError("its forward is another one than that of its class")
     if rule is None:
         raise WholeError(f"{type(module).__name__} is a layer that is not known")
     return rule(_Call(channels, path, module, x, shape))
@@ -114,7 +116,7 @@ def _home(module: nn.Module) -> str:
 
 def _runs_as_known(module: nn.Module) -> bool:
     """Whether a layer's forward pass and weights are those of its class."""
-    return _home(module).startswith(_TRUSTED) and _has_its_weight(module)
+    return _home(module).startswith(_TRUSTED) and "forward" not in vars(module) and _has_its_weight(module)
 
 
 def _has_its_weight(module: nn.Module) -> bool:

@@ -96,13 +96,18 @@ class SlicedLayer(nn.Module):
         """What the layer makes of its input's channels."""
         of = self._of[0]
         tensors = {name: pick(getattr(of, name)) for name, pick in self._picks.items()}
-        if self._call is not None and not any(hooks_of(of)):
+        is_hooked = any(hooks_of(of))
+        if self._call is not None and not is_hooked:
             return self._call(x, tensors["weight"], tensors.get("bias"), of, self._counts)
         # An instance for this call alone: threads may run one layer at the same time.
         small = object.__new__(type(of))
         empty: dict[str, Any] = {"_parameters": {}, "_buffers": {}, **self._none}
-        vars(small).update(vars(of) | self._counts | empty | tensors)
-        return small(x)
+        own = self._counts | empty | tensors
+        vars(small).update(vars(of) | own)
+        made = small(x)
+        if is_hooked:  # what hooks leave on their layer is left on the base-model's
+            vars(of).update((name, value) for name, value in vars(small).items() if name not in own)
+        return made
 
     def detached(self) -> nn.Module:
         """The same as a plain layer with weights of its own."""

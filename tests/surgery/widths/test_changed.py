@@ -1,10 +1,13 @@
 """Layers of the base-model that are changed after narrower sub-models were made, which read parts of them."""
 
 import logging
+import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -86,6 +89,105 @@ def no_longer_fits(path: str, change: Callable[[nn.Module], object], undo: Calla
             parameter.add_(0.1)
     net.eval()
     torch.testing.assert_close(net.detach("narrow")(x), net(x, which="narrow"))
+
+
+class Threefold(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 3
+
+
+def patched(layer: nn.Module) -> None:
+    layer.forward = types.MethodType(lambda self, x: F.conv2d(x, self.weight, self.bias) * 3, layer)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("change", [patched, lambda layer: setattr(layer, "__class__", Threefold)])
+def test_a_forward_that_is_another_one_now(change: Callable[[nn.Module], object]) -> None:
+    net, x = family(), torch.randn(4, 3, 16, 16)
+    change(net.base.get_submodule("mid"))
+    for _ in range(2):
+        with pytest.raises(
+            detachnet.WidthError, match="'mid' was changed: sub-models with fewer filters no longer"
+        ):
+            net(x, which="narrow")
+
+
+def test_layers_with_a_forward_of_their_own_have_all_filters() -> None:
+    model = models.Around(nn.Conv2d(8, 8, 1))
+    patched(model.mid)
+    groups = {group.name: group.reason for group in detachnet.find_widths(model, (3, 16, 16))}
+    assert groups["a.0"] == "'mid': its forward is another one than that of its class"
+
+
+def padded(layer: nn.Module) -> None:
+    layer.padding_mode = "circular"  # type: ignore[assignment]
+
+
+def made_dense(layer: nn.Module) -> None:
+    layer.groups, layer.weight = 1, nn.Parameter(torch.randn(8, 8, 3, 3))  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("change", [padded, made_dense])
+def test_numbers_of_layers_that_are_changed(change: Callable[[nn.Module], None]) -> None:
+    model = models.Around(nn.Conv2d(8, 8, 3, 1, 1, groups=1 if change is padded else 8))
+    net, x = detachnet.make_detachable(model, MODELS, (3, 16, 16)).eval(), torch.randn(4, 3, 16, 16)
+    before = {name: net(x, which=name) for name in net.names}
+    change(net.base.get_submodule("mid"))
+    for name, output in before.items():
+        now = net(x, which=name)
+        assert not torch.allclose(now, output)
+        torch.testing.assert_close(net.detach(name)(x), now)
+
+
+def test_what_a_hook_leaves_on_its_layer_is_left_there() -> None:
+    net, x = family().eval(), torch.randn(4, 3, 16, 16)
+    layer: Any = net.base.get_submodule("b")
+    layer.calls = 0
+
+    def count(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        module.calls += 1
+        module.seen = output
+
+    layer.register_forward_hook(count)
+    weight = layer.weight
+    for name in net.names:
+        net(x, which=name)
+    assert layer.calls == len(net.names)
+    assert layer.seen.shape[1] == 8
+    assert layer.weight is weight
+    assert "weight" not in vars(layer)
+
+
+def test_a_layer_that_the_first_pass_makes() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer: Any = None
+
+        def forward(self, x: Tensor) -> Any:
+            if self.layer is None:
+                self.layer = nn.Conv2d(x.shape[1], 8, 1)
+            return self.layer(x)
+
+    with pytest.raises(
+        detachnet.TraceError, match=r"'mid.layer' is made by the first forward pass[\s\S]*run the model"
+    ):
+        detachnet.make_detachable(models.Around(Late()), MODELS, (3, 16, 16))
+
+
+def test_a_norm_of_the_training_mode_only() -> None:
+    class Regularized(models.Around):
+        def __init__(self) -> None:
+            super().__init__(nn.Identity())
+            self.extra = nn.BatchNorm2d(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(self.mid(self.a(x)))
+            logits: Tensor = self.fc((self.extra(x) if self.training else x).relu().mean((2, 3)))
+            return logits
+
+    net = detachnet.make_detachable(Regularized(), MODELS, (3, 16, 16))
+    assert net.norms.get_submodule("narrow.extra").num_features == 8
+    net(torch.randn(4, 3, 16, 16), which="narrow").sum().backward()
 
 
 def test_a_bias_that_is_taken_away(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,126 @@
+"""What is done to `net.base` after the family was made: layers replaced, fused, frozen."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import detachnet
+from detachnet import SubModel
+from tests import models
+
+SIZE = (3, 16, 16)
+
+
+@pytest.mark.parametrize("asked", [{"behind": "a"}, {"narrow": SubModel(width=0.5)}])
+def test_another_head_is_every_models(asked: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Transfer learning: another number of classes."""
+    net, x = (
+        detachnet.make_detachable(models.Around(nn.Identity()), asked, SIZE, head="private"),
+        torch.randn(4, *SIZE),
+    )
+    net.base.fc = nn.Linear(16, 9)
+    name = net.names[1]
+    for outputs in (net(x, which="all"), {each: net(x, which=each) for each in net.names}):
+        assert {key: output.shape for key, output in outputs.items()} == {"base": (4, 9), name: (4, 9)}
+    assert f"{name} gets a copy of the new 'fc': its own had other shapes" in caplog.text
+    head = net.heads.get_submodule(f"{name}.fc")
+    torch.testing.assert_close(head.bias, net.base.fc.bias)
+    net(x, which=name).sum().backward()
+    assert net.base.fc.bias.grad is None
+
+
+def test_a_feature_of_another_size_is_refused() -> None:
+    net, x = detachnet.make_detachable(models.Around(nn.Identity()), ["a"], SIZE), torch.randn(4, *SIZE)
+    net.base.a = nn.Sequential(nn.Conv2d(3, 12, 3, 2, 1), nn.BatchNorm2d(12), nn.ReLU())
+    net.base.b = nn.Conv2d(12, 16, 3, 2, 1)
+    said = r"the feature at 'a' is 12×8×8, and what sub0 has for it 8×8×8[\s\S]*make_detachable\(net.base"
+    for use in (lambda: net(x), lambda: net(x, which="all"), lambda: net.detach("sub0")):
+        with pytest.raises(detachnet.StepDownError, match=said):
+            use()
+
+
+class Fusing(nn.Module):
+    """As RepVGG and YOLO have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.norm(self.conv(x)) if hasattr(self, "norm") else self.conv(x)
+
+    def fuse(self) -> None:
+        self.conv = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
+        del self.norm
+
+
+@pytest.mark.parametrize("use", ["train", "eval", "save", "copy", "run"])
+def test_norms_that_are_fused(use: str, tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = models.Around(Fusing())
+    net, x = detachnet.make_detachable(model, ["a"], SIZE).eval(), torch.randn(4, *SIZE)
+    before = net(x)
+    net.base.mid.fuse()
+    if use in ("train", "eval"):
+        net.train(use == "train")
+    net = copy.deepcopy(net) if use == "copy" else net
+    detachnet.save(net, tmp_path / "fused") if use == "save" else None
+    torch.testing.assert_close(net.eval()(x), before)
+    assert "norms.sub0.mid.norm is gone: there is no such layer any more" in caplog.text or use == "copy"
+    assert not any("norm" in name for name in dict(net.norms.named_modules(), **{"": None}) if "mid" in name)
+    torch.testing.assert_close(net.detach("sub0")(x), net(x, which="sub0"))
+    if use == "save":
+        model.mid.fuse()
+        torch.testing.assert_close(detachnet.load(tmp_path / "fused", model=model)(x), before)
+
+
+class Frozen(models.Around):
+    """A norm that stays in evaluation mode, as detectors have them."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.BatchNorm2d(8))
+
+    def train(self, mode: bool = True) -> "Frozen":
+        super().train(mode)
+        self.mid.eval()
+        return self
+
+
+@pytest.mark.parametrize("asked", [{"behind": "a"}, {"narrow": SubModel(width=0.5)}])
+def test_a_norm_that_a_model_keeps_frozen_stays_so_detached(asked: Any) -> None:
+    net, x = detachnet.make_detachable(Frozen(), asked, SIZE), torch.randn(4, *SIZE)
+    name = net.names[1]
+    detached = net.detach(name).train()
+    assert not detached.get_submodule("mid").training
+    assert detached.get_submodule("b").training
+    torch.testing.assert_close(detached(x), net.train()(x, which=name))
+
+
+def test_pairs_in_one_batch_are_refused_with_the_reason() -> None:
+    class Siamese(models.Around):
+        def forward(self, x: Tensor) -> Tensor:
+            one, two = self.b(self.mid(self.a(x))).chunk(2)
+            logits: Tensor = self.fc((one - two).relu().mean((2, 3)))
+            return logits
+
+    with pytest.raises(
+        detachnet.TraceError, match=r"runs on 12 images but not on 11: it fails at 'sub'[\s\S]*outside of"
+    ):
+        detachnet.make_detachable(Siamese(nn.Identity()), ["a"], SIZE)
+
+
+def test_inside_inference_mode() -> None:
+    model = models.Around(nn.BatchNorm2d(8))
+    with torch.inference_mode():
+        net = detachnet.make_detachable(model, ["a"], SIZE)
+        net.eval()(torch.randn(2, *SIZE), which="all")
+        net.base.mid = nn.Sequential(net.base.mid, nn.ReLU())
+        net(torch.randn(2, *SIZE), which="all")
+    net.train()(torch.randn(2, *SIZE), which="sub0").sum().backward()
+    with torch.inference_mode():
+        made = models.Around(nn.Identity())
+    with pytest.raises(detachnet.TraceError, match=r"made inside torch.inference_mode\(\)[\s\S]*outside of it"):
+        detachnet.make_detachable(made, ["a"], SIZE)
