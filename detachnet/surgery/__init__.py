@@ -11,7 +11,8 @@ widths/                                       which filters go together, a choic
 plan, figures, hints -> planning              what a family will be, how it is drawn, what is odd about it
 coupling, halves -> finding, statistics       what joins the images of a batch, and which layers keep statistics
 ownership, legs -> rewrite                    whose layer a node runs with, where models part, and all graphs
-structure, detachable -> making, enlarging    the family, what makes it of a model, and a larger one of it
+own_layers, structure, detaching              copies of layers, what of the model has changed, one model alone
+detachable -> making, enlarging               the family, what makes it of a model, and a larger one of it
 difference, passes -> proof                   the family compared with the model
 recalibration, importance, layout             statistics and worth of spans, measured; how images lie in memory
 """

@@ -10,13 +10,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from detachnet.errors import CutError, DetachNetError, StepDownError, TraceError, WidthError, nearest
 from detachnet.facts import Facts
 from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.codegen import Run, compile_graph
-from detachnet.surgery.detached import Code, DetachedModel
+from detachnet.surgery.detaching import as_module, detached_name
 from detachnet.surgery.graph import TracedGraph, TracedModel
 from detachnet.surgery.legs import Leg, find_legs
 from detachnet.surgery.modules import (
@@ -30,17 +30,18 @@ from detachnet.surgery.modules import (
     unwrap,
     weight_of,
 )
-from detachnet.surgery.ownership import HEADS, NORMS, SLICES, ViewSource, view_sources
+from detachnet.surgery.own_layers import copied_parts, put_own_layers
+from detachnet.surgery.ownership import SLICES, view_sources
 from detachnet.surgery.plan import BASE, DetachPlan
 from detachnet.surgery.rewrite import JointError, build_leg, build_view, changes_image
-from detachnet.surgery.routes import BRIDGES, STEPDOWNS, folder
+from detachnet.surgery.routes import folder
 from detachnet.surgery.state import Readings, readings
-from detachnet.surgery.statistics import find_statistics, own_statistics
-from detachnet.surgery.structure import Copied, Structure, copied_parts
+from detachnet.surgery.statistics import find_statistics
+from detachnet.surgery.structure import Structure
 from detachnet.surgery.trace import trace
 from detachnet.surgery.tracer import PREFIX
 from detachnet.surgery.whole import attributes_read
-from detachnet.surgery.widths.reading import Pick, SlicedLayer, SlicedTensor
+from detachnet.surgery.widths.reading import Pick, SlicedLayer
 from detachnet.surgery.widths.storing import Narrowing
 from detachnet.text import by
 from detachnet.zoo import ModelSource, model_source
@@ -97,48 +98,9 @@ class DetachableNet(nn.Module):
         like = weight_of(base)
         for path, module in bridges.items():
             put(self, path, module.to(like.device, like.dtype).train(base.training))
-        self._put_own_layers()
+        put_own_layers(self, self._of_width, self._statistics)
         self.training = base.training
-        self._copied = list(self._copied_parts())
-
-    def _put_own_layers(self) -> None:
-        """Give each sub-model copies of the layers that are its own, those that it has not yet."""
-        wanted = {
-            f"{place}.{folder(name)}.{path}": (name, path, place)
-            for name in self.names[1:]
-            for path, place in sorted(self._of_width[name][False].private[name].items())
-        }
-        there = dict(self._own_layers())
-        for target in there.keys() - wanted.keys():
-            parent, _, last = target.rpartition(".")
-            del self.get_submodule(parent)._modules[last]
-            logger.warning("%s is gone: there is no such layer any more", target)
-        for target, (name, path, place) in wanted.items():
-            in_evaluation, in_training = (self._of_width[name][mode] for mode in (False, True))
-            layer, keeps = self.base.get_submodule(path), self._statistics.get(path, ())
-            source = in_evaluation if in_evaluation.runs(path) else in_training
-            own = source.own_layer(path, own_statistics(layer, keeps) if place == NORMS else copy.deepcopy(layer))
-            if target not in there:
-                put(self, target, own)
-            elif _shapes(own) != _shapes(there[target]):
-                put(self, target, own)
-                logger.warning("%s gets a copy of the new %r: its own had other shapes", name, path)
-
-    def _own_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """Where each layer is that is a sub-model's own, bridges not counted."""
-        for place in (NORMS, HEADS):
-            for path, module in list(self.get_submodule(place).named_modules(prefix=place)):
-                parent = self.get_submodule(path.rpartition(".")[0])
-                if isinstance(parent, Folder) and not isinstance(module, Folder):
-                    yield path, module
-
-    def _copied_parts(self) -> Iterator[Copied]:
-        """What of the sub-models' own norms is to follow the base-model's layers."""
-        for name in self.names[1:]:
-            for path, place in self._of_width[name][False].private[name].items():
-                if place == NORMS:
-                    own = self.get_submodule(f"{NORMS}.{folder(name)}.{path}")
-                    yield from copied_parts(self.base.get_submodule(path), own, self._statistics.get(path, ()))
+        self._copied = list(copied_parts(self, self._of_width, self._statistics))
 
     def _attach(self, traced: TracedModel, narrowing: Narrowing | None = None) -> None:
         """Derive from a trace what is needed to build views; nothing of it is saved or copied."""
@@ -382,7 +344,7 @@ class DetachableNet(nn.Module):
         modes = [self._of_width[name][training] for training in (False, True)]
         differ = modes[0].traced.source != modes[1].traced.source
         graphs = [build_view(mode, (name,)) for mode in modes[: 1 + differ]]
-        return self._as_module(graphs, modes, self.plan.model if name == BASE else name, share)
+        return as_module(self, graphs, modes, self.plan.model if name == BASE else name, share)
 
     def parts(self, name: str) -> dict[str, tuple[Tensor, Pick]]:
         """What a model with fewer filters has of the base-model's tensors.
@@ -397,7 +359,7 @@ class DetachableNet(nn.Module):
         for node in build_view(self._of_width[name][False], (name,)).nodes:
             layer = attribute(self, str(node.target)) if node.op == "call_module" else None
             if isinstance(layer, SlicedLayer):
-                path = _detached_name(str(node.target), "", "")
+                path = detached_name(str(node.target), "", "")
                 found |= {f"{path}.{tensor}": part for tensor, part in layer.parts.items()}
         return found
 
@@ -422,59 +384,7 @@ class DetachableNet(nn.Module):
             A module from images or the feature at `leg.start` to the feature at `leg.end` or the output.
         """
         modes = [self._of_width[leg.models[0]][training] for training in (False, True)]
-        return self._as_module([build_leg(modes[0], leg)], modes, str(leg), share)
-
-    def _as_module(
-        self, graphs: Sequence[fx.Graph], modes: Sequence[ViewSource], label: str, share: bool
-    ) -> nn.Module:
-        """A graph of the family with its layers, or copies of them.
-
-        Args:
-            graphs: The graph, and that of the training mode where it is another one.
-            modes: What the two modes are made from: a model may keep a norm in another one.
-            label: What the module is called.
-            share: As of `detach`.
-        """
-        memo: dict[int, Any] = copies_of_computed_tensors(self)
-        parts = [dict(self._parts(graph, share, memo)) for graph in graphs]
-        written = [graph.python_code("self") for graph in graphs]
-        codes = [Code(code.src, code.globals) for code in written]
-        only_in_training = sorted(parts[-1].keys() - parts[0].keys())
-        others = [
-            [
-                path
-                for path, part in mode.traced.root.base.named_modules()
-                if path and part.training != mode.training
-            ]
-            for mode in modes
-        ]
-        detached = DetachedModel(label, codes[0], parts[0], codes[-1], only_in_training, others)
-        if not share:
-            detached.zero_grad()
-            return detached.eval()
-        detached.training = False
-        return detached
-
-    def _parts(self, graph: fx.Graph, share: bool, memo: dict[int, Any]) -> Iterator[tuple[str, Any]]:
-        """Name in a detached model → part, of a graph that is written in those names, in place."""
-        entry, bridge = (_free_name(self.base, name) for name in ("stepdown", "bridge"))
-        read = dict[fx.Node, Any]()
-        for node in list(graph.nodes):
-            if node.op in ("call_module", "get_attr"):
-                value = attribute(self, str(node.target))
-                node.target = _detached_name(str(node.target), entry, bridge)
-                if isinstance(value, SlicedTensor) and not share:
-                    (of,) = node.all_input_nodes
-                    yield str(of.target), value.detached(read[of])
-                    node.replace_all_uses_with(of)
-                    graph.erase_node(node)
-                elif isinstance(value, SlicedTensor):
-                    node.target = f"{node.target}_part"
-                    yield node.target, value
-                else:
-                    own = isinstance(value, SlicedLayer) and not share
-                    read[node] = value.detached() if own else value if share else copy.deepcopy(value, memo)
-                    yield str(node.target), read[node]
+        return as_module(self, [build_leg(modes[0], leg)], modes, str(leg), share)
 
     def copied(self) -> DetachableNet:
         """A copy, also where `copy.deepcopy` refuses what hooks have computed."""
@@ -517,8 +427,8 @@ class DetachableNet(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._attach(self.retraced())
-        self._put_own_layers()
-        self._copied = list(self._copied_parts())
+        put_own_layers(self, self._of_width, self._statistics)
+        self._copied = list(copied_parts(self, self._of_width, self._statistics))
 
     def _follow(self) -> None:
         """Trace again where what the base-model's forward reads besides tensors has changed."""
@@ -549,8 +459,8 @@ class DetachableNet(nn.Module):
         except DetachNetError as error:
             self._structure = before  # so that the next pass is refused, too
             raise _no_longer_narrow(error, changed) if isinstance(error, WidthError) else error from None
-        self._put_own_layers()
-        self._copied = list(self._copied_parts())
+        put_own_layers(self, self._of_width, self._statistics, anew=True)
+        self._copied = list(copied_parts(self, self._of_width, self._statistics))
 
     def _check_spans(self, changed: str) -> None:
         """Refuse features that what stands for a span does not make any more.
@@ -659,26 +569,3 @@ def _no_longer_narrow(error: WidthError, changed: str) -> WidthError:
         what=error.summary,
         hint="undo the change, or make the family of the changed model: make_detachable(net.base, ...)",
     )
-
-
-def _shapes(layer: nn.Module) -> dict[str, torch.Size]:
-    """Of a layer's tensors."""
-    return {name: t.shape for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
-
-
-def _free_name(base: nn.Module, name: str) -> str:
-    """A name that the base-model has no part of."""
-    while hasattr(base, name):
-        name += "_"
-    return name
-
-
-def _detached_name(target: str, entry: str, bridge: str) -> str:
-    """A target of a family's graph as it is called in a detached model."""
-    place, _, rest = target.partition(".")
-    owner, _, inner = rest.partition(".")
-    if place == STEPDOWNS:
-        return entry
-    if place == BRIDGES:
-        return f"{bridge}{inner}"
-    return inner if place in (NORMS, HEADS, SLICES) and owner else target.removeprefix(PREFIX)

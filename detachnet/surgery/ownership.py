@@ -125,9 +125,10 @@ class ViewSource:
             elif not all(target.removeprefix(PREFIX) in self.private[name] for name in self.routes):
                 yield place, SlicedLayer(value, channels.layers[target], self.choice)
 
-    def runs(self, path: str) -> bool:
-        """Whether a layer is run in this mode."""
-        return any(node.op == "call_module" and node.target == PREFIX + path for node in self.traced.live)
+    @cached_property
+    def layers(self) -> set[str]:
+        """Paths of the layers that are run in this mode."""
+        return {str(node.target).removeprefix(PREFIX) for node in self.traced.live if node.op == "call_module"}
 
     def own_layer(self, path: str, layer: nn.Module) -> nn.Module:
         """A copy of a layer for a model of its own, with the filters that there are, in place."""

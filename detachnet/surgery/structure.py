@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-
-from detachnet.surgery.state import Reading, readings
 
 logger = logging.getLogger("detachnet")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -20,7 +17,7 @@ class Structure:
     Args:
         model: Its layers may be others afterwards.
         opened: Paths of the modules whose own forward was traced, and which hooks are not called for.
-        sliced: Paths of the layers that narrower models read a part of: of which class, tensors and sizes counts.
+        sliced: Paths of the layers that narrower models read a part of: their classes and sizes count.
     """
 
     def __init__(self, model: nn.Module, opened: Collection[str], sliced: Collection[str]) -> None:
@@ -33,7 +30,7 @@ class Structure:
         self._layers = [(path, layer, _kind_of(layer)) for path, layer in layers]
 
     def changed(self) -> str:
-        """The first module that is of other parts, tensors or another forward now; empty if none is."""
+        """The first module that has other parts, tensors or another forward now; empty if none has."""
         for path, now, then in self._parts:
             if list(now.items()) != then:
                 return path or "the model itself"
@@ -66,51 +63,3 @@ def _kind_of(layer: nn.Module) -> tuple[object, ...]:
     tensors = (*layer._parameters.items(), *layer._buffers.items())
     shapes = tuple((name, tensor.shape) for name, tensor in tensors if tensor is not None)
     return type(layer), held.get("forward"), shapes, *map(held.get, ("groups", "num_groups", "padding_mode"))
-
-
-class Copied:
-    """A part of a layer that a sub-model has a copy of, for the statistics in it, and the base-model's part.
-
-    Args:
-        original: The base-model's.
-        copied: The sub-model's.
-        keeps: Whether it keeps statistics itself, so that its tensors are its own.
-    """
-
-    def __init__(self, original: nn.Module, copied: nn.Module, keeps: bool) -> None:
-        self.original, self.copied = original, copied
-        self._tensors = () if keeps else ("_parameters", "_buffers")
-        self._shared = [n for n, part in copied._modules.items() if part is original._modules.get(n)]
-        self._read = list(self._readings())
-
-    def _readings(self) -> Iterator[Reading]:
-        names = vars(self.original).keys() - vars(nn.Module()).keys()
-        return (r for r in readings(self.original, names) if r.place is vars(self.original))
-
-    def follow(self) -> None:
-        """Give the copy what the original holds now, where that has changed."""
-        if changed := [reading for reading in self._read if reading.has_changed]:
-            for reading in changed:
-                setattr(self.copied, reading.name, reading.now)
-            self._read = list(self._readings())
-        for kind in self._tensors:
-            theirs, mine = getattr(self.original, kind), getattr(self.copied, kind)
-            mine.update({name: tensor for name, tensor in theirs.items() if mine.get(name) is not tensor})
-        parts = self.original._modules
-        for name in self._shared:
-            if name in parts and self.copied._modules.get(name) is not parts[name]:
-                self.copied._modules[name] = parts[name]
-
-
-def copied_parts(layer: nn.Module, own: nn.Module, statistics: Collection[str]) -> Iterator[Copied]:
-    """What of a sub-model's own layer is to follow the base-model's.
-
-    Args:
-        layer: The base-model's.
-        own: The sub-model's.
-        statistics: Paths in it of the parts that keep statistics, batch norms not counted.
-    """
-    theirs = dict(layer.named_modules())
-    for path, part in own.named_modules():
-        if part is not theirs.get(path, part) and not isinstance(part, _BatchNorm):
-            yield Copied(theirs[path], part, path in statistics)

@@ -1,0 +1,122 @@
+"""family -> the layers that its sub-models have of their own: copies of the base-model's, which follow it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from detachnet.surgery.modules import Folder, put
+from detachnet.surgery.ownership import HEADS, NORMS, ViewSource
+from detachnet.surgery.plan import BASE
+from detachnet.surgery.routes import folder
+from detachnet.surgery.state import Reading, readings
+from detachnet.surgery.statistics import Statistics, own_statistics
+
+logger = logging.getLogger("detachnet")
+Sources = Mapping[str, Mapping[bool, ViewSource]]
+"""Model → what the views of each mode are made from."""
+
+
+def put_own_layers(net: nn.Module, sources: Sources, statistics: Statistics, *, anew: bool = False) -> None:
+    """Give each sub-model copies of the layers that are its own, those that it has not yet.
+
+    Args:
+        net: The family.
+        sources: Of its models.
+        statistics: Of the base-model's layers.
+        anew: Whether the base-model may have other layers now than those that were copied.
+    """
+    wanted = {
+        f"{place}.{folder(name)}.{path}": (name, path, place)
+        for name in sources
+        if name != BASE
+        for path, place in sorted(sources[name][False].private[name].items())
+    }
+    there = dict(_own_layers(net))
+    for target in there.keys() - wanted.keys():
+        parent, _, last = target.rpartition(".")
+        del net.get_submodule(parent)._modules[last]
+        logger.warning("%s is gone: there is no such layer any more", target)
+    for target, (name, path, place) in wanted.items():
+        if target in there and not anew:
+            continue
+        layer = net.get_submodule(f"{BASE}.{path}")
+        own = own_statistics(layer, statistics.get(path, ())) if place == NORMS else copy.deepcopy(layer)
+        mode = path not in sources[name][False].layers  # some are run in training only
+        own = sources[name][mode].own_layer(path, own)
+        if target not in there:
+            put(net, target, own)
+        elif _shapes(own) != _shapes(there[target]):
+            put(net, target, own)
+            logger.warning("%s gets a copy of the new %r: its own had other shapes", name, path)
+
+
+def _own_layers(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Where each layer is that is a sub-model's own, bridges not counted."""
+    for place in (NORMS, HEADS):
+        for path, module in list(net.get_submodule(place).named_modules(prefix=place)):
+            parent = net.get_submodule(path.rpartition(".")[0])
+            if isinstance(parent, Folder) and not isinstance(module, Folder):
+                yield path, module
+
+
+def _shapes(layer: nn.Module) -> dict[str, torch.Size]:
+    """Of a layer's tensors."""
+    return {name: t.shape for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
+
+
+def copied_parts(net: nn.Module, sources: Sources, statistics: Statistics) -> Iterator[Copied]:
+    """What of the sub-models' own norms is to follow the base-model's layers.
+
+    Args:
+        net: The family.
+        sources: Of its models.
+        statistics: Of the base-model's layers.
+    """
+    for name in sources:
+        for path, place in sources[name][False].private.get(name, {}).items():
+            if place == NORMS:
+                keeps = statistics.get(path, ())
+                theirs = dict(net.get_submodule(f"{BASE}.{path}").named_modules())
+                for inner, part in net.get_submodule(f"{NORMS}.{folder(name)}.{path}").named_modules():
+                    if part is not theirs.get(inner, part) and not isinstance(part, _BatchNorm):
+                        yield Copied(theirs[inner], part, inner in keeps)
+
+
+class Copied:
+    """A part of a layer that a sub-model has a copy of, for the statistics in it, and the base-model's part.
+
+    Args:
+        original: The base-model's.
+        copied: The sub-model's.
+        keeps: Whether it keeps statistics itself, so that its tensors are its own.
+    """
+
+    def __init__(self, original: nn.Module, copied: nn.Module, keeps: bool) -> None:
+        self.original, self.copied = original, copied
+        self._tensors = () if keeps else ("_parameters", "_buffers")
+        self._shared = [n for n, part in copied._modules.items() if part is original._modules.get(n)]
+        self._read = list(self._readings())
+
+    def _readings(self) -> Iterator[Reading]:
+        names = vars(self.original).keys() - vars(nn.Module()).keys()
+        return (r for r in readings(self.original, names) if r.place is vars(self.original))
+
+    def follow(self) -> None:
+        """Give the copy what the original holds now, where that has changed."""
+        if changed := [reading for reading in self._read if reading.has_changed]:
+            for reading in changed:
+                setattr(self.copied, reading.name, reading.now)
+            self._read = list(self._readings())
+        for kind in self._tensors:
+            theirs, mine = getattr(self.original, kind), getattr(self.copied, kind)
+            mine.update({name: tensor for name, tensor in theirs.items() if mine.get(name) is not tensor})
+        parts = self.original._modules
+        for name in self._shared:
+            if name in parts and self.copied._modules.get(name) is not parts[name]:
+                self.copied._modules[name] = parts[name]
