@@ -106,9 +106,14 @@ class ViewSource:
 
     @property
     def sliced_layers(self) -> list[str]:
-        """Paths of the base-model's layers that have fewer channels here."""
+        """Paths of the base-model's layers that models here read a part of."""
         layers = {} if self.choice is None else self.choice.channels.layers
-        return [target.removeprefix(PREFIX) for target in self._slices if target in layers]
+        paths = (target.removeprefix(PREFIX) for target in self._slices if target in layers)
+        return [path for path in paths if not self._is_own(path)]
+
+    def _is_own(self, path: str) -> bool:
+        """Whether each model has a layer of its own, so that none reads the base-model's."""
+        return all(path in self.private[name] for name in self.routes)
 
     def slices(self, root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """What reads the parts of a family's layers and tensors, and where that is to be."""
@@ -122,7 +127,7 @@ class ViewSource:
                 )
             if target not in channels.layers:
                 yield place, SlicedTensor(value, channels.tensors[target], self.choice)
-            elif not all(target.removeprefix(PREFIX) in self.private[name] for name in self.routes):
+            elif not self._is_own(target.removeprefix(PREFIX)):
                 yield place, SlicedLayer(value, channels.layers[target], self.choice)
 
     @cached_property

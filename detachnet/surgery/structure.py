@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -28,6 +29,9 @@ class Structure:
         self._counts = [len(hooks) for _, hooks in self._hooks]
         layers = [(path, model.get_submodule(path)) for path in sliced]
         self._layers = [(path, layer, _kind_of(layer)) for path, layer in layers]
+        self._sliced = [layer for _, layer in layers]
+        self._classes = [type(layer) for layer in self._sliced]
+        self._held = [entry for _, layer in layers for entry in _held_by(layer)]
 
     def changed(self) -> str:
         """The first module that has other parts, tensors or another forward now; empty if none has."""
@@ -37,9 +41,16 @@ class Structure:
         for path, held, forward in self._forwards:
             if held.get("forward") is not forward:
                 return path or "the model itself"
+        as_before = [layer.__class__ for layer in self._sliced] == self._classes
+        if as_before and all(held.get(name) is value for held, name, value in self._held):
+            return ""
+        return self._changed_layer()
+
+    def _changed_layer(self) -> str:
         for path, layer, kind in self._layers:
             if _kind_of(layer) != kind:
                 return path
+        self._held = [entry for _, layer, _ in self._layers for entry in _held_by(layer)]
         return ""
 
     def tell_of_hooks(self) -> None:
@@ -57,9 +68,19 @@ class Structure:
         self._counts = counts
 
 
+_NUMBERS = ("groups", "num_groups", "padding_mode")
+
+
+def _held_by(layer: nn.Module) -> Iterator[tuple[dict[str, Any], str, object]]:
+    """What tells, before each pass and so in little time, that a layer may be of another kind."""
+    held, parameters = vars(layer), layer._parameters
+    yield from ((held, name, held.get(name)) for name in ("forward", *_NUMBERS))
+    yield from ((parameters, name, value) for name, value in parameters.items())
+
+
 def _kind_of(layer: nn.Module) -> tuple[object, ...]:
-    """What a narrower layer is made by: class and forward, sizes of its tensors, numbers of groups, padding."""
+    """What a narrower layer is made by: class, forward, sizes of tensors, numbers of groups, padding."""
     held = vars(layer)
     tensors = (*layer._parameters.items(), *layer._buffers.items())
     shapes = tuple((name, tensor.shape) for name, tensor in tensors if tensor is not None)
-    return type(layer), held.get("forward"), shapes, *map(held.get, ("groups", "num_groups", "padding_mode"))
+    return type(layer), held.get("forward"), shapes, *map(held.get, _NUMBERS)
