@@ -215,6 +215,9 @@ class DetachableNet(nn.Module):
             made = self.base(x)  # a trace holds decisions by the size it was made at
         else:
             made = self._view(models, features)(self, x)
+            if not torch.compiler.is_compiling():
+                for copied in self._copied:
+                    copied.passed()
         outputs: Output | dict[str, Output] = made[0] if features else made
         if single is None and len(models) == 1:
             outputs = {models[0]: outputs}  # type: ignore[dict-item]

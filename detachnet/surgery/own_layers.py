@@ -102,20 +102,27 @@ class Copied:
         self._tensors = () if keeps else ("_parameters", "_buffers")
         self._shared = [n for n, part in copied._modules.items() if part is original._modules.get(n)]
         self._read = list(self._readings())
+        self._seen = [dict(getattr(original, kind)) for kind in self._tensors]
 
     def _readings(self) -> Iterator[Reading]:
         names = vars(self.original).keys() - vars(nn.Module()).keys()
         return (r for r in readings(self.original, names) if r.place is vars(self.original))
 
+    def passed(self) -> None:
+        """A pass is done: what that has changed in the original, such as a count, the copy has of its own."""
+        if any(reading.has_changed for reading in self._read):
+            self._read = list(self._readings())
+        self._seen = [dict(getattr(self.original, kind)) for kind in self._tensors]
+
     def follow(self) -> None:
-        """Give the copy what the original holds now, where that has changed."""
+        """Give the copy what the original holds now, where that has changed since the last pass."""
         if changed := [reading for reading in self._read if reading.has_changed]:
             for reading in changed:
                 setattr(self.copied, reading.name, reading.now)
             self._read = list(self._readings())
-        for kind in self._tensors:
+        for kind, seen in zip(self._tensors, self._seen, strict=True):
             theirs, mine = getattr(self.original, kind), getattr(self.copied, kind)
-            mine.update({name: tensor for name, tensor in theirs.items() if mine.get(name) is not tensor})
+            mine.update({name: tensor for name, tensor in theirs.items() if seen.get(name) is not tensor})
         parts = self.original._modules
         for name in self._shared:
             if name in parts and self.copied._modules.get(name) is not parts[name]:

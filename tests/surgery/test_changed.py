@@ -124,3 +124,30 @@ def test_inside_inference_mode() -> None:
         made = models.Around(nn.Identity())
     with pytest.raises(detachnet.TraceError, match=r"made inside torch.inference_mode\(\)[\s\S]*outside of it"):
         detachnet.make_detachable(made, ["a"], SIZE)
+
+
+class Counting(nn.Module):
+    """Counts its passes, in a number and in a buffer, in front of a norm; a gain is scheduled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.steps, self.gain = nn.BatchNorm2d(8), 0, 1.0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        self.steps += 1
+        self.count = self.count + 1
+        return self.norm(x * self.steps + self.count) * self.gain
+
+
+def test_what_passes_count_is_each_models_own_and_what_a_loop_schedules_is_every_models() -> None:
+    net, x = detachnet.make_detachable(models.Around(Counting()), ["a"], SIZE), torch.randn(4, *SIZE)
+    assert net.plan.whole.keys() == {"mid"}
+    separate = copy.deepcopy(net)
+    for gain in (1.0, 1.0, 0.5):
+        net.base.mid.gain = separate.base.mid.gain = gain
+        together = net(x, which="all")
+        for name, output in together.items():
+            torch.testing.assert_close(separate(x, which=name), output)
+    sub = net.norms.get_submodule("sub0.mid")
+    assert (sub.steps, sub.count, sub.gain) == (net.base.mid.steps, net.base.mid.count, 0.5) == (3, 3, 0.5)
