@@ -9,15 +9,31 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.generators import generators_kept, generators_of
 from detachnet.surgery.modules import copy_model, random_states_kept, silence_hooks, weight_of
 from detachnet.surgery.outside import Outside
-from detachnet.surgery.tracer import leaves_of
+from detachnet.surgery.plan import BASE
+from detachnet.surgery.tracer import Spec, leaves_of
 
 Answer = tuple[float, float]
 """The mean size of what a model answers, and a mean that tells most answers of that size from each other."""
 TOLERANCE = 1e-3
 """Relative to the mean size: what other devices, or another order of additions, may make of an answer."""
+MOST_MACS, MOST_VALUES = 20e9, 1 << 24
+"""Multiply-accumulates, and values of one feature, of the largest model that is asked: a second of one core."""
+
+
+def is_asked(net: DetachableNet) -> bool:
+    """Whether the base-model of a family is small enough; a stranger's file may describe a larger one."""
+    traced = net.traced(training=False)
+    sizes = [
+        math.prod(leaf.shape[1:])
+        for v in traced.values.values()
+        for leaf in leaves_of(v)
+        if isinstance(leaf, Spec)
+    ]
+    return net.plan[BASE].macs <= MOST_MACS and max(sizes) <= MOST_VALUES
 
 
 def answer(model: nn.Module, input_size: tuple[int, ...]) -> Answer | None:
@@ -67,6 +83,11 @@ def _summary(output: object) -> Answer | None:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
             values = leaf.double().cpu().flatten()
             weighed = values * torch.linspace(1, 2, len(values), dtype=torch.double)
-            found = float(values.abs().mean()), float(weighed.mean())
+            found = _rounded(values.abs().mean()), _rounded(weighed.mean())
             return found if all(map(math.isfinite, found)) else None
     return None
+
+
+def _rounded(value: Tensor) -> float:
+    """To six digits: equal families are equal files, whatever order their sums were added in."""
+    return float(f"{float(value):.6g}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detachnet.checkpoint.answer import answer, is_alike
+from detachnet.checkpoint.answer import answer, is_alike, is_asked
 from detachnet.checkpoint.content import LIVE, TRAINER, read, without_prefix
 from detachnet.checkpoint.fingerprint import fingerprint, unstored
 from detachnet.checkpoint.header import Header
@@ -99,7 +99,7 @@ def build(
     with _fits(base, path):
         load_weights(net, header, tensors)
     _warn_of_others(header, net.base, path)
-    _warn_of_answers(header, net.base, net.base, path)
+    _warn_of_answers(header, net, net.base, path)
     net.facts = header.facts
     return net.eval()
 
@@ -126,7 +126,7 @@ def _build_detached(
         tied = {name: tensors[kept] for name, kept in header.tied.items()}
         _cast_as(module, {**tensors, **tied})
         module.load_state_dict({**tensors, **tied, **header.extra_state})
-    _warn_of_answers(header, module, base, path)
+    _warn_of_answers(header, net, module, path)
     return module
 
 
@@ -207,9 +207,9 @@ def _warn_of_others(header: Header, base: nn.Module, path: str | Path) -> None:
         )
 
 
-def _warn_of_answers(header: Header, model: nn.Module, base: nn.Module, path: str | Path) -> None:
-    """Warn where a model answers otherwise than the one that was written, and its layers are the same."""
-    if header.answer is None or header.fingerprint != fingerprint(base):
+def _warn_of_answers(header: Header, net: DetachableNet, model: nn.Module, path: str | Path) -> None:
+    """Warn where a model of a family answers otherwise than the one that was written; its layers are the same."""
+    if header.answer is None or header.fingerprint != fingerprint(net.base) or not is_asked(net):
         return
     if not is_alike(header.answer, answer(model, header.plan.input_size)):
         logger.warning(

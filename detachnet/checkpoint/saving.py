@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from detachnet.checkpoint.answer import answer
+from detachnet.checkpoint.answer import answer, is_asked
 from detachnet.checkpoint.content import split_state, write_file
 from detachnet.checkpoint.fingerprint import difference_from_source, fingerprint, unstored
 from detachnet.checkpoint.header import Header, Source, TrainingState
@@ -46,16 +46,15 @@ def save(net: DetachableNet, path: str | Path, which: str | None = None, *, own:
     net = family_in(net)
     check_storable(net, own)
     header = _header(net, own)
-    size = net.plan.input_size
     if header.source is None:
         why = "" if own else _unlike_timms(net.base)
         logger.info("%s: loading it needs the model: load(path, model=%s(...))%s", path, net.plan.model, why)
     if which is None:
-        write_file(path, _with_answer(header, net.base, size), net.state_dict(), {})
+        write_file(path, _with_answer(header, net, net.base), net.state_dict(), {})
     else:
         is_narrow = which in net.names and bool(net.plan[which].kept)
         module = net.detach(which, share=not is_narrow)
-        header = _with_answer(_alone(header, which), net.detach(which), size)
+        header = _with_answer(_alone(header, which), net, net.detach(which))
         write_file(path, header, module.state_dict(), {})
 
 
@@ -118,7 +117,7 @@ def write(
 ) -> None:
     """`save`, with what a training needs to go on: its state and its tensors, under one of the two prefixes."""
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in (extra or {}).items()}
-    header = _with_answer(_header(net), net.base, net.plan.input_size)
+    header = _with_answer(_header(net), net, net.base)
     write_file(path, header.model_copy(update={"training": training}), net.state_dict(), kept)
 
 
@@ -147,8 +146,10 @@ def _header(net: DetachableNet, own: bool = False) -> Header:
         ) from error
 
 
-def _with_answer(header: Header, model: nn.Module, input_size: tuple[int, ...]) -> Header:
-    return header.model_copy(update={"answer": answer(model, input_size)})
+def _with_answer(header: Header, net: DetachableNet, model: nn.Module) -> Header:
+    """The same with what the one model of the file, or the base-model, answers."""
+    said = answer(model, net.plan.input_size) if is_asked(net) else None
+    return header.model_copy(update={"answer": said})
 
 
 def _timms_own(model: nn.Module) -> ModelSource | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 import detachnet
 from detachnet.checkpoint import content
-from detachnet.checkpoint.answer import answer
+from detachnet.checkpoint.answer import answer, is_asked
 from detachnet.checkpoint.loading import load_family
 from detachnet.checkpoint.saving import check_storable
 from detachnet.surgery.plan import Head, Norm
@@ -621,3 +621,19 @@ def test_hooks_that_a_users_model_had_are_missed(tmp_path: Path, caplog: pytest.
     assert not caplog.text
     detachnet.load(tmp_path / "net", model=models.Around(nn.Identity()))
     assert "whose layers had other classes, attributes, shapes or hooks" in caplog.text
+
+
+@pytest.mark.parametrize("limit", ["MOST_MACS", "MOST_VALUES"])
+def test_a_large_model_is_not_asked(
+    limit: str, net: detachnet.DetachableNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's small file may describe a network that takes hours, or all memory, for one image."""
+    assert is_asked(net)
+    detachnet.save(net, tmp_path / "asked")
+    monkeypatch.setattr(f"detachnet.checkpoint.answer.{limit}", 1000)
+    assert not is_asked(net)
+    detachnet.save(net, tmp_path / "unasked")
+    assert content.read(tmp_path / "asked")[0].answer is not None
+    assert content.read(tmp_path / "unasked")[0].answer is None
+    monkeypatch.setattr("detachnet.checkpoint.loading.answer", None)  # nothing may ask
+    detachnet.load(tmp_path / "asked")
