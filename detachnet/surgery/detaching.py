@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from detachnet.surgery.detached import Code, DetachedModel
-from detachnet.surgery.modules import attribute, copies_of_computed_tensors
+from detachnet.surgery.modules import attribute, copies_of_computed_tensors, with_leaves
 from detachnet.surgery.ownership import HEADS, NORMS, SLICES, ViewSource
 from detachnet.surgery.plan import BASE
 from detachnet.surgery.routes import BRIDGES, STEPDOWNS
@@ -64,7 +64,8 @@ def _parts(net: nn.Module, graph: fx.Graph, share: bool, memo: dict[int, Any]) -
                 yield node.target, value
             else:
                 own = isinstance(value, SlicedLayer) and not share
-                read[node] = value.detached() if own else value if share else copy.deepcopy(value, memo)
+                part = value.detached() if own else value if share else copy.deepcopy(value, memo)
+                read[node] = with_leaves(part) if isinstance(part, nn.Module) else part
                 yield str(node.target), read[node]
 
 

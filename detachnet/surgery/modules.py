@@ -144,7 +144,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     before = dict(memo)
     try:
-        return copy.deepcopy(model, memo)
+        return with_leaves(copy.deepcopy(model, memo))
     except DetachNetError:
         raise
     except Exception as error:  # whatever a class raises
@@ -156,6 +156,14 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             hint="a family has a copy of the model: hold that in a global variable, or make it anew in forward",
             node=path or None,
         ) from error
+
+
+def with_leaves(copied: nn.Module) -> nn.Module:
+    """A copy whose script modules have parameters that can be trained: `deepcopy` has computed them."""
+    for script in [m for m in copied.modules() if isinstance(m, torch.jit.ScriptModule)]:
+        for parameter in [p for p in script.parameters() if not p.is_leaf]:
+            parameter.detach_().requires_grad_()
+    return copied
 
 
 def _uncopied(model: nn.Module, memo: dict[int, Any]) -> tuple[str, str, Any] | None:

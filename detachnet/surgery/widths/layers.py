@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -111,7 +112,8 @@ def _name(call: _Call) -> str:
 
 
 def _home(module: nn.Module) -> str:
-    return type(module).forward.__module__ or ""
+    scripted = isinstance(module, torch.jit.ScriptModule)  # whose class has no forward that could be asked
+    return "" if scripted else type(module).forward.__module__ or ""
 
 
 def _runs_as_known(module: nn.Module) -> bool:

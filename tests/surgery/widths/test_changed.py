@@ -118,6 +118,16 @@ def test_layers_with_a_forward_of_their_own_have_all_filters() -> None:
     assert groups["a.0"] == "'mid': its forward is another one than that of its class"
 
 
+def test_script_modules_have_all_filters() -> None:
+    model = models.Around(torch.jit.script(nn.Conv2d(8, 8, 1)))
+    groups = {group.name: group.reason for group in detachnet.find_widths(model, (3, 16, 16))}
+    assert groups["a.0"].startswith("'mid': ")
+    assert not groups["b"]
+    net, x = detachnet.make_detachable(model, MODELS, (3, 16, 16)).eval(), torch.randn(4, 3, 16, 16)
+    torch.testing.assert_close(net.detach("narrow")(x), net(x, which="narrow"))
+    assert all(p.is_leaf for module in (net, net.detach("narrow")) for p in module.parameters())
+
+
 def padded(layer: nn.Module) -> None:
     layer.padding_mode = "circular"  # type: ignore[assignment]
 
