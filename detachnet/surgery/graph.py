@@ -208,10 +208,10 @@ class TracedGraph:
         try:
             self._run(propagator, batch, counts)
         except Exception as error:
-            raise self._unrunnable(propagator, batch, error) from error
+            raise self._unrunnable(propagator, batch, counts, error) from error
         return propagator
 
-    def _run(self, propagator: _Propagator, batch: int, counts: bool = False) -> None:
+    def _run(self, propagator: _Propagator, batch: int, counts: bool) -> None:
         counting: AbstractContextManager[object] = propagator.counter if counts else nullcontext()
         kept = random_states_kept(), Outside(self.root).kept(), warnings.catch_warnings()
         modes = torch.inference_mode(False), torch.no_grad(), torch.device("meta"), _ShapesOfNorms()
@@ -219,13 +219,13 @@ class TracedGraph:
             warnings.simplefilter("ignore")  # what a layer has to say of a pass without values or gradients
             propagator.run(self.image.example(batch))
 
-    def _unrunnable(self, propagator: _Propagator, batch: int, error: Exception) -> TraceError:
+    def _unrunnable(self, propagator: _Propagator, batch: int, counts: bool, error: Exception) -> TraceError:
         """Why the model does not run."""
         failed = next((n for n in self.graph.nodes if n not in propagator.values), None)
         node = self.describe(failed) if failed else "the input"
         name, said = type(self.root.base).__name__, str(error).splitlines()[0]
         with suppress(Exception):
-            self._run(_Propagator(self.module), batch + 1)
+            self._run(_Propagator(self.module), batch + 1, counts)
             return TraceError(
                 f"{name} runs on {batch + 1} images but not on {batch}: it fails at {node}",
                 what=said,
