@@ -64,6 +64,8 @@ def content(  # noqa: PLR0911  # one for each kind
         return value.shape, zlib.crc32(value.tobytes()) if value.nbytes <= LARGEST else None
     if isinstance(value, bytearray | array):
         return len(value), zlib.crc32(value) if len(value) <= LARGEST else None
+    if isinstance(value, ContextVar) and not mark:
+        return None  # a pass sets one for its own time; marks, of before and after it, tell what it leaves
     if isinstance(value, SINGLE) and not is_bound(value):
         return mark(value) if mark else None
     parts = parts_of(value)

@@ -161,3 +161,41 @@ def test_a_context_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         CONTEXT.reset(token)
     torch.testing.assert_close(net(images), model(images))
+
+
+class Collector:
+    """A context variable in an object, as transformers has one."""
+
+    def __init__(self) -> None:
+        self.variable = contextvars.ContextVar[Any]("collected", default=None)
+
+
+COLLECTED = Collector()
+
+
+def collecting(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Any:
+        token = COLLECTED.variable.set({})
+        try:
+            return function(*args)
+        finally:
+            COLLECTED.variable.reset(token)
+
+    return wrapper
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8))
+
+    @collecting
+    def forward(self, x: Tensor) -> Any:
+        return self.layers(x)
+
+
+def test_a_context_variable_that_is_set_for_a_pass_keeps_nothing_whole() -> None:
+    net = detachnet.make_detachable(Around(Encoder()), ["mid.layers.0"], SIZE)
+    assert not net.plan.whole
+    assert net.plan["sub0"].cut == "mid.layers.0"
