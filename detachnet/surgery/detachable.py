@@ -455,12 +455,12 @@ class DetachableNet(nn.Module):
                 self._trace_again(other)
 
     def _trace_again(self, changed: str) -> None:
-        before = self._structure
+        before = self._structure, self._read
         try:
             self._attach(self.retraced())
             self._check_spans(changed)
         except DetachNetError as error:
-            self._structure = before  # so that the next pass is refused, too
+            self._structure, self._read = before  # so that the next pass is refused, too
             raise _no_longer_narrow(error, changed) if isinstance(error, WidthError) else error from None
         put_own_layers(self, self._of_width, self._statistics, anew=True)
         self._copied = list(copied_parts(self, self._of_width, self._statistics))

@@ -7,10 +7,10 @@ import logging
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from detachnet.surgery.modules import Folder, put
+from detachnet.surgery.modules import Folder, put, with_leaves
 from detachnet.surgery.ownership import HEADS, NORMS, ViewSource
 from detachnet.surgery.plan import BASE
 from detachnet.surgery.routes import folder
@@ -38,7 +38,7 @@ def put_own_layers(net: nn.Module, sources: Sources, statistics: Statistics, *, 
         for path, place in sorted(sources[name][False].private[name].items())
     }
     there = dict(_own_layers(net))
-    for target in there.keys() - wanted.keys():
+    for target in [target for target in there if target not in wanted]:
         parent, _, last = target.rpartition(".")
         del net.get_submodule(parent)._modules[last]
         logger.warning("%s is gone: there is no such layer any more", target)
@@ -46,7 +46,11 @@ def put_own_layers(net: nn.Module, sources: Sources, statistics: Statistics, *, 
         if target in there and not anew:
             continue
         layer = net.get_submodule(f"{BASE}.{path}")
-        own = own_statistics(layer, statistics.get(path, ())) if place == NORMS else copy.deepcopy(layer)
+        own = (
+            own_statistics(layer, statistics.get(path, ()))
+            if place == NORMS
+            else with_leaves(copy.deepcopy(layer))
+        )
         mode = path not in sources[name][False].layers  # some are run in training only
         own = sources[name][mode].own_layer(path, own)
         if target not in there:
@@ -102,7 +106,10 @@ class Copied:
         self._tensors = () if keeps else ("_parameters", "_buffers")
         self._shared = [n for n, part in copied._modules.items() if part is original._modules.get(n)]
         self._read = list(self._readings())
-        self._seen = [dict(getattr(original, kind)) for kind in self._tensors]
+        self._seen = self._tensors_now()
+
+    def _tensors_now(self) -> list[dict[str, Tensor | None]]:
+        return [dict(getattr(self.original, kind)) for kind in self._tensors]
 
     def _readings(self) -> Iterator[Reading]:
         names = vars(self.original).keys() - vars(nn.Module()).keys()
@@ -112,7 +119,7 @@ class Copied:
         """A pass is done: what that has changed in the original, such as a count, the copy has of its own."""
         if any(reading.has_changed for reading in self._read):
             self._read = list(self._readings())
-        self._seen = [dict(getattr(self.original, kind)) for kind in self._tensors]
+        self._seen = self._tensors_now()
 
     def follow(self) -> None:
         """Give the copy what the original holds now, where that has changed since the last pass."""
@@ -123,6 +130,7 @@ class Copied:
         for kind, seen in zip(self._tensors, self._seen, strict=True):
             theirs, mine = getattr(self.original, kind), getattr(self.copied, kind)
             mine.update({name: tensor for name, tensor in theirs.items() if seen.get(name) is not tensor})
+        self._seen = self._tensors_now()
         parts = self.original._modules
         for name in self._shared:
             if name in parts and self.copied._modules.get(name) is not parts[name]:

@@ -29,8 +29,6 @@ class Structure:
         self._counts = [len(hooks) for _, hooks in self._hooks]
         layers = [(path, model.get_submodule(path)) for path in sliced]
         self._layers = [(path, layer, _kind_of(layer)) for path, layer in layers]
-        self._sliced = [layer for _, layer in layers]
-        self._classes = [type(layer) for layer in self._sliced]
         self._held = [entry for _, layer in layers for entry in _held_by(layer)]
 
     def changed(self) -> str:
@@ -41,8 +39,8 @@ class Structure:
         for path, held, forward in self._forwards:
             if held.get("forward") is not forward:
                 return path or "the model itself"
-        as_before = [layer.__class__ for layer in self._sliced] == self._classes
-        if as_before and all(held.get(name) is value for held, name, value in self._held):
+        as_before = all(held.get(name) is value for held, name, value in self._held)
+        if as_before and all(layer.__class__ is kind[0] for _, layer, kind in self._layers):
             return ""
         return self._changed_layer()
 

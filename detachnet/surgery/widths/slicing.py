@@ -10,7 +10,7 @@ from torch.fx.node import map_aggregate
 
 from detachnet.surgery.detached import Code, DetachedModel
 from detachnet.surgery.graph import Root, TracedGraph, TracedModel
-from detachnet.surgery.modules import attribute, copies_of_computed_tensors, silence_hooks, unwrap
+from detachnet.surgery.modules import attribute, copies_of_computed_tensors, silence_hooks, unwrap, with_leaves
 from detachnet.surgery.tracer import PREFIX
 from detachnet.surgery.widths.channels import Layer
 from detachnet.surgery.widths.choice import Kept
@@ -46,7 +46,8 @@ def slice_model(model: nn.Module, traced: TracedModel, kept: Kept) -> nn.Module:
         if target in traced.constants:
             value: Any = traced.constants[target]
         else:
-            value = copy.deepcopy(attribute(model, node.target), memo)
+            copied = copy.deepcopy(attribute(model, node.target), memo)
+            value = with_leaves(copied) if isinstance(copied, nn.Module) else copied
         if node.target not in parts:
             parts[node.target] = _narrow(target, value, kept)
     code = graph.python_code("self")

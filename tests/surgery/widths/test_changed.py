@@ -126,6 +126,9 @@ def test_script_modules_have_all_filters() -> None:
     net, x = detachnet.make_detachable(model, MODELS, (3, 16, 16)).eval(), torch.randn(4, 3, 16, 16)
     torch.testing.assert_close(net.detach("narrow")(x), net(x, which="narrow"))
     assert all(p.is_leaf for module in (net, net.detach("narrow")) for p in module.parameters())
+    model.fc = torch.jit.script(model.fc)
+    own = detachnet.make_detachable(model, ["a"], (3, 16, 16), head="private", check="none")
+    assert all(p.is_leaf for p in own.heads.parameters())
 
 
 def padded(layer: nn.Module) -> None:
