@@ -148,7 +148,7 @@ def test_inside_inference_mode() -> None:
 
 
 class Counting(nn.Module):
-    """Counts its passes, in a number and in a buffer, in front of a norm; a gain is scheduled."""
+    """Counts its passes, in a number and in a buffer, behind a norm; a gain is scheduled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Counting(nn.Module):
     def forward(self, x: Tensor) -> Any:
         self.steps += 1
         self.count = self.count + 1
-        return self.norm(x * self.steps + self.count) * self.gain
+        return self.norm(x) * self.steps * self.gain + self.count
 
 
 def test_what_passes_count_is_each_models_own_and_what_a_loop_schedules_is_every_models() -> None:
