@@ -29,6 +29,11 @@ _LIBRARIES = (
     str(Path(__file__).parents[1]),
 )
 """What may ask what is switched on without deciding anything by it."""
+_OF_PROCESSES = ("is_initialized", "get_world_size", "get_rank") if torch.distributed.is_available() else ()
+_QUESTIONS = (
+    *((torch, name) for name in ("is_autocast_enabled", "is_grad_enabled", "is_inference_mode_enabled")),
+    *((torch.distributed, name) for name in _OF_PROCESSES),
+)
 
 
 @contextmanager
@@ -171,7 +176,7 @@ def _has_proxy(value: Any) -> bool:
 
 _REPLACED: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (torch, "is_tensor", lambda _: lambda value: _is_instance(value, torch.Tensor)),
-    *((torch, name, _noted_question) for name in ("is_autocast_enabled", "is_grad_enabled")),
+    *((owner, name, _noted_question) for owner, name in _QUESTIONS),
     (torch.autograd.Function, "apply", _traced_apply),
     (torch.autocast, "__init__", _told_device),
     (torch.autocast, "__enter__", _noted_autocast),

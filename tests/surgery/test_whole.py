@@ -377,6 +377,16 @@ def by_gradients(module: Any, x: Tensor) -> Tensor:
     return h
 
 
+def by_inference(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if torch.is_inference_mode_enabled() else 1)
+    return h
+
+
+def by_processes(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+    return h
+
+
 KEPT: dict[Run, str] = {
     without_gradients: "no_grad",
     inferred: "no_grad",
@@ -418,6 +428,8 @@ KEPT: dict[Run, str] = {
     on_the_device_of_a_weight: "a question about the device of a weight",
     by_autocast: "a question about is_autocast_enabled",
     by_gradients: "a question about is_grad_enabled",
+    by_inference: "a question about is_inference_mode_enabled",
+    by_processes: "a question about is_initialized",
 }
 """What a module's own forward may do, and how the plan says that it is kept whole for it."""
 
@@ -426,7 +438,16 @@ REFUSED = {
     *(in_half_precision, layer_drop, numpy_noise, drawn_outside, by_device, by_place, by_gradient, by_history),
     *(assigned, in_place, replaced, averaged, own_python, own_numpy, number_taken_out),
     *(counted, left_in_a_list, left_in_an_object, left_in_itself, given_one_by_one, in_an_array, seeded_anew),
-    *(by_autocast, by_gradients, kept_in_a_list, on_the_device_of_a_weight, by_identity, by_lookup),
+    *(
+        by_autocast,
+        by_gradients,
+        by_inference,
+        by_processes,
+        kept_in_a_list,
+        on_the_device_of_a_weight,
+        by_identity,
+        by_lookup,
+    ),
 }
 """What is refused in the model's own forward, which cannot be kept whole."""
 LATER = {kept_for_the_next, first_pass_only, kept_in_a_place}
