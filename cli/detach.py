@@ -33,4 +33,5 @@ def detach(
     note(
         f"{model}: {si(plan.macs)} MACs, {si(plan.num_params)} parameters; {sizes[0]:.2f} MB of {sizes[1]:.2f} MB"
     )
-    note(f"Read it: detachnet.load({str(out)!r})")
+    own = "" if net.source else f", model={net.plan.model}(...)"
+    note(f"Read it: detachnet.load({str(out)!r}{own})")

@@ -129,7 +129,7 @@ def _show(manifest: Manifest, out: Path) -> None:
     show(Table(tuple(header), tuple(cells), title, left=2))
     for part in manifest.legs:
         note(f"{part.file}: {part.leg}, {si(part.macs)} MACs")
-    if manifest.num_test:
+    if manifest.num_test and any(model.accuracy is not None for model in manifest.models):
         of = ", of the weights before rounding" if manifest.precision == "float16" else ""
         note(f"\nAccuracy on n = {manifest.num_test} test images{of}.")
     when = {"int8": "before int8, each", "float16": "with the rounded weights, each"}.get(

@@ -32,17 +32,31 @@ def open_family(checkpoint: Path, model_file: str | None = None) -> tuple[Path, 
 
 
 def own_model(checkpoint: Path, model_file: str | None) -> nn.Module | None:
-    """What a function of the user's file makes, with the arguments of the run's recipe if that names it, too."""
+    """What a function of the user's file makes: with the arguments of the run's recipe if that names it, too.
+
+    Else with as many classes as the family has been trained on, if it takes their number.
+    """
     if model_file is None:
         return None
     from detachnet.errors import ModelError
-    from detachnet.zoo import build_model, is_own
+    from detachnet.zoo import build_model, is_own, takes_num_classes
 
     if not is_own(model_file):
         raise ModelError(f"{model_file!r} is no FILE.py:FUNCTION", hint="a model of the zoo needs no --model-file")
     table = run_recipe(checkpoint).get("model", {})
-    same = str(table.get("name", "")).rpartition(":")[2] == model_file.rpartition(":")[2]
-    return build_model(model_file, **(table.get("kwargs", {}) if same else {}))
+    if str(table.get("name", "")).rpartition(":")[2] == model_file.rpartition(":")[2]:
+        return build_model(model_file, **table.get("kwargs", {}))
+    kwargs = _num_classes(checkpoint) if takes_num_classes(model_file) else {}
+    return build_model(model_file, **kwargs)
+
+
+def _num_classes(checkpoint: Path) -> dict[str, Any]:
+    """As an argument, how many classes the data has that a family was trained on, as far as its file says it."""
+    from detachnet.checkpoint.content import read
+    from detachnet.storage import locate_checkpoint
+
+    data = read(locate_checkpoint(checkpoint))[0].data
+    return {} if data is None else {"num_classes": len(data.classes)}
 
 
 def run_recipe(checkpoint: Path) -> dict[str, Any]:
@@ -94,7 +108,7 @@ def in_memory(net: DetachableNet, files: Files, most: int, kind: str) -> Split:
     from detachnet.training.data import hold
 
     if files.num_images > most:
-        logger.info("of %d %s images %d are looked at, evenly spaced", files.num_images, kind, most)
+        logger.info("%d of %d %s images, evenly spaced", most, files.num_images, kind)
     _, *size = net.plan.input_size
     return hold(files, net.facts.known_data, (size[0], size[1]), most)
 

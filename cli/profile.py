@@ -38,7 +38,7 @@ def profile(
     place = locate(family)
     found = "onnx" if place.is_export else "torch"
     if runtime not in (None, found):
-        raise _other_runtime(family, runtime)
+        raise _other_runtime(family, runtime, model_file)
     path, subject = (family, family) if place.is_export else open_family(family, model_file)
     with progress():
         measured = measure(subject, device, batch, threads, n, warmup)
@@ -51,9 +51,11 @@ def profile(
     note(f"Written to {written}, from where models are chosen.")
 
 
-def _other_runtime(family: Path, runtime: str | None) -> MeasurementError:
+def _other_runtime(family: Path, runtime: str | None, model_file: str | None) -> MeasurementError:
     if runtime == "torch":
         return MeasurementError(f"{family} is an export; torch runs a checkpoint", hint="give the checkpoint")
+    own = f" --model-file {model_file}" if model_file else ""
     return MeasurementError(
-        f"ONNX Runtime runs an export, not {family}", hint=f"detachnet export {family} -o DIR, then profile DIR"
+        f"ONNX Runtime runs an export, not {family}",
+        hint=f"detachnet export {family}{own} -o DIR, then profile DIR",
     )

@@ -45,6 +45,8 @@ def search(
 
     What was tried is kept in the folder: the same command goes on where one was stopped.
     """
+    if adopt is not None and adopt.suffix == ".toml":
+        raise CheckpointError(f"{adopt} is for a family", hint=f"--adopt {adopt.with_suffix('.safetensors')}")
     for file in (adopt, adopt.with_suffix(".toml")) if adopt is not None else ():
         if file.exists():
             raise CheckpointError(f"{file} exists already", hint="name a new file, or remove this one")
@@ -73,7 +75,9 @@ def search(
     note(f"\nIn {folder}: search.jsonl, search.json, search.svg.")
     if adopt is not None:
         note(f"The family with {', '.join(front.models)} is in {adopt}; to train it on:")
-        note(f"detachnet train {adopt.with_suffix('.toml')}")
+        where = known_root(path, data_root)
+        told = f" --data-root {where}" if where else ""
+        note(f"detachnet train {adopt.with_suffix('.toml')}{told}")
 
 
 def _asked(**budgets: Budgets) -> tuple[str, Sequence[float]]:

@@ -110,7 +110,7 @@ def _resume_command(recipe: str, overrides: list[str], data_root: Path | None, o
 
 def _preview(recipe: Recipe, out: Path | None, data_root: Path | None, download: bool) -> None:
     """Show what a run would be."""
-    from detachnet.text import si
+    from detachnet.text import number_of, si
     from detachnet.training.preview import preview
     from detachnet.training.runs import RunFolder, default_folder
 
@@ -123,7 +123,8 @@ def _preview(recipe: Recipe, out: Path | None, data_root: Path | None, download:
     note(f"\nData: {data.name}, {seen.num_train} training images{test}, {len(data.classes)} classes")
     note(f"Trained: {', '.join(seen.recipe.models)}: {si(seen.num_trained)} of {si(seen.num_params)} parameters")
     steps = seen.steps_per_epoch
-    note(f"Steps: {table.epochs} epochs of {steps}, {table.epochs * steps} together, of {table.batch_size} images")
+    size = number_of(table.batch_size, "image")
+    note(f"Steps: {table.epochs} epochs of {steps}, {table.epochs * steps} together, of {size}")
     folder = RunFolder(out or default_folder(recipe))
     there = ": there is a run in it already, --resume goes on with it" if folder.recipe.exists() else ""
     note(f"Folder: {folder.path}{there}")

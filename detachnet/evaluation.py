@@ -16,6 +16,7 @@ from detachnet.losses import logits
 from detachnet.progress import counted
 from detachnet.surgery.detachable import DetachableNet, family_in
 from detachnet.surgery.modules import evaluating
+from detachnet.text import number_of
 
 EVAL_BATCH = 500
 """Images per batch of an evaluation."""
@@ -45,6 +46,7 @@ def evaluate(
     batches: BatchSource
     match images:
         case Split():
+            _check_fits(net, images)
             batches = Batches(images, net.facts.known_data, EVAL_BATCH, device)
         case BatchSource():
             batches = images
@@ -65,8 +67,10 @@ def score_batches(model: nn.Module, batches: BatchSource, models: Sequence[str])
         for images, labels in counted(batches.epoch(), len(batches), "batches of images"):
             outputs = model(images, which=tuple(models))
             rows[:, 2] += len(labels)
+            highest = int(labels.max()) if len(labels) else -1
             for i, name in enumerate(models):
                 out = logits(outputs[name]).float()
+                _check_classes(name, out.shape[1], highest)
                 rows[i, 0] += (out.argmax(1) == labels).sum().to(rows.device)
                 rows[i, 1] += criterion(out, labels).to(rows.device)
     return rows
@@ -84,6 +88,33 @@ def scores(totals: Tensor, models: Sequence[str]) -> dict[str, dict[str, float]]
         name: {"accuracy": right / count, "loss": loss / count}
         for name, (right, loss, count) in zip(models, totals.tolist(), strict=True)
     }
+
+
+def _check_fits(net: DetachableNet, images: Split) -> None:
+    """Refuse images of other channels than a family takes.
+
+    Raises:
+        DataError: They are.
+    """
+    given, taken = images.images.shape[1], net.plan.input_size[0]
+    if given != taken:
+        raise DataError(
+            f"the images have {number_of(given, 'channel')}, the family takes {taken}",
+            hint="evaluate on images like those that it was trained on",
+        )
+
+
+def _check_classes(model: str, outputs: int, highest: int) -> None:
+    """Refuse labels that a model has no output for.
+
+    Raises:
+        DataError: There is one.
+    """
+    if highest >= outputs:
+        raise DataError(
+            f"an image is of class {highest}, counted from 0; {model} has {number_of(outputs, 'output')}",
+            hint="evaluate on images of the classes that it was trained on",
+        )
 
 
 def _check_finite(model: str, value: float) -> None:

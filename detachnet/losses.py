@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detachnet.errors import RecipeError, nearest
 
+Teacher = Literal["base", "larger"]
 Features = Mapping[str, tuple[Tensor, Tensor]]
 """Sub-model → the base-model's feature at its cut, and its step-down's output."""
 
@@ -28,6 +30,9 @@ class MultiModelLoss(nn.Module):
         hint: Weight of the squared error of each step-down's output against the base-model's feature at the cut,
             relative to that feature's mean square; it needs `features`.
 
+    Raises:
+        RecipeError: One of these is out of its range.
+
     Examples:
         >>> loss = detachnet.MultiModelLoss()(net(images, which="all"), target)
 
@@ -41,10 +46,17 @@ class MultiModelLoss(nn.Module):
         label_smoothing: float = 0.0,
         distillation: float = 0.0,
         temperature: float = 1.0,
-        teacher: Literal["base", "larger"] = "base",
+        teacher: Teacher = "base",
         hint: float = 0.0,
     ) -> None:
         super().__init__()
+        _check(weights, {"distillation": distillation, "hint": hint})
+        if teacher not in get_args(Teacher):
+            raise RecipeError(f"teacher is 'base' or 'larger', not {teacher!r}")
+        if not 0 < temperature < math.inf:
+            raise RecipeError(f"temperature is {temperature}, not a finite number above 0")
+        if not 0 <= label_smoothing <= 1:
+            raise RecipeError(f"label_smoothing is {label_smoothing}, not in [0, 1]")
         self.weights = dict(weights or {})
         self.label_smoothing = label_smoothing
         self.distillation, self.temperature, self.teacher = distillation, temperature, teacher
@@ -72,9 +84,10 @@ class MultiModelLoss(nn.Module):
         features: Features | None = None,
     ) -> dict[str, Tensor]:
         """Each model's own loss, without its weight."""
-        if not isinstance(outputs, Mapping):
+        if not isinstance(outputs, Mapping) or not outputs:
+            given = "none" if isinstance(outputs, Mapping) else f"one {type(outputs).__name__}"
             raise RecipeError(
-                f"the multi-model loss takes the outputs of all models by name, not one {type(outputs).__name__}",
+                f"the multi-model loss takes the outputs of all models by name, not {given}",
                 hint='loss(net(images, which="all"), target)',
             )
         predictions = {name: logits(out) for name, out in outputs.items()}
@@ -127,6 +140,20 @@ class MultiModelLoss(nn.Module):
     def criterion(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Cross entropy of logits `(B, num_classes)` against class indices or the classes' probabilities."""
         return F.cross_entropy(prediction, target, label_smoothing=self.label_smoothing)
+
+
+def _check(weights: Mapping[str, float] | None, others: Mapping[str, float]) -> None:
+    """Refuse weights of losses that are none.
+
+    Raises:
+        RecipeError: There is one.
+    """
+    if not isinstance(weights, Mapping | None):
+        raise RecipeError(f"weights is a weight for each model by its name, not {weights!r}")
+    named = {f"weights[{name!r}]": weight for name, weight in (weights or {}).items()}
+    for name, value in {**others, **named}.items():
+        if not 0 <= value < math.inf:
+            raise RecipeError(f"{name} is {value}, not a finite number from 0 on")
 
 
 def logits(output: Any) -> Tensor:

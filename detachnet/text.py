@@ -17,6 +17,11 @@ def si(count: int) -> str:
     return f"{count / 1e6:,.1f} M" if count >= 999_950 else f"{count / 1e3:.1f} k"
 
 
+def number_of(count: int, noun: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def by(shape: Shape) -> str:
     """`2×2` for (2, 2)."""
     return "×".join(map(str, shape))

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torchvision
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from detachnet.errors import ModelError, nearest
+from detachnet.errors import DetachNetError, ModelError, nearest, one_line
 from detachnet.models import NSN, AirbenchCifar, ResNetCifar, VGG16Cifar
 
 logger = logging.getLogger("detachnet")
@@ -218,6 +219,15 @@ def build_model(name: str, folder: Path | None = None, **kwargs: Any) -> nn.Modu
             model = make(**kwargs)
         except TypeError as error:
             raise ModelError(f"{function} of {text} cannot be called with {kwargs}", what=str(error)) from error
+        except DetachNetError:
+            raise
+        except Exception as error:  # whatever a user's function raises
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise ModelError(
+                f"{function} of {text} fails",
+                what=f"{type(error).__name__}: {one_line(error)}",
+                where=f"{frame.filename}:{frame.lineno}: {frame.line}",
+            ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{function} of {text} returns a {type(model).__name__}, not a torch.nn.Module")
     return model

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,3 +92,21 @@ def test_the_output_of_one_model_is_refused() -> None:
         detachnet.RecipeError, match=r"by name, not one Tensor\n  try      loss\(net\(images, which=\"all\"\)"
     ):
         detachnet.MultiModelLoss()(torch.randn(2, 3), torch.tensor([0, 1]))  # type: ignore[arg-type]
+    with pytest.raises(detachnet.RecipeError, match="by name, not none"):
+        detachnet.MultiModelLoss()({}, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"teacher": "Base"}, "teacher is 'base' or 'larger', not 'Base'"),
+        ({"temperature": 0}, "temperature is 0, not a finite number above 0"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5, not in"),
+        ({"distillation": float("nan")}, "distillation is nan, not a finite number from 0 on"),
+        ({"weights": {"base": -1.0}}, r"weights\['base'\] is -1.0, not a finite"),
+        ({"weights": [1, 2]}, "weights is a weight for each model by its name"),
+    ],
+)
+def test_what_is_out_of_its_range(options: Any, said: str) -> None:
+    with pytest.raises(detachnet.RecipeError, match=said):
+        detachnet.MultiModelLoss(**options)

@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 import detachnet
-from detachnet.zoo import model_source, new_layers
+from detachnet.zoo import build_model, model_source, new_layers
 from tests.zoo.check import (
     TABLE_OF,
     alone,
@@ -193,3 +193,10 @@ def test_timm_says_that_the_classifier_is_new(tmp_path: Path, caplog: pytest.Log
     with caplog.at_level("INFO"):
         detachnet.create_model("timm:resnet10t", pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay)
     assert "timm:resnet10t: 'fc' is new, for 7 classes; the weights are of 1000" in caplog.text
+
+
+def test_a_function_of_ones_own_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("def make():\n    return [][1]\n")
+    said = r"make of .*net.py fails\n  what     IndexError: list index out of range\n  where .*net.py:2: return"
+    with pytest.raises(detachnet.ModelError, match=said):
+        build_model(f"{tmp_path / 'net.py'}:make")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.making import make_detachable
 from detachnet.surgery.modules import copy_model
 from detachnet.surgery.plan import BASE, DetachPlan, ModelPlan
+from detachnet.surgery.proof import hints_of
 from detachnet.surgery.stepdown import StepDownBuilder
 from detachnet.surgery.tracer import NO_LEAVES, Leaves
 from detachnet.zoo import FETCHING, create_model
@@ -61,11 +63,28 @@ def load(
         TraceError: `model` cannot be traced.
         CheckpointError: The file is missing, damaged, of an unknown kind, or does not fit `model`.
     """
+    _check_given(path, model)
     header, tensors = read(path)
     leaves = Leaves(tuple(leaf_modules), tuple(leaf_functions))
     if header.detached is None:
         return build(header, tensors, path, model, stepdown, leaves)
     return _build_detached(header, header.detached, tensors, path, model, stepdown, leaves)
+
+
+def _check_given(path: object, model: object) -> None:
+    """Refuse what is no path, and no network that weights can be put into.
+
+    Raises:
+        CheckpointError: One of them is such.
+    """
+    if not isinstance(path, str | Path):
+        raise CheckpointError(f"load takes the path of a file, not {path!r}")
+    if not isinstance(model, nn.Module | None):
+        raise CheckpointError(f"model is a network, not {model!r}", hint="model=Net(), made as it was then")
+    if model is not None and any(tensor.is_meta for tensor in model.parameters()):
+        raise CheckpointError(
+            "model is on the meta device, where weights have no values", hint="make it on the CPU"
+        )
 
 
 def load_family(path: str | Path, model: nn.Module | None = None) -> DetachableNet:
@@ -235,6 +254,7 @@ def _family(header: Header, base: nn.Module, stepdown: StepDownBuilder | None, l
     )
     said = {name: getattr(header.plan, name) for name in ("checked", "hints", "whole")}
     net.plan = net.plan.model_copy(update=said)
+    net.prover = partial(hints_of, check="full")
     return net
 
 

@@ -26,6 +26,7 @@ from detachnet.progress import counted
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.legs import shared_macs
 from detachnet.surgery.modules import evaluating
+from detachnet.surgery.plan import BASE
 from detachnet.text import Table, si
 
 STEPS = 50
@@ -44,12 +45,14 @@ class Scores:
         right: Model → whether the answer is right, `(N,)`, bool.
         macs: Model → multiply-accumulates for one image.
         shared: Two models → those that the second one need not spend where the first one ran.
+        base_macs: The base-model's, which may be none of these; 0 for the dearest of them.
     """
 
     confidence: dict[str, Tensor]
     right: dict[str, Tensor]
     macs: dict[str, int]
     shared: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    base_macs: int = 0
 
     def added(self, models: Sequence[str], i: int) -> int:
         """What the model at a place of a chain costs more than those in front of it."""
@@ -59,7 +62,7 @@ class Scores:
         """Those of some images."""
         confidence = {name: values[images] for name, values in self.confidence.items()}
         right = {name: values[images] for name, values in self.right.items()}
-        return Scores(confidence, right, self.macs, self.shared)
+        return Scores(confidence, right, self.macs, self.shared, self.base_macs)
 
     @property
     def num_images(self) -> int:
@@ -104,6 +107,7 @@ class Curve(Fields):
         singles: Each model alone, the cheapest first.
         points: The cascades that no other cascade beat on the calibration images, the cheapest first.
         chosen: The one for the target, if one was given.
+        base_macs: Multiply-accumulates of the base-model, which may be none of these; 0 for the dearest of them.
     """
 
     refused_as = {"": BudgetError}
@@ -112,6 +116,7 @@ class Curve(Fields):
     singles: tuple[Point, ...]
     points: tuple[Point, ...]
     chosen: Point | None = None
+    base_macs: int = 0
 
     def better_single(self, point: Point) -> str | None:
         """The model that alone is at least as accurate as a cascade for no more MACs."""
@@ -164,7 +169,7 @@ class Curve(Fields):
 
     def _row(self, point: Point, remark: str) -> tuple[str, ...]:
         alone = len(point.models) == 1
-        base_macs = self.singles[-1].mean_macs
+        base_macs = self.base_macs or self.singles[-1].mean_macs
         return (
             point.chain,
             remark,
@@ -269,6 +274,7 @@ def calibrate(
         singles=tuple(evaluate(report, (name,), 0.0) for name in order(scores.macs)),
         points=tuple(evaluate(report, point.models, point.threshold) for point in front),
         chosen=evaluate(report, chosen.models, chosen.threshold) if chosen else None,
+        base_macs=scores.base_macs,
     )
 
 
@@ -286,7 +292,8 @@ def score(net: DetachableNet, split: Split, device: torch.device | str = "cpu") 
                 parts[name].append((best.values.cpu(), (best.indices == labels).cpu()))
     confidence = {name: torch.cat([c for c, _ in part]) for name, part in parts.items()}
     right = {name: torch.cat([r for _, r in part]) for name, part in parts.items()}
-    return Scores(confidence, right, {name: net.plan[name].macs for name in models}, shared_macs(net.legs))
+    macs = {name: net.plan[name].macs for name in models}
+    return Scores(confidence, right, macs, shared_macs(net.legs), net.plan[BASE].macs)
 
 
 def order(macs: Mapping[str, int]) -> list[str]:
@@ -353,6 +360,8 @@ def _choose(
     """The cheapest point that is accurate enough, or the most accurate one that is cheap enough."""
     if accuracy is None and macs is None:
         return None
+    if not front:
+        raise BudgetError(f"a cascade is of two models at least; only {singles[0].models[0]} was trained")
     limit = -math.inf if accuracy is None else accuracy
     most = math.inf if macs is None else macs
     fitting = [point for point in front if point.accuracy >= limit and point.mean_macs <= most]
@@ -360,7 +369,8 @@ def _choose(
         return fitting[0] if accuracy is not None else fitting[-1]
     alone = [p for p in singles if p.accuracy >= limit and p.mean_macs <= most]
     nearest = front[-1] if accuracy is not None else front[0]
-    asked = f"{100 * limit:.2f} %" if accuracy is not None else f"{si(round(most))} MACs per image"
+    within = si(round(most)) if 1 <= most < math.inf else str(most)
+    asked = f"{100 * limit:.2f} %" if accuracy is not None else f"{within} MACs per image"
     raise BudgetError(
         f"no cascade reaches {asked} on the {nearest.n} calibration images",
         what=f"the nearest has {100 * nearest.accuracy:.2f} % for {si(round(nearest.mean_macs))} MACs per image",

@@ -26,7 +26,15 @@ from detachnet.deploy.formats import (
     check_installed,
 )
 from detachnet.deploy.half import rounded
-from detachnet.deploy.manifest import ExportedLeg, ExportedModel, ImageInput, Manifest, dump, exported_file
+from detachnet.deploy.manifest import (
+    FILE_NAME,
+    ExportedLeg,
+    ExportedModel,
+    ImageInput,
+    Manifest,
+    dump,
+    exported_file,
+)
 from detachnet.deploy.measurement import Latency
 from detachnet.deploy.onnx_writer import OnnxWriter
 from detachnet.deploy.program import MainOutput
@@ -113,10 +121,17 @@ def export(
 
 def _chosen(net: DetachableNet, models: Sequence[str] | None) -> list[str]:
     """The models to export, in the family's order."""
-    asked = net.names if models is None else [models] if isinstance(models, str) else models
+    asked = net.facts.models(net.names) if models is None else [models] if isinstance(models, str) else models
     net.parameters_of(asked)  # refuses unknown names
     if not asked:
         raise ExportError("no model to export was named", hint=f"the models are {', '.join(net.names)}")
+    for name in asked:
+        if not FILE_NAME.fullmatch(f"{name}.onnx"):
+            raise ExportError(
+                f"{name!r} is no name for a file that every device has",
+                hint="name the sub-model in letters, digits and _ when the family is made",
+            )
+        net.facts.model(net.names, name)  # refuses one that was not trained
     return [name for name in net.names if name in asked]
 
 

@@ -61,6 +61,7 @@ class Family:
         self.path, self.profile = Path(path), measured
         self.names, self.input_size, self.data = backend.names, backend.input_size, backend.data
         self._backend = backend
+        self._is_of_the_zoo = not isinstance(backend, TorchBackend) or backend.net.source is not None
         costs = [backend.costs(name) for name in backend.names]
         self.macs = {cost.model: cost.macs for cost in costs}
         self.accuracy = {cost.model: cost.accuracy for cost in costs if cost.accuracy is not None}
@@ -190,7 +191,8 @@ class Family:
     def _measured(self) -> Profile:
         """The profile, if it is of this device."""
         device = self._backend.device.type
-        command = f"detachnet profile {self.path}" + ("" if device == "cpu" else f" --device {device}")
+        of = "" if self._is_of_the_zoo else " --model-file FILE.py:FUNCTION"
+        command = f"detachnet profile {self.path}{of}" + ("" if device == "cpu" else f" --device {device}")
         if self.profile is None:
             raise MeasurementError(f"{self.path} was not measured on a device yet", hint=command)
         measured = self.profile.rows[0].device.partition(":")[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,8 @@ from detachnet.storage import MANIFEST, open_file, read_file
 from detachnet.surgery.legs import Leg
 from detachnet.text import parse_json
 
-_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]*$", max_length=255)]
+FILE_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.]{0,199}$")
+_FileName = Annotated[str, Field(pattern=FILE_NAME.pattern)]
 _Count = Annotated[int, Field(ge=0)]
 _Positive = Annotated[int, Field(gt=0)]
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]

@@ -111,7 +111,7 @@ def _experiments(folders: Sequence[RunFolder]) -> list[_Experiment]:
             raise CheckpointError(
                 f"{folder.path} holds no finished run",
                 hint="finish it: detachnet train ... --resume"
-                if folder.path.is_dir()
+                if folder.recipe.exists()
                 else "give the run's folder",
             )
         recipe = load_recipe(folder.recipe)

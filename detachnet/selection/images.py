@@ -31,7 +31,7 @@ def run_images(run: str | Path, images: int, data_root: str | Path | None = None
     recipe = load_recipe(RunFolder(run).recipe)
     if isinstance(recipe.data, FilesTable):
         if not recipe.data.holdout:
-            raise _none_held_out(run, "its")
+            raise _none_held_out(run, "its", "N")
         source = FileSource(recipe.data, data_root, recipe.model.name)
         _, height, width = source.input_size
         held_out, calibration = (
@@ -42,13 +42,13 @@ def run_images(run: str | Path, images: int, data_root: str | Path | None = None
     trained, _ = select(splits, recipe.data.num_train, recipe.data.holdout)
     held_out = splits[0].part(len(trained), len(trained) + images)
     if not len(held_out):
-        raise _none_held_out(run, str(len(trained)))
+        raise _none_held_out(run, str(len(trained)), str(min(2000, max(1, len(trained) // 5))))
     return held_out, trained.part(0, images)
 
 
-def _none_held_out(run: str | Path, which: str) -> DataError:
+def _none_held_out(run: str | Path, which: str, some: str) -> DataError:
     """What is said where a run was trained on everything."""
     return DataError(
         f"{run} was trained on all {which} training images: none is held out, and search needs some",
-        hint="train with --set data.holdout=2000",
+        hint=f"train with --set data.holdout={some}",
     )

@@ -162,7 +162,9 @@ def _reachable(space: Space, cost: Cost, limits: list[float], by: By) -> list[fl
         f"no sub-model of {space.net.plan.model} costs {limits[-1]:,.4g} {UNITS[by]} or less: "
         f"the least is {least:,.4g}, {100 * least / base:.3g} % of the base-model's",
         what="with an eighth of all filters, and without every span that nothing needs to stand for",
-        hint=f"a budget from {math.ceil(1000 * least / base) / 1000:g} of the base-model's on",
+        hint=f"a budget from {least:.4g} {UNITS[by]} on"
+        if isinstance(cost, Latency)
+        else f"a budget from {math.ceil(1000 * least / base) / 1000:g} of the base-model's on",
         nearest=(f"{least:.4g}",),
     )
 

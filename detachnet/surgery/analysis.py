@@ -98,11 +98,10 @@ class CutAnalysis:
             pending += [n for n in node.all_input_nodes if n not in self.traced.data]
         return macs, num_params
 
-    def norm_params(self, runs: Callable[[int], bool]) -> int:
-        """Parameters of the batch norms at some positions."""
+    def has_norms(self, runs: Callable[[int], bool]) -> bool:
+        """Whether there are batch norms at some positions."""
         layers = {self.module_of(node) for node, at in self.position.items() if runs(at)} - {None}
-        norms = {part for layer in layers if layer for part in layer.modules() if isinstance(part, _BatchNorm)}
-        return sum(parameter.numel() for norm in norms for parameter in norm.parameters())
+        return any(isinstance(part, _BatchNorm) for layer in layers if layer for part in layer.modules())
 
     @cached_property
     def _tails(self) -> dict[fx.Node, tuple[int, int]]:

@@ -16,7 +16,7 @@ from detachnet.errors import CutError, StepDownError, nearest
 from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.cuts import prepared_at, spread
 from detachnet.surgery.graph import TracedModel
-from detachnet.surgery.routes import SubModel
+from detachnet.surgery.routes import MOST_CHOSEN, SubModel
 from detachnet.surgery.spans import span_places
 from detachnet.surgery.stepdown import Stem, plan_bridge, plan_stepdown
 
@@ -26,7 +26,6 @@ _BRIDGED = 1.0
 """Loss of a layer in place of a span, relative to the same; the first block of a stage goes only with it."""
 _TIE = 1e-6
 """The same where only a tie is decided: of a stage's blocks that cost the same the last are left out."""
-_MOST = 16
 _STEPS = 1000
 """Ways whose costs differ by less than this fraction of the base-model's are compared by their loss alone."""
 
@@ -179,8 +178,8 @@ def choose_models(
     if sub_models == "auto":
         sub_models = 2
     if isinstance(sub_models, int) and sub_models is not True:
-        if not 1 <= sub_models <= _MOST:
-            raise CutError(f"sub_models={sub_models}: a family has 1 to {_MOST} sub-models")
+        if not 1 <= sub_models <= MOST_CHOSEN:
+            raise CutError(f"sub_models={sub_models}: a family has 1 to {MOST_CHOSEN} sub-models")
         chain = _Chain(traced, stepdown, costs, importance)
         return _named(_spread_routes(chain, _ways(chain), sub_models))
     if (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import warnings
+import weakref
 import zlib
 from argparse import Namespace
 from array import array
@@ -123,6 +124,10 @@ def parts_of(value: Any) -> list[tuple[str, Any]] | None:  # noqa: PLR0911  # on
         return [(str(key), part) for key, part in value.items()]
     if isinstance(value, ContextVar):
         return [(value.name, value.get(None))]
+    if isinstance(value, weakref.ref):
+        return [("", value())]
+    if isinstance(value, slice | range):
+        return [("", part) for part in (value.start, value.stop, value.step)]
     if isinstance(value, list | tuple | set | frozenset | deque):
         return [("", part) for part in value]
     if isinstance(value, Iterator):

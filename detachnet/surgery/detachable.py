@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from detachnet.errors import CutError, DetachNetError, StepDownError, TraceError, WidthError, nearest
 from detachnet.facts import Facts
 from detachnet.surgery.analysis import CutAnalysis
+from detachnet.surgery.attributes import attributes_read
 from detachnet.surgery.codegen import Run, compile_graph
 from detachnet.surgery.detaching import as_module, detached_name
 from detachnet.surgery.graph import TracedGraph, TracedModel
@@ -33,14 +34,14 @@ from detachnet.surgery.modules import (
 from detachnet.surgery.own_layers import copied_parts, put_own_layers
 from detachnet.surgery.ownership import SLICES, view_sources
 from detachnet.surgery.plan import BASE, DetachPlan
+from detachnet.surgery.planning import recounted
 from detachnet.surgery.rewrite import JointError, build_leg, build_view, changes_image
 from detachnet.surgery.routes import folder
-from detachnet.surgery.state import Readings, readings
+from detachnet.surgery.state import Readings, own_readings, readings
 from detachnet.surgery.statistics import find_statistics
 from detachnet.surgery.structure import Structure
 from detachnet.surgery.trace import trace
 from detachnet.surgery.tracer import PREFIX
-from detachnet.surgery.whole import attributes_read
 from detachnet.surgery.widths.reading import Pick, SlicedLayer
 from detachnet.surgery.widths.storing import Narrowing
 from detachnet.text import by
@@ -52,6 +53,8 @@ Output = Tensor
 """What a model returns; a model that returns something else than one tensor returns that."""
 Features = dict[str, tuple[Tensor, Tensor]]
 """Sub-model → the base-model's feature at the end of its last span, and what its bridge made."""
+Prover = Callable[["DetachableNet"], tuple[str, ...]]
+"""Compares a family with its model; gives hints."""
 
 
 class DetachableNet(nn.Module):
@@ -65,6 +68,7 @@ class DetachableNet(nn.Module):
         heads: Sub-model → its own copy of the layer that makes its output, likewise (`head="private"`).
         slices: Sub-model with fewer filters → what reads its part of the base-model's layers; owns nothing.
         plan: What the family is; prints as a table.
+        prover: What compares a family with its model, and gives hints; after the model was changed, too.
         facts: What it was trained on, which models and how accurate they are, as far as the trainer, a checkpoint
             or the user said so.
     """
@@ -94,11 +98,14 @@ class DetachableNet(nn.Module):
         self._active = BASE
         self._statistics = find_statistics(traced.train, base) if plan.norm == "private" else {}
         self._others: dict[bool, frozenset[str]] = {False: frozenset(), True: frozenset()}
+        self.prover: Prover | None = None
         self._attach(traced, narrowing)
+        self._proven = {self._steps()}
         like = weight_of(base)
         for path, module in bridges.items():
             put(self, path, module.to(like.device, like.dtype).train(base.training))
         put_own_layers(self, self._of_width, self._statistics)
+        self._count_own_params()
         self.training = base.training
         self._copied = list(copied_parts(self, self._of_width, self._statistics))
 
@@ -112,6 +119,8 @@ class DetachableNet(nn.Module):
         self._of_width = view_sources(narrowing or Narrowing(traced), self.plan, self._statistics)
         read = traced.read | self._read_where_narrow(traced)
         every = [r for path, names in read.items() for r in readings(self.base.get_submodule(path), names)]
+        for path, names in traced.of_layers.items():
+            every += own_readings(self.base.get_submodule(path), names)
         self._read = Readings(every)
         self._sources = self._of_width[BASE]
         self._views: dict[tuple[tuple[str, ...], bool, bool], Run] = {}
@@ -126,6 +135,15 @@ class DetachableNet(nn.Module):
                     put(self, path, part)
         sliced = {path for both in self._of_width.values() for path in both[False].sliced_layers}
         self._structure = Structure(self.base, traced.read, sorted(sliced))
+
+    def _count_own_params(self) -> None:
+        """Note in the plan how many parameters each model has that are not the base-model's."""
+        models = []
+        for model in self.plan.models:
+            places = self._of_width[model.name][False].own_places(model.name)
+            own = {p for place in places for p in self.get_submodule(place).parameters()}
+            models.append(model.model_copy(update={"own_params": sum(p.numel() for p in own)}))
+        self.plan = self.plan.model_copy(update={"models": tuple(models)})
 
     def _read_where_narrow(self, traced: TracedModel) -> dict[str, frozenset[str]]:
         """Path of a layer that only narrower graphs go through → the names of what that reads."""
@@ -405,7 +423,7 @@ class DetachableNet(nn.Module):
         plan = self.plan.model_copy(update={"norm": "private"})
         net = DetachableNet(copy_model(self.base), plan, bridges, self.retraced())
         net.heads.load_state_dict(self.heads.state_dict())
-        net.facts, net.active = self.facts, self.active
+        net.facts, net.active, net.prover = self.facts, self.active, self.prover
         return net
 
     def train(self, mode: bool = True) -> DetachableNet:
@@ -459,11 +477,34 @@ class DetachableNet(nn.Module):
         try:
             self._attach(self.retraced())
             self._check_spans(changed)
+            put_own_layers(self, self._of_width, self._statistics, anew=True)
+            self._copied = list(copied_parts(self, self._of_width, self._statistics))
+            if changed:
+                graphs = {name: (both[False].traced, both[False].routes) for name, both in self._of_width.items()}
+                self.plan = recounted(self.plan, graphs)
+                self._count_own_params()
+            self._prove_again()
         except DetachNetError as error:
             self._structure, self._read = before  # so that the next pass is refused, too
             raise _no_longer_narrow(error, changed) if isinstance(error, WidthError) else error from None
-        put_own_layers(self, self._of_width, self._statistics, anew=True)
-        self._copied = list(copied_parts(self, self._of_width, self._statistics))
+
+    def _steps(self) -> int:
+        """A number for what the base-model's graphs do, numbers in it not counted."""
+        graphs = [self.traced(training).live for training in (False, True)]
+        return hash(tuple((node.op, str(node.target)) for graph in graphs for node in graph))
+
+    def _prove_again(self) -> None:
+        """Compare the family with its model where that goes another way than any that was compared; tell of hints.
+
+        Raises:
+            TraceError: They differ.
+        """
+        if self.prover is None or (steps := self._steps()) in self._proven:
+            return
+        for hint in self.prover(self):
+            if hint not in self.plan.hints:
+                logger.warning("%s: %s", self.plan.model, hint)
+        self._proven = self._proven | {steps}
 
     def _check_spans(self, changed: str) -> None:
         """Refuse features that what stands for a span does not make any more.

@@ -34,7 +34,8 @@ def twin(net: DetachableNet, memo: dict[int, Any]) -> DetachableNet:
     """A copy that is not traced again."""
     made: DetachableNet = type(net).__new__(type(net))
     shared = {name: value for name, value in vars(net).items() if name not in ("_modules", "_buffers")}
-    vars(made).update(shared, _read=Readings(), _modal=[])  # nothing changes while a copy runs
+    same = {False: frozenset[str](), True: frozenset[str]()}
+    vars(made).update(shared, _read=Readings(), _modal=[], _others=same)  # nothing changes while a copy runs
     both: dict[str, Any] = copy.deepcopy({"_modules": net._modules, "_buffers": net._buffers}, memo)
     vars(made).update(both)
     return made

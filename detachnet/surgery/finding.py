@@ -7,7 +7,8 @@ models' images, and on each model's half of it. No list of operations is needed,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from detachnet.surgery.halves import (
     MeetError,
     batch_axis,
     cloned,
+    counts_images,
     equal,
     factors,
     halved,
@@ -28,6 +30,7 @@ from detachnet.surgery.halves import (
     mapped_pair,
     shape_for,
     tensors_of,
+    whole_numbers,
 )
 from detachnet.surgery.modules import (
     attribute,
@@ -47,6 +50,10 @@ _ROWWISE = {
     for name in ("activation", "batchnorm", "conv", "dropout", "linear", "normalization", "padding", "pooling")
 }
 """Where torch keeps the layers that treat each row of the first axis by itself, as they are documented to."""
+
+
+_MOST_VALUES = 1 << 22
+"""Of what follows from the number of images: more values of it are not worked out."""
 
 
 class _UnfitError(Exception):
@@ -198,7 +205,10 @@ class _Finder:
         if self.changes:
             return Verdict("per model", "changes what it holds at each call"), self._stacked_layouts(node)
         axes = self._axes(node)
-        if draws:
+        layouts: list[Layout | None] | None
+        if counts_images(node) or not all(map(self._is_periodic, node.all_input_nodes)):
+            layouts = None  # by numbers that so few images do not reach
+        elif draws:
             layouts = self._random_layouts(node, axes)
         else:
             layouts = self._layouts_of(full, self._try_halves(node), self._candidates(node, axes))
@@ -288,6 +298,38 @@ class _Finder:
         torch.manual_seed(seed)
         other = self._value_of(node, lambda n: cloned(self._full_without(n, which)))
         return which, tensors_of(same), tensors_of(other)
+
+    def _is_periodic(self, node: fx.Node) -> bool:
+        """Whether what follows from the number of images alone is for three models what it is for each.
+
+        Asked where the code has numbers that the few images of each half do not reach, such as `arange(B) < 16`.
+        """
+        if node in self.traced.data or node in self.random or node.op == "get_attr":
+            return True
+        reach = max(map(abs, self._numbers_behind(node)), default=0) + 1
+        axes = [axis for axis in self._axes(node) if axis is not None]
+        if reach <= 2 * HALF or not axes or reach * self._numel(node) > _MOST_VALUES:
+            return True
+        one, three = (tensors_of(self._for_images(node, images)) for images in (reach, 3 * reach))
+        return all(
+            equal(part, alone)
+            for (axis, _), alone, all_of_them in zip(axes, one, three, strict=True)
+            for part in all_of_them.chunk(3, axis)
+        )
+
+    def _numbers_behind(self, node: fx.Node) -> Iterator[int]:
+        """The whole numbers in the code of what follows from the number of images."""
+        yield from (leaf for leaf in whole_numbers(node))
+        for given in node.all_input_nodes:
+            if given not in self.traced.data:
+                yield from self._numbers_behind(given)
+
+    def _numel(self, node: fx.Node) -> int:
+        return sum(math.prod(leaf.shape) for leaf in leaves_of(self.traced.values[node]) if isinstance(leaf, Spec))
+
+    def _for_images(self, node: fx.Node, images: int) -> Any:
+        """What follows from shapes and weights alone, for so many images."""
+        return self._without_pixels(node, images, lambda n: self._for_images(n, images))
 
     # Values.
 

@@ -128,6 +128,10 @@ def _misses_values(error: Exception) -> bool:
     return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
 
 
+class UnrunnableError(TraceError):
+    """A graph that fails on shapes alone, at any number of images."""
+
+
 @dataclass
 class TracedGraph:
     """One traced graph and what is known of its nodes.
@@ -234,12 +238,10 @@ class TracedGraph:
             )
         shape = "×".join(map(str, self.image.shape[1:]))
         size = f"pass the input_size=(C, H, W) the model is made for{self._without_batch()}"
-        return TraceError(
-            f"{name} does not run on {shape} images: it fails at {node}",
-            what=said,
-            hint=_NEEDS_GRADIENTS if "grad" in said else size,
-            node=node,
-        )
+        summary = f"{name} does not run on {shape} images: it fails at {node}"
+        if "grad" in said:
+            return TraceError(summary, what=said, hint=_NEEDS_GRADIENTS, node=node)
+        return UnrunnableError(summary, what=said, hint=size, node=node)
 
     def _without_batch(self) -> str:
         """What may be meant by an image with more axes than C, H and W."""
@@ -307,8 +309,9 @@ class TracedModel:
         leaves: What is kept whole besides what is anyway: what the user wanted, and `whole`.
         whole: Path of a module that is kept whole for what its forward does → what that is.
         lost: The same of the model's own forward, which cannot be kept whole.
-        modal: Paths of the modules whose methods may read `training`.
+        modal: Paths of the modules whose `training` may be read.
         read: Path of an opened module → names of attributes that its methods may read; a trace holds their values.
+        of_layers: The same of layers that such methods read attributes of.
         filled: Path of an opened module → what its pass leaves otherwise than it was.
     """
 
@@ -320,6 +323,7 @@ class TracedModel:
     whole: dict[str, str] = field(default_factory=dict)
     lost: tuple[Reason, ...] = ()
     read: dict[str, frozenset[str]] = field(default_factory=dict)
+    of_layers: dict[str, frozenset[str]] = field(default_factory=dict)
     filled: dict[str, Reason] = field(default_factory=dict)
     modal: tuple[str, ...] = ()
 

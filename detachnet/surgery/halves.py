@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
 from detachnet.surgery.tracer import PROBE_BATCH, Spec, leaves_of
 
@@ -16,6 +18,36 @@ HALF = 2
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
 """Difference relative to the largest value that rounding explains; `_COARSE` for other dtypes."""
 _COARSE = 3e-2
+
+
+def whole_numbers(node: fx.Node) -> list[int]:
+    """The whole numbers among a node's arguments."""
+    found: list[int] = []
+
+    def note(value: Any) -> Any:
+        if isinstance(value, slice):
+            for part in (value.start, value.stop, value.step):
+                note(part)
+        elif type(value) is int:
+            found.append(value)
+        return value
+
+    map_aggregate((node.args, node.kwargs), note)
+    return found
+
+
+def counts_images(node: fx.Node) -> bool:
+    """Whether a node takes images by numbers that so few as are tried here do not reach, or moves them round."""
+    if node.target in (operator.getitem, operator.setitem):
+        index = node.args[1] if not isinstance(node.args[1], tuple) else next(iter(node.args[1]), None)
+        parts = (index.start, index.stop) if isinstance(index, slice) else (index,)
+        return any(type(part) is int and abs(part) >= 2 * HALF for part in parts)
+    return node.target in ("roll", torch.roll) and _rolls_images(*node.args[1:], **node.kwargs)
+
+
+def _rolls_images(_: Any = None, dims: Any = None, **__: Any) -> bool:
+    of = dims if isinstance(dims, tuple | list) else (dims,)
+    return dims is None or len(of) == 0 or 0 in of
 
 
 class MeetError(Exception):

@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from detachnet.surgery.modules import TURN
+from detachnet.surgery.variables import functions_of
 from detachnet.surgery.whole import Watch
 
 _local = threading.local()
@@ -51,7 +52,7 @@ def watching(watch: Watch) -> Iterator[None]:
 def answer_isinstance(module: nn.Module) -> None:
     """Until the trace ends, `isinstance` in the files of a module's classes knows what traced values stand for."""
     files = [vars(sys.modules[c.__module__]) for c in type(module).__mro__ if c.__module__ in sys.modules]
-    for names in files:
+    for names in [*files, *(function.__globals__ for function in functions_of(module))]:
         if "isinstance" not in names and not names["__name__"].startswith(("torch.", "builtins")):
             names["isinstance"] = _is_instance
             _PATCHES.asking.append(names)
@@ -156,6 +157,18 @@ def _noted_register(original: Callable[..., None]) -> Callable[..., None]:
     return register_buffer
 
 
+def _traced_parameter(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A weight or buffer that is asked for by its name is the traced one."""
+
+    def get(self: nn.Module, target: str) -> Any:
+        if _current() is None:
+            return original(self, target)
+        path, _, name = target.rpartition(".")
+        return getattr(self.get_submodule(path), name)
+
+    return get
+
+
 def _traced_script(original: Callable[..., Any]) -> Callable[..., Any]:
     """A script function of a traced value is one node."""
 
@@ -182,6 +195,7 @@ _REPLACED: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (torch.autocast, "__enter__", _noted_autocast),
     (nn.Module, "__setattr__", _noted_setattr),
     (nn.Module, "register_buffer", _noted_register),
+    *((nn.Module, name, _traced_parameter) for name in ("get_parameter", "get_buffer")),
     (torch.jit.ScriptFunction, "__call__", _traced_script),
 ]
 _PATCHES = _Patches()

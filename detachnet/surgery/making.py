@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,16 +13,16 @@ from detachnet.errors import CutError, TraceError
 from detachnet.surgery.choice import choose_models
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.generators import generators_kept, generators_of
-from detachnet.surgery.graph import TracedModel
+from detachnet.surgery.graph import TracedModel, UnrunnableError
 from detachnet.surgery.hints import hooks_of_parameters
 from detachnet.surgery.modules import copy_model, unwrap
 from detachnet.surgery.outside import Outside
 from detachnet.surgery.plan import Cuts, DetachPlan, Head, Norm
 from detachnet.surgery.planning import make_plan
-from detachnet.surgery.proof import Check, UnlikeError, prove
+from detachnet.surgery.proof import Check, UnlikeError, hints_of, prove
 from detachnet.surgery.routes import MOST_MODELS, narrow_models
 from detachnet.surgery.stepdown import Stem, StepDownBuilder
-from detachnet.surgery.trace import outermost, trace
+from detachnet.surgery.trace import outermost, trace, without_values
 from detachnet.surgery.tracer import Leaves
 from detachnet.surgery.whole import is_soft
 from detachnet.surgery.widths.storing import Narrowing
@@ -144,6 +145,8 @@ def _family(
                 leaves = leaves.opening(inside[0])
                 continue
             raise refusal or error from None
+        except UnrunnableError as error:
+            raise refusal or without_values(error, model, traced.eval.image) from None
         except TraceError as error:
             raise refusal or error from None
         net = DetachableNet(copy_model(model), plan, bridges, traced, narrowing)
@@ -151,13 +154,16 @@ def _family(
             proof = prove(net, check)
         except UnlikeError as error:
             refusal = refusal or error
-            if not error.owner or error.owner in leaves.paths:
+            if error.owner in leaves.paths:
+                raise error from None
+            if not error.owner:
                 raise refusal from None
             whole[error.owner], leaves = error.said, traced.leaves.with_paths([error.owner])
             continue
+        net.prover = partial(hints_of, check=check)
         hints = (*plan.hints, *proof.hints, *hooks_of_parameters(model))
         kept = outermost(whole | dict(plan.whole))
-        net.plan = plan.model_copy(update={"checked": proof.checked, "hints": hints, "whole": kept})
+        net.plan = net.plan.model_copy(update={"checked": proof.checked, "hints": hints, "whole": kept})
         return net
 
 

@@ -154,16 +154,20 @@ class ViewSource:
         """Where the module is that stands for a model's span."""
         return bridge_place(self.traced, self.routes, name, number)
 
+    def own_places(self, name: str) -> list[str]:
+        """Where the layers are that a model runs and the base-model does not have."""
+        layers = [self.target(node, name) for node in self.kept(name) if node.op == "call_module"]
+        own = [target for target in layers if target.partition(".")[0] in (NORMS, HEADS)]
+        return list(dict.fromkeys([*own, *self._bridges_of(name)]))
+
     @property
     def bridges(self) -> list[str]:
         """Where all modules are that stand for spans."""
-        places = (
-            self.bridge(name, i)
-            for name, route in self.routes.items()
-            for i in range(len(route))
-            if (name, i) not in self.identities
-        )
-        return list(dict.fromkeys(places))
+        return list(dict.fromkeys(place for name in self.routes for place in self._bridges_of(name)))
+
+    def _bridges_of(self, name: str) -> list[str]:
+        spans = range(len(self.routes[name]))
+        return [self.bridge(name, i) for i in spans if (name, i) not in self.identities]
 
     def find_coupling(self, net: nn.Module) -> None:
         """Find what joins the images of a batch by running the graph's nodes on a family's weights, once."""

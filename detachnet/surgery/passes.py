@@ -81,6 +81,8 @@ class Passes:
         self._shares = is_large(net)
         self.one_image = self._shares
         """Whether passes in evaluation mode take one image."""
+        self._parameters = dict(self.root.named_parameters())
+        self._others = net._others
         self._outside = Outside(net.base)
         self._before = self._outside.taken()
         self._after = WeakKeyDictionary[nn.Module, Taken]()
@@ -100,6 +102,8 @@ class Passes:
     ) -> Pass:
         """Run a copy; in training mode, with the gradients of some parameters."""
         net.train(training)
+        for path in self._others[training]:
+            net.base.get_submodule(path).training = not training
         seed_all()
         generators = generators_of(net)
         before = random_states(self.images.device), list(map(generator_state, generators))
@@ -124,8 +128,9 @@ class Passes:
             self._outside.put(self._before)
 
     def _has_changed(self, name: str, parameter: Tensor) -> bool:
-        """Whether a pass has given a parameter of a copy another value."""
-        return not torch.equal(parameter, self.root.get_parameter(name))
+        """Whether a pass has given a parameter of a copy another value, or has made it."""
+        known = self._parameters.get(name)
+        return known is None or not torch.equal(parameter, known)
 
     def switch_off(self) -> None:
         """Switch known random layers off."""

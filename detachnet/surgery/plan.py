@@ -57,7 +57,8 @@ class ModelPlan(Fields):
         macs: Multiply-accumulates for one image.
         num_params: Number of parameters when detached.
         shared_macs: Multiply-accumulates in front of where it parts from the base-model, which run once for both.
-        own_params: Number of parameters that are not the base-model's: bridges, private norms and head.
+        own_params: Number of parameters that are not the base-model's: bridges, private norms and head; counted
+            when the family is made.
         width: The share of the filters that was asked for, of all groups or by name; 1 for all of them.
         filters: Which were asked for.
         kept: Group of filters → how many of its units there are, the first; or which, as the bits of a hexadecimal

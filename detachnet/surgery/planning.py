@@ -11,7 +11,7 @@ from torch import fx, nn
 from detachnet.errors import CutError, StepDownError, WidthError
 from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.cuts import choose_cuts, prepared_at, spread
-from detachnet.surgery.graph import TracedModel
+from detachnet.surgery.graph import TracedGraph, TracedModel
 from detachnet.surgery.hints import all_hints, missed_shares
 from detachnet.surgery.plan import BASE, Cuts, DetachPlan, Head, ModelPlan, Norm, PlannedSpan
 from detachnet.surgery.routes import (
@@ -162,8 +162,7 @@ def _span(
     image, after = analysis.traced.image.shape[1:], analysis.shape(analysis.find(end))
     before = analysis.shape(analysis.find(start)) if start else image
     place = bridge_place(analysis.traced, kin.routes, name, number)
-    total, tail = sum(full.traced.macs.values()), full.tail_macs(full.find(end))
-    begins = total - full.tail_macs(full.find(start)) if start else 0
+    costs = _costs_in_front(full, start, end)
     inside = bool(start) and not prepared
     if not start and not analysis.traced.image.dtype.is_floating_point:
         raise StepDownError(
@@ -171,7 +170,7 @@ def _span(
             hint=f"begin behind what makes numbers of them: drop=['{full.preparation.end or '…'}:{end}']",
         )
     if inside and before == after:
-        return PlannedSpan(start=start, end=end, begins=begins, ends=total - tail)
+        return PlannedSpan(start=start, end=end, **costs)
     if isinstance(stepdown, str | Stem):
         bridge = plan_bridge(image, before, after) if inside else plan_stepdown(before, after, stepdown)
         assert bridge is not None  # shapes differ
@@ -179,7 +178,13 @@ def _span(
     else:
         bridge, module = build_custom(stepdown, before, after)
     modules.setdefault(place, module)
-    return PlannedSpan(start=start, end=end, prepared=prepared, bridge=bridge, begins=begins, ends=total - tail)
+    return PlannedSpan(start=start, end=end, prepared=prepared, bridge=bridge, **costs)
+
+
+def _costs_in_front(full: CutAnalysis, start: str, end: str) -> dict[str, int]:
+    """The base-model's multiply-accumulates in front of where a span begins, and of where it ends."""
+    total, places = sum(full.traced.macs.values()), {"begins": start, "ends": end}
+    return {key: total - full.tail_macs(full.find(place)) if place else 0 for key, place in places.items()}
 
 
 def _model_plan(kin: _Kin, name: str, spans: tuple[PlannedSpan, ...], norm: Norm) -> ModelPlan:
@@ -194,23 +199,38 @@ def _model_plan(kin: _Kin, name: str, spans: tuple[PlannedSpan, ...], norm: Norm
             f"{name} would have no layer with weights: {', '.join(map(str, spans))} leaves out all of them"
         )
     apart = kin.parts_at(name)
-    own = sum(bridge.num_params for bridge in bridges)
-    if apart is not None:
-        norm_params = analysis.norm_params(lambda at: at > apart and not any(at in span for span in route))
-        if kin.is_narrow and norm_params and norm == "shared":
-            raise WidthError(
-                f"{name} cannot share the base-model's batch norms: its features have other statistics",
-                hint="norm='private'",
-            )
-        own += norm_params if norm == "private" else 0
+    if kin.is_narrow and norm == "shared" and analysis.has_norms(lambda at: not any(at in span for span in route)):
+        raise WidthError(
+            f"{name} cannot share the base-model's batch norms: its features have other statistics",
+            hint="norm='private'",
+        )
     return ModelPlan(
         name=name,
         spans=spans,
         macs=macs + sum(bridge.macs for bridge in bridges),
         num_params=num_params + sum(bridge.num_params for bridge in bridges),
         shared_macs=0 if apart is None else analysis.costs(lambda at: at <= apart)[0],
-        own_params=own,
     )
+
+
+def recounted(plan: DetachPlan, graphs: Mapping[str, tuple[TracedGraph, Mapping[str, Route]]]) -> DetachPlan:
+    """A plan with the costs that its models have now.
+
+    Args:
+        plan: The plan.
+        graphs: Model → the graph of its width in evaluation mode, and what each model of that width leaves out.
+    """
+    kin = {id(graph): _Kin(CutAnalysis(graph), dict(routes), False) for graph, routes in graphs.values()}
+    full, models = kin[id(graphs[BASE][0])].analysis, []
+    for model in plan.models:
+        same = kin[id(graphs[model.name][0])]
+        same.is_narrow = bool(model.kept)
+        spans = tuple(s.model_copy(update=_costs_in_front(full, s.start, s.end)) for s in model.spans)
+        now = _model_plan(same, model.name, spans, plan.norm)
+        counts = {key: getattr(now, key) for key in ("spans", "macs", "num_params", "shared_macs")}
+        models.append(model.model_copy(update=counts))
+    joint = sum(_joint_macs(same, models) for same in kin.values())
+    return plan.model_copy(update={"models": tuple(models), "joint_macs": joint})
 
 
 def _joint_macs(kin: _Kin, models: Sequence[ModelPlan]) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.errors import TraceError
+from detachnet.surgery.contents import content
 from detachnet.surgery.difference import (
     close,
     difference,
@@ -29,6 +30,7 @@ from detachnet.surgery.passes import Pass, Passes, is_large
 from detachnet.surgery.plan import BASE
 from detachnet.surgery.rewrite import build_view
 from detachnet.surgery.tracer import PREFIX
+from detachnet.surgery.variables import OF_MODULES, is_users
 
 if TYPE_CHECKING:
     from detachnet.surgery.detachable import DetachableNet
@@ -85,6 +87,15 @@ def prove(net: DetachableNet, check: Check) -> Proof:
         except _CannotRunError as error:
             said = f"nothing was compared with the model, which does not run here: {error}"
             return Proof(said, (*left_out_hooks(net), *left_out(net)))
+
+
+def hints_of(net: DetachableNet, check: Check) -> tuple[str, ...]:
+    """What such a comparison finds that is legal but worth a second thought.
+
+    Raises:
+        TraceError: They differ.
+    """
+    return prove(net, check).hints
 
 
 class UnlikeError(TraceError):
@@ -186,6 +197,12 @@ class _Prover:
         own = {name: value for name, value in expected.buffers.items() if name.startswith(PREFIX)}
         if name := other_buffer(own, found.buffers, bound):
             owner = name.removeprefix(PREFIX).rpartition(".")[0]
+            if any("checkpointing" in reason.what for reason in self.net._lost):
+                raise TraceError(
+                    f"the traced {self.net.plan.model} is not the model: that trains {owner!r} twice in each pass",
+                    what="checkpointing runs what it leaves out once more, and a batch norm there counts twice",
+                    hint="switch it off: model.set_grad_checkpointing(False), or as your model has it",
+                )
             raise self._refusal(
                 f"in {_mode(training)} mode its buffer {name.removeprefix(PREFIX)!r} becomes another value",
                 what="the forward pass assigns it, or changes it by what a trace does not hold",
@@ -315,7 +332,7 @@ class _Prover:
         return list(said)
 
     def _shared_state(self, found: Pass) -> tuple[str, ...]:
-        """A hint where sub-models with norms of their own share a buffer that training changes."""
+        """A hint where sub-models with norms of their own share a buffer, or the like, that training changes."""
         before = dict(self.passes.root.named_buffers(remove_duplicate=False))
         # A buffer that takes another shape is a table made when it is first needed.
         alike = [n for n, v in found.buffers.items() if n in before and _is_like(v, before[n])]
@@ -323,6 +340,8 @@ class _Prover:
         rest = [
             n for n in changed if not isinstance(self.passes.root.get_submodule(n.rpartition(".")[0]), _BatchNorm)
         ]
+        held, now = (_values_held(net.base) for net in (self.passes.root, found.net))
+        rest += [f"{PREFIX}{name}" for name, value in now.items() if value != held.get(name, value)]
         if self.net.plan.norm != "private" or not rest:
             return ()
         graphs = [build_view(self.net._of_width[name][True], (name,)) for name in self.net.names[1:]]
@@ -382,6 +401,8 @@ class _Prover:
             owner = owner.rpartition(".")[0]  # torch's own layers are kept whole anyway
         module = base.get_submodule(owner) if owner else base
         kept = f"leaf_modules=[{owner!r}] keeps it whole"
+        if owner in self.net._leaves.paths:
+            kept = f"{owner!r} is kept whole as it is; move what calls it into a module of its own"
         moved = "move that part of forward into a module of its own, which is then kept whole"
         lost = next(iter(self.net._lost), None) if not owner else None
         error = UnlikeError(
@@ -424,6 +445,21 @@ def _telling(net: DetachableNet) -> set[str]:
     }
     skipped = [name for name, parameter in every.items() if name.startswith(PREFIX) and id(parameter) in plain]
     return set(every).difference(skipped[1:])
+
+
+def _values_held(model: nn.Module) -> dict[str, Any]:
+    """What a user's layers hold besides tensors that torch knows of, by name; of tensors among it the mean."""
+
+    def mean_of(value: Any) -> Any:
+        return float(value.detach().double().mean()) if isinstance(value, Tensor) and value.numel() else None
+
+    return {
+        f"{path}.{name}": content(value, mean_of)
+        for path, module in model.named_modules()
+        if is_users(type(module).__module__)
+        for name, value in vars(module).items()
+        if name not in OF_MODULES
+    }
 
 
 def _mode(training: bool) -> str:

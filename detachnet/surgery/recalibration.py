@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from detachnet.errors import DataError
 from detachnet.surgery.detachable import DetachableNet, family_in
 from detachnet.surgery.routes import folder
+from detachnet.text import by
 
 
-def recalibrate(net: DetachableNet, batches: Iterable[Tensor]) -> DetachableNet:
+def recalibrate(net: DetachableNet, batches: Iterable[Tensor | Sequence[Tensor]]) -> DetachableNet:
     """Measure the batch norms' statistics anew, for each model alone.
 
     Shared batch norms (the paper's) keep one mean and variance for models whose features differ, and fit none of
@@ -23,13 +25,13 @@ def recalibrate(net: DetachableNet, batches: Iterable[Tensor]) -> DetachableNet:
     Args:
         net: A family; it is not changed.
         batches: Training images `(B, C, H, W)`, normalized, on the family's device; a few thousand are enough.
-            They are gone through once.
+            They are gone through once. Of pairs of images and labels, as a `DataLoader` gives them, the images.
 
     Returns:
         A family with private norms, in evaluation mode; its accuracy is not known.
 
     Raises:
-        DataError: There are no batches.
+        DataError: There are no batches, or no images in them.
         TraceError: This is no family.
 
     Source: precise batch norm, arXiv 2105.07576, section 3; for sub-networks arXiv 1903.05134, section 3.
@@ -41,7 +43,7 @@ def recalibrate(net: DetachableNet, batches: Iterable[Tensor]) -> DetachableNet:
 
 
 def measure_statistics(
-    net: DetachableNet, batches: Iterable[Tensor], models: Sequence[str], own: bool = True
+    net: DetachableNet, batches: Iterable[Tensor | Sequence[Tensor]], models: Sequence[str], own: bool = True
 ) -> None:
     """Measure the statistics of some models' batch norms anew, in place.
 
@@ -67,7 +69,7 @@ def measure_statistics(
         norm.train()
     num_batches = 0
     with torch.no_grad():
-        for images in batches:
+        for images in _images_of(batches, net.plan.input_size):
             num_batches += 1
             for part in parts:
                 part(images)
@@ -76,6 +78,23 @@ def measure_statistics(
     for norm, momentum in momenta.items():
         norm.momentum = momentum
         norm.eval()
+
+
+def _images_of(batches: Iterable[Any], size: tuple[int, ...]) -> Iterator[Tensor]:
+    """The images of batches that are those, or pairs of them and labels."""
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise DataError(
+            f"these are no batches of images: {type(batches).__name__}",
+            hint="pass a DataLoader, or a list of tensors (B, C, H, W)",
+        )
+    for batch in batches:
+        images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if not isinstance(images, Tensor):
+            raise DataError(f"a batch is no tensor of images: {batch!r:.60}")
+        if images.shape[1:] != size:
+            raise DataError(f"images of {by(images.shape[1:])}, but the family takes {by(size)}")
+        if len(images):
+            yield images
 
 
 def _own_norms(net: DetachableNet, name: str) -> Iterable[nn.Module]:

@@ -22,6 +22,8 @@ STEPDOWNS = "stepdowns"
 BRIDGES = "bridges"
 Filters = Literal["first", "important"]
 HALF = "half_"
+MOST_CHOSEN = 16
+"""Sub-models that are chosen for a network, at most."""
 MOST_MODELS = 1000
 """Sub-models of a family."""
 HINT = "a span is 'a:b': everything after a up to and including b; ':b' begins at the image"

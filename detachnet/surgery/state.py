@@ -6,6 +6,7 @@ Counters in lists and objects, global and class variables that its methods read:
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -65,13 +66,20 @@ class Reading:
     def has_changed(self) -> bool:
         """Whether it is, or holds, something else now."""
         now = self.now
-        if now is self.value and self.is_fixed:
-            return False
-        return bool(content(now, mark_of) != self.marks)
+        if now is self.value:
+            return not self.is_fixed and bool(content(now, mark_of) != self.marks)
+        return bool(content(now, mark_of) != self.marks) or (self.marks is None and not _is_equal(now, self.value))
 
     def __str__(self) -> str:
         plain = isinstance(self.value, PLAIN) and isinstance(self.now, PLAIN)
         return f"{self.name!r} was {self.value!r}, is {self.now!r}" if plain else f"{self.name!r} is another"
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    """Whether two objects that cannot be looked into are of one class and say that they are equal."""
+    with suppress(Exception):  # whatever an object of any class raises
+        return type(one) is type(other) and bool(one == other)
+    return False
 
 
 class Readings:
@@ -100,3 +108,10 @@ def readings(module: nn.Module, names: Collection[str]) -> Iterator[Reading]:
     for place, name, value in held(module):
         if name in names or place is not vars(module):
             yield Reading(place, name, value, content(value, mark_of))
+
+
+def own_readings(module: nn.Module, names: Collection[str]) -> Iterator[Reading]:
+    """What a module itself holds under some names."""
+    held_there = vars(module)
+    for name in names:
+        yield Reading(held_there, name, held_there[name], content(held_there[name], mark_of))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import traceback
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -20,14 +21,15 @@ from torch.fx.node import map_aggregate
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from detachnet.errors import TraceError, nearest
+from detachnet.surgery.attributes import asking_for_mode, attributes_read, read_of_layers
 from detachnet.surgery.generators import generators_kept, generators_of
-from detachnet.surgery.graph import Root, TracedGraph, TracedModel
-from detachnet.surgery.modules import meta_twin, random_states_kept, weight_of
+from detachnet.surgery.graph import Root, TracedGraph, TracedModel, UnrunnableError, writes_in_place
+from detachnet.surgery.modules import copy_model, meta_twin, random_states_kept, weight_of
 from detachnet.surgery.outside import Outside
 from detachnet.surgery.settle import cut_gradients, settle_augmented
 from detachnet.surgery.tracer import NO_LEAVES, PREFIX, PROBE_BATCH, Leaves, Spec, Tracer
 from detachnet.surgery.variables import functions_in, functions_of, names_in, reached_by
-from detachnet.surgery.whole import LostError, Reason, asking_for_mode, attributes_read, hooked
+from detachnet.surgery.whole import LostError, Reason, hooked
 from detachnet.zoo import default_input_size
 
 _ONCE = "a trace would hold the answer of one device and one pass"
@@ -65,6 +67,26 @@ def trace(
                 leaves = leaves.with_paths(error.found)
 
 
+def without_values(error: UnrunnableError, model: nn.Module, image: Spec) -> TraceError:
+    """The same refusal, with another reason where the model itself does run."""
+    try:
+        copied = copy_model(model).eval()
+        like = weight_of(copied)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            copied(torch.zeros_like(image.example(2), device=like.device))
+    except Exception:  # whatever a user's model raises
+        return error
+    if like.is_meta:
+        return error
+    return TraceError(
+        f"cannot trace {type(model).__name__}: it runs, but not without values: it fails at {error.node}",
+        what=str(error.__cause__).splitlines()[0],
+        hint="the shapes of what it computes must not depend on values, nor on what an operation raises",
+        node=error.node,
+    )
+
+
 class _KeepWholeError(Exception):
     """Modules whose own forward does what a trace loses."""
 
@@ -99,7 +121,7 @@ def _traced(
         found |= {path: str(reason) for path, reason in tracer.watch.found.items()}
         if graph is not None:
             graphs[training] = TracedGraph(root, graph, _flatten(tracer.calls), image, tracer.calls)
-            constants |= _take_constants(root, graph, "train" if training else "eval")
+            constants |= _take_constants(root, graph, "train" if training else "eval", constants)
     if found:
         raise _KeepWholeError(found)
     if not closely and any(tracer.watch.moved for tracer in tracers):
@@ -115,6 +137,7 @@ def _traced(
         whole=outer,
         lost=lost,
         read=attributes_read(opened, written),
+        of_layers=read_of_layers(opened),
         filled=filled,
         modal=asking_for_mode(opened),
     )
@@ -162,6 +185,12 @@ def _check_model(model: nn.Module, image: Spec, leaves: Leaves) -> None:
         )
     _check_functions(model)
     paths = [path for path, _ in model.named_modules()]
+    for given in (*leaves.modules, *leaves.functions):
+        if not (isinstance(given, str | type) if given in leaves.modules else callable(given)):
+            raise TraceError(
+                f"{given!r} cannot be kept whole",
+                hint="leaf_modules takes classes and names of modules, leaf_functions functions",
+            )
     for path in leaves.paths:
         if path not in paths[1:]:
             raise TraceError(
@@ -178,10 +207,12 @@ def _check_model(model: nn.Module, image: Spec, leaves: Leaves) -> None:
     ]
     keywords = [p.name for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
     if len(needed) > 1 or keywords:
-        first, rest = needed[0], ", ".join(f"{n}=..." for n in needed[1:])
+        first = f"{needed[0]}={needed[0]}" if needed[0] in keywords else needed[0]
+        given = ", ".join([first, *(f"{n}=..." for n in needed[1:])])
+        taken = ", ".join(needed) if len(needed) > 1 else f"{needed[0]} by its name only"
         raise TraceError(
-            f"cannot trace {name}: a model takes one image, but its forward takes {', '.join(needed)}",
-            hint=f"wrap it as self.net in a module: def forward(self, {first}): return self.net({first}, {rest})",
+            f"cannot trace {name}: a model takes one image, but its forward takes {taken}",
+            hint=f"wrap it as self.net in a module: def forward(self, {needed[0]}): return self.net({given})",
         )
 
 
@@ -216,6 +247,7 @@ def _trace_root(tracer: Tracer, root: Root) -> fx.Graph | None:
         graph = _inline_named_tuples(tracer.trace(root))
         cut_gradients(tracer, graph)
         settle_augmented(tracer, graph)
+        _copy_what_is_written(root, graph)
         return graph
     except Exception as error:
         tracer.watch.look()
@@ -237,6 +269,14 @@ def _trace_root(tracer: Tracer, root: Root) -> fx.Graph | None:
         keep_whole = f"make_detachable(..., leaf_modules=[{type(owner).__name__}]) keeps that module whole"
         backbone = "make its backbone detachable: make_detachable(model.backbone, ...)"
         move = "move the decision out of forward, or into a submodule without children (those are kept whole)"
+        if isinstance(error, NameError) and ("as a submodule" in str(error) or "not a member" in str(error)):
+            raise TraceError(
+                f"cannot trace {type(root.base).__name__}: {'it' if path == 'base' else repr(path)} has "
+                "a layer or a weight that is no part of it",
+                where=_source_line(error),
+                hint="make it in __init__, as an attribute or in nn.ModuleList, nn.ParameterList or their like",
+                node=path,
+            ) from error
         raise TraceError(
             f"cannot trace {type(root.base).__name__}: the forward pass of "
             f"{'the model' if path == 'base' else repr(path)} ({type(owner).__name__}) "
@@ -248,15 +288,44 @@ def _trace_root(tracer: Tracer, root: Root) -> fx.Graph | None:
         ) from error
 
 
-def _take_constants(root: Root, graph: fx.Graph, mode: str) -> dict[str, torch.Tensor]:
-    """Tensors the forward pass made from no input, under names of their mode; the root keeps only their shape."""
-    constants = {f"{mode}{name}": t for name, t in vars(root).items() if isinstance(t, torch.Tensor)}
-    for name, value in constants.items():
-        setattr(root, name, value.to("meta"))
+def _take_constants(
+    root: Root, graph: fx.Graph, mode: str, of_other_mode: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Tensors the forward pass made from no input, under names of their mode; equal ones of both under one.
+
+    The root keeps only their shape.
+    """
+    made = {name: t for name, t in vars(root).items() if isinstance(t, torch.Tensor)}
+    names, others = dict[str, str](), dict(of_other_mode)
+    for name, value in made.items():
+        same = next((other for other, t in others.items() if _is_same(t, value)), "")
+        names[name] = same or f"{mode}{name}"
+        others.pop(same, None)
+        setattr(root, names[name], value.to("meta"))
     for node in graph.nodes:
-        if node.op == "get_attr" and f"{mode}{node.target}" in constants:
-            node.target = f"{mode}{node.target}"
-    return constants
+        if node.op == "get_attr" and node.target in names:
+            node.target = names[str(node.target)]
+    return {names[name]: value for name, value in made.items()}
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same values; without values they are never."""
+    return not (one.is_meta or other.is_meta) and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _copy_what_is_written(root: Root, graph: fx.Graph) -> None:
+    """Let each pass write into a copy of its own of a tensor that the forward pass has made."""
+    reads: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and isinstance(vars(root).get(str(node.target)), torch.Tensor):
+            reads.setdefault(str(node.target), []).append(node)
+    for nodes in reads.values():
+        if any(writes_in_place(user) and user.args[0] is node for node in nodes for user in node.users):
+            with graph.inserting_after(nodes[0]):
+                copied = graph.call_method("clone", (nodes[0],))
+            for node in nodes:
+                for user in [user for user in node.users if user is not copied]:
+                    user.replace_input_with(node, copied)
 
 
 def _inline_named_tuples(graph: fx.Graph) -> fx.Graph:
@@ -284,6 +353,8 @@ def _source_line(error: BaseException) -> str:
 
 def _image_spec(model: nn.Module, input_size: tuple[int, ...] | None, example_input: torch.Tensor | None) -> Spec:
     """The input's shape at PROBE_BATCH and its dtype, that of the model's weights."""
+    if not isinstance(example_input, torch.Tensor | None):
+        raise TraceError(f"example_input is a batch of images, a tensor, not {type(example_input).__name__}")
     if example_input is not None:
         return Spec((PROBE_BATCH, *example_input.shape[1:]), example_input.dtype)
     if isinstance(input_size, torch.Tensor):

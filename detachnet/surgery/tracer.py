@@ -198,7 +198,9 @@ class Tracer(fx.Tracer):
         if isinstance(a, torch.Generator):
             self.watch.note("random numbers of its own", decides=True)
         elif self._is_of_the_twin(a):
-            self.watch.note("a question about the device of a weight", decides=True)
+            made = "a tensor made of weights, or on their device, as no trace holds it"
+            said = "a question about the device of a weight" if isinstance(a, torch.device) else made
+            self.watch.note(said, decides=True)
         return super().create_arg(a.item() if isinstance(a, np.generic) else a)
 
     def _is_of_the_twin(self, a: object) -> bool:

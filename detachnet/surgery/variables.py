@@ -26,7 +26,8 @@ from detachnet.surgery.contents import (
     parts_of,
 )
 
-_OF_MODULES = {*vars(nn.Module()), "_is_full_backward_hook"}
+OF_MODULES = {*vars(nn.Module()), "_is_full_backward_hook"}
+"""What every module has."""
 _LIBRARIES = ("timm", "torchvision")
 
 
@@ -34,7 +35,7 @@ def held(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     """Place, name and value of a module's own attributes, and of what its methods read outside of it."""
     if type(module).__module__.startswith("torch."):
         return
-    own = [(name, value) for name, value in vars(module).items() if name not in _OF_MODULES]
+    own = [(name, value) for name, value in vars(module).items() if name not in OF_MODULES]
     yield from [(vars(module), *pair) for pair in own]
     for function in functions_of(module):
         yield from _outside(function)
@@ -52,7 +53,7 @@ def functions_of(module: nn.Module) -> list[FunctionType]:
         functions |= dict.fromkeys(_called(function))
     for name, value in vars(module).items():
         helper: Any = type(value)
-        if name not in _OF_MODULES and _is_near(helper, kind.__module__) and not isinstance(value, SINGLE):
+        if name not in OF_MODULES and _is_near(helper, kind.__module__) and not isinstance(value, SINGLE):
             functions |= dict.fromkeys(_methods(helper))
     return list(functions)
 
@@ -60,7 +61,7 @@ def functions_of(module: nn.Module) -> list[FunctionType]:
 def functions_in(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
     """Name of an attribute → the functions that it is, or has."""
     for name, value in vars(module).items():
-        if name not in _OF_MODULES:
+        if name not in OF_MODULES:
             items = list(value.values()) if isinstance(value, dict) else value
             for part in items[:MOST] if isinstance(items, list | tuple) else [value]:
                 yield from [(name, function) for function in _functions_in(part)]

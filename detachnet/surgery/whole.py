@@ -13,7 +13,7 @@ import inspect
 import random
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,9 +26,9 @@ import torch
 from torch import fx, nn
 from torch.utils import checkpoint
 
+from detachnet.surgery.attributes import names_read
 from detachnet.surgery.generators import drawn_from
 from detachnet.surgery.state import marks_of, state_of
-from detachnet.surgery.variables import functions_of, names_in
 
 if TYPE_CHECKING:
     from detachnet.surgery.tracer import Tracer
@@ -178,7 +178,7 @@ class Watch:
         moved, frame.random = [a != b for a, b in zip(now, frame.random, strict=True)], now
         if any(moved) and not self.closely:
             self.moved = True
-        elif moved[1] and any(map(_RANDOM_WORDS.search, _names_read(frame.module))):
+        elif moved[1] and any(map(_RANDOM_WORDS.search, names_read(frame.module))):
             self.note(_RANDOM[1], _line_of(frame.module, _RANDOM_WORDS), decides=True)
 
     def _look_at_state(self) -> None:
@@ -382,56 +382,3 @@ def _hooks(module: nn.Module) -> str:
             code = getattr(inspect.unwrap(own[0]), "__code__", None)
             return f"{said} from {Path(code.co_filename).name}:{code.co_firstlineno}" if code else said
     return ""
-
-
-def attributes_read(opened: Mapping[str, nn.Module], written: set[str]) -> dict[str, frozenset[str]]:
-    """Path of an opened module → the names in its methods, of what a trace holds as it was.
-
-    Of methods that no forward pass names, nothing is read, unless something is asked for by a name that is made.
-    """
-    methods = {path: _methods_of(module) for path, module in opened.items()}
-    called = {f for module in opened.values() for f in functions_of(module) if "." not in f.__qualname__}
-    helpers = {name for function in called for name in names_in(function)}  # which may be given the module
-    every = helpers | {name for named in methods.values() for names in named.values() for name in names}
-    starts = {"forward", *(name for named in methods.values() for name in named if name[:2] == "__")}
-    found, pending = set[str](), starts | helpers
-    while pending:
-        found |= pending
-        names = {name for named in methods.values() for key in pending & named.keys() for name in named[key]}
-        pending = names - found
-    read = frozenset((every if found & _BY_NAME else found) - written - {"training"})
-    return dict.fromkeys(opened, read)
-
-
-def asking_for_mode(opened: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """Paths of the opened modules whose methods may read `training`; a trace holds it."""
-    return tuple(path for path, module in opened.items() if "training" in _names_read(module))
-
-
-_BY_NAME = {"getattr", "getattribute", "__getattr__", "__dict__", "vars", "attrgetter", "methodcaller"}
-"""What asks an object for something by a name that is made."""
-
-
-def _names_read(module: nn.Module) -> set[str]:
-    """The names in the code of a module's methods, torch's not counted, and of functions it holds."""
-    return {name for names in _methods_of(module).values() for name in names}
-
-
-def _methods_of(module: nn.Module) -> dict[str, set[str]]:
-    """Name of a method, or of a function that a module holds → the names in its code."""
-    bases = [base for base in type(module).__mro__ if not base.__module__.startswith("torch.")]
-    methods = [(key, method) for base in bases for key, method in vars(base).items() if key != "__init__"]
-    found: dict[str, set[str]] = {}
-    for key, method in [*methods, *vars(module).items()]:
-        if not isinstance(method, torch.Tensor | fx.Proxy):
-            function = getattr(method, "fget", None) or getattr(method, "__func__", method)
-            code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
-            if isinstance(code, CodeType):
-                found.setdefault(key, set()).update(_names_in(code))
-    return found
-
-
-def _names_in(code: CodeType) -> set[str]:
-    """The names in code, and in that of functions inside of it."""
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*map(_names_in, inner))

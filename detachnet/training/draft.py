@@ -97,7 +97,7 @@ def draft(
         *_optimizer(size, pretrained),
         "",
         "[schedule]",
-        f"warmup_epochs = {min(2, epochs)}".ljust(26) + "# then the learning rate falls along a cosine",
+        f"warmup_epochs = {min(2, epochs // 2)}".ljust(26) + "# then the learning rate falls along a cosine",
         "",
         "[loss]",
         "# distillation = 1.0      # learn from the base-model's answers, too: for those without the front",

@@ -10,6 +10,7 @@ import torch
 from detachnet.checkpoint.saving import check_storable
 from detachnet.facts import DataInfo
 from detachnet.surgery.plan import DetachPlan
+from detachnet.training.processes import check_tracker
 from detachnet.training.recipe import Recipe
 from detachnet.training.start import decided, starting_family
 from detachnet.training.trainer import open_source
@@ -49,6 +50,7 @@ def preview(recipe: Recipe, data_root: str | Path | None = None, download: bool 
     Raises:
         DetachNetError: As `train`.
     """
+    check_tracker(recipe.train.log_with)
     source = open_source(recipe, data_root, download)
     recipe = decided(recipe, source)
     device = torch.device("cpu")

@@ -12,7 +12,7 @@ from pydantic import (
 
 from detachnet.errors import nearest
 from detachnet.fields import wanted
-from detachnet.surgery.routes import MOST_MODELS
+from detachnet.surgery.routes import MOST_CHOSEN, MOST_MODELS
 from detachnet.training.tables import IN_FILES, IN_MEMORY, DataTable, FilesTable, RecipeTable
 
 Problem = tuple[str, list[str]]
@@ -23,8 +23,18 @@ def explain(error: ValidationError, tables: Mapping[str, Any], recipe: type[Reci
     """All problems of a recipe's tables; first, each once, those with keys that take several kinds of values."""
     choices = [_choice(tables, problem["loc"]) for problem in error.errors()]
     several: list[Problem] = [(text, []) for text in dict.fromkeys(choices) if text]
-    left = [dict(problem) for problem, text in zip(error.errors(), choices, strict=True) if not text]
+    left: list[dict[str, Any]] = [
+        dict(problem) for problem, text in zip(error.errors(), choices, strict=True) if not text
+    ]
+    if any(problem["loc"][:1] == ("data",) and problem["loc"][-1] == "name" for problem in left):
+        left = [problem for problem in left if not _is_of_another_kind(problem)]
     return several + [_explain(problem, tables, recipe) for problem in left]
+
+
+def _is_of_another_kind(problem: Mapping[str, Any]) -> bool:
+    """Whether a key of `[data]` is one of the other kind of data set, which a wrong name may have meant."""
+    fields = DataTable.model_fields | FilesTable.model_fields
+    return problem["type"] == "extra_forbidden" and problem["loc"][0] == "data" and problem["loc"][-1] in fields
 
 
 def _choice(tables: Mapping[str, Any], loc: tuple[Any, ...]) -> str:
@@ -35,9 +45,10 @@ def _choice(tables: Mapping[str, Any], loc: tuple[Any, ...]) -> str:
     names = {"cuts": "names of nodes, own names of sub-models to them, ", "sub_models": ""}
     if len(loc) < 2 or loc[0] != "family" or loc[1] not in names:
         return ""
+    most = MOST_MODELS if loc[1] == "cuts" else MOST_CHOSEN
     value = json.dumps(tables["family"][loc[1]], default=str)
     return (
-        f"family.{loc[1]} = {value}: give {names[loc[1]]}'auto', a number from 1 to {MOST_MODELS}, "
+        f"family.{loc[1]} = {value}: give {names[loc[1]]}'auto', a number from 1 to {most}, "
         "or shares such as [0.7, 0.4]"
     )
 

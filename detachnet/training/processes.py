@@ -28,7 +28,7 @@ def open_processes(recipe: Recipe, folder: RunFolder) -> Iterator[Accelerator]:
     Raises:
         RecipeError: The recipe cannot be trained by so many processes, or its tracker cannot be used.
     """
-    _check_tracker(recipe.train.log_with)
+    check_tracker(recipe.train.log_with)
     theirs = torch.distributed.is_initialized()
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -61,7 +61,7 @@ def _check_number(recipe: Recipe, processes: int) -> None:
         raise RecipeError("train.strategy = 'separate' is for one process: several add up one pass's gradients")
 
 
-def _check_tracker(name: str) -> None:
+def check_tracker(name: str) -> None:
     """Refuse a tracker that accelerate does not know or that is not installed, which it would pass over."""
     if not name:
         return

@@ -17,7 +17,7 @@ from detachnet.data.datasets import is_files
 from detachnet.errors import RecipeError
 from detachnet.fields import Fields
 from detachnet.models import MOST
-from detachnet.surgery.routes import MOST_MODELS, SubModel, narrow_models
+from detachnet.surgery.routes import MOST_CHOSEN, MOST_MODELS, SubModel, narrow_models
 from detachnet.surgery.stepdown import Stem
 
 Positive = Annotated[int, Field(gt=0)]
@@ -59,7 +59,7 @@ class FamilyTable(RecipeTable):
     cuts: tuple[str, ...] | dict[str, str] | Literal["auto"] | SubModels | tuple[Fraction, ...] = ()
     """Sub-models that drop the front: names of nodes, front to back; own names of sub-models to them; or as
     `make_detachable` chooses them, `"auto"`, a number of them or shares of the MACs."""
-    sub_models: Literal["auto"] | SubModels | tuple[Fraction, ...] = ()
+    sub_models: Literal["auto"] | Annotated[int, Field(gt=0, le=MOST_CHOSEN)] | tuple[Fraction, ...] = ()
     """Instead of cuts, sub-models whose routes are chosen likewise: `"auto"`, a number, or shares of the MACs."""
     widths: tuple[Fraction, ...] = ()
     """Instead of cuts, sub-models with these shares of the filters: `[0.75, 0.5]`."""

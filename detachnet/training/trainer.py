@@ -242,7 +242,7 @@ class _Loop:
         self.listener.on_start(self.state.net, self.updates, epochs * len(self.batches))
         if self.updates:
             self._check_finite()
-        with _interruptible(self.interrupted), self._short_of_memory():
+        with _interruptible(self.interrupted), self._told():
             while self.state.epoch < epochs:
                 if self._train_epoch():
                     self._end_epoch()
@@ -255,8 +255,8 @@ class _Loop:
         return "interrupted" if self.interrupted.is_set() else "time is up"
 
     @contextmanager
-    def _short_of_memory(self) -> Iterator[None]:
-        """A training that finds no memory says so.
+    def _told(self) -> Iterator[None]:
+        """A training that finds no memory, or no batch statistics, says so.
 
         Raises:
             TrainingError: In the place of whatever torch raises then.
@@ -272,6 +272,14 @@ class _Loop:
                 what=f"{self._kept()}; torch says: {one_line(error) or type(error).__name__}",
                 hint="free some and --resume; or start anew with a smaller train.batch_size or "
                 "train.strategy = 'separate'",
+            ) from error
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise TrainingError(
+                "a batch of one image has no statistics in a batch norm whose features are single pixels",
+                what=one_line(error),
+                hint="a larger train.batch_size, or larger images",
             ) from error
 
     def _train_epoch(self) -> bool:

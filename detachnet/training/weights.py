@@ -58,6 +58,11 @@ def read_start(path: str | Path, names: Collection[str]) -> Start:
     path = locate_checkpoint(path)
     if not _is_plain(path):
         header, tensors = read(path)
+        if header.detached not in (None, BASE):
+            raise CheckpointError(
+                f"{path} cannot be started from: it holds {header.detached} alone, detached from its family",
+                hint="give the file of the whole family, or the folder of its run",
+            )
         if header.trained and "base" not in header.trained:
             raise CheckpointError(f"{path} cannot be started from: its base-model was not trained")
         tensors |= {name: tensors[kept] for name, kept in header.tied.items()}

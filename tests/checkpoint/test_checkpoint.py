@@ -112,6 +112,12 @@ def test_a_users_own_model(tmp_path: Path) -> None:
     with pytest.raises(detachnet.CheckpointError, match=r"a user's own step-down[\s\S]*stepdown=it"):
         detachnet.load(path, models.Plain())
     assert_same(detachnet.load(path, models.Plain(), stepdown=shift), net, torch.randn(2, 3, 8, 8))
+    with pytest.raises(detachnet.CheckpointError, match=r"model is a network, not <class.*\n  try      model=Net"):
+        detachnet.load(path, models.Plain)  # type: ignore[arg-type]
+    with pytest.raises(detachnet.CheckpointError, match="load takes the path of a file, not None"):
+        detachnet.load(None)  # type: ignore[arg-type]
+    with torch.device("meta"), pytest.raises(detachnet.CheckpointError, match="on the meta device"):
+        detachnet.load(path, models.Plain(), stepdown=shift)
 
 
 class Tied(nn.Module):

@@ -304,6 +304,32 @@ def test_show_a_recipe() -> None:
 
 
 @pytest.mark.slow
+def test_a_family_alone_has_as_many_classes_as_its_data(tmp_path: Path) -> None:
+    """A function that makes another number by itself, and no recipe beside the file."""
+    (tmp_path / "mine.py").write_text(
+        "from detachnet.models import VGG16Cifar\n\n\nclass Net(VGG16Cifar):\n    pass\n\n\n"
+        "def net(num_classes=7):\n    return Net(width=0.05, num_classes=num_classes)\n"
+    )
+    own = ["--set", "model.name=mine.py:net", "--set", "model.kwargs={}"]
+    code, out = run("train", "quickstart", *OPTIONS, *own, "--max-minutes", "0", "--out", "run")
+    assert code == 0, out
+    (tmp_path / "run" / "last.safetensors").rename(tmp_path / "alone.safetensors")
+    code, out = run("detach", "alone.safetensors", "--model", "sub1", "-o", "sub1", "--model-file", "mine.py:net")
+    assert code == 0, out
+    code, out = run("train", "quickstart", *OPTIONS, *own, "--set", "train.init=sub1", "--out", "other")
+    assert "it holds sub1 alone, detached from its family" in out
+
+
+def test_a_search_adopts_into_a_family_s_file() -> None:
+    assert "try      --adopt x.safetensors" in run("search", "run", "--macs", "0.5", "--adopt", "x.toml")[1]
+
+
+def test_a_folder_without_a_run_is_not_finished(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "try      give the run's folder" in run("compare", "empty")[1]
+
+
+@pytest.mark.slow
 def test_dry_run_trains_nothing(tmp_path: Path) -> None:
     options = ["--set", "family.cuts=[]", "--set", "family.sub_models=[0.7]"]
     code, out = run("train", "quickstart", *OPTIONS, *options, "--dry-run")
@@ -314,6 +340,9 @@ def test_dry_run_trains_nothing(tmp_path: Path) -> None:
     assert "Folder: runs/quickstart" in out
     assert "Chosen for sub_models = [0.7]" in out
     assert not list(tmp_path.iterdir())
+    code, out = run("train", "quickstart", *OPTIONS, "--set", "train.log_with=foo", "--dry-run")
+    assert code == 2
+    assert "train.log_with = 'foo' is no experiment tracker" in out
 
 
 @pytest.mark.slow
@@ -339,6 +368,9 @@ def test_a_model_of_ones_own_through_every_command(tmp_path: Path) -> None:
     ):
         code, out = run(*args, *file)
         assert code == 0, (args, out)
+        assert args[0] != "detach" or "Read it: detachnet.load('sub1.safetensors', model=Net(...))" in out
+    code, out = run("profile", "run", "--runtime", "onnx", *file)
+    assert "try      detachnet export run --model-file mine.py:net -o DIR" in out
     code, out = run("evaluate", "run", "--model-file", "timm:resnet18")
     assert code == 2
     assert "is no FILE.py:FUNCTION" in out

@@ -102,7 +102,7 @@ def test_recalibrate(root: Path, run: Path, caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.INFO, "detachnet"):
         out = command("recalibrate", run, "-o", run / "new.safetensors", "--images", 30, "--data-root", root)
     assert "n = 24; statistics of 30 training images" in out
-    assert "of 120 training images 30 are looked at" in caplog.text
+    assert "30 of 120 training images, evenly spaced" in caplog.text
     fresh, before = (
         detachnet.load(run / name, searched.Tiny()) for name in ("new.safetensors", "last.safetensors")
     )

@@ -235,6 +235,16 @@ def test_calibration_and_report_are_disjoint(net: detachnet.DetachableNet) -> No
     assert curve.chosen.accuracy < 0.5
 
 
+def test_shares_are_of_the_base_model_where_that_was_not_trained(net: detachnet.DetachableNet) -> None:
+    net, split, sub = net.copied(), split_of(net), net.names[1]
+    net.facts = net.facts.updated(trained=(sub,))
+    curve = calibrate(net, split)
+    share = f"{100 * net.plan[sub].macs / net.plan['base'].macs:.0f} %"
+    assert [row[5] for row in curve.table.rows if row[0] == sub] == [share] != ["100 %"]
+    with pytest.raises(detachnet.BudgetError, match=f"two models at least; only {sub} was trained"):
+        calibrate(net, split, target_accuracy=0.5)
+
+
 def drawn(n: int = 24) -> Scores:
     """Two kinds of images in turn: of the second ones every model knows less."""
     generator = torch.Generator().manual_seed(4)

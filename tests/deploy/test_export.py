@@ -374,6 +374,20 @@ def test_folders_that_cannot_be_made(toy: detachnet.DetachableNet, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_what_was_not_trained_is_not_exported(toy: detachnet.DetachableNet, tmp_path: Path) -> None:
+    net = toy.copied()
+    net.facts = net.facts.updated(trained=net.names[1:])
+    assert [model.name for model in export(net, tmp_path / "trained").models] == list(net.names[1:])
+    with pytest.raises(detachnet.CheckpointError, match="'base' was not trained"):
+        export(net, tmp_path / "all", models=net.names)
+
+
+def test_a_name_that_is_none_of_a_file(tmp_path: Path) -> None:
+    net = detachnet.make_detachable(models.Around(nn.Identity()), {"grün": "a"}, (3, 16, 16), check="none")
+    with pytest.raises(detachnet.ExportError, match=r"'grün' is no name for a file[\s\S]*letters, digits and _"):
+        export(net, tmp_path / "out")
+
+
 def test_what_cannot_be_asked_for(toy: detachnet.DetachableNet, tmp_path: Path) -> None:
     out = tmp_path / "out"
     splits = load_data("cifar10-mini")

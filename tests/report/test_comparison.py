@@ -95,6 +95,7 @@ def test_the_command(runs: list[Path], tmp_path: Path) -> None:
 
 
 def test_no_finished_run(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").touch()
     with pytest.raises(detachnet.CheckpointError, match=r"holds no finished run[\s\S]*--resume"):
         compare([tmp_path])
     with pytest.raises(detachnet.CheckpointError, match="give the run's folder"):

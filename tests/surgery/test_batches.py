@@ -58,6 +58,16 @@ def spread(h: Tensor) -> Tensor:
     return h - h.mean(0, keepdim=True) if h.shape[0] > 8 else h / h.abs().max().clamp(min=20)
 
 
+def with_the_first_doubled(h: Tensor) -> Tensor:
+    h = h.clone()
+    h[:16] *= 2
+    return h
+
+
+def of_position(h: Tensor, images: Tensor) -> Tensor:
+    return h * (1 + images).to(h).view(-1, 1, 1, 1)
+
+
 CASES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "split": lambda conv, h: torch.cat([conv(part) for part in h.split(16)]),
     "chunk": lambda conv, h: torch.cat([conv(part) for part in h.chunk(4)]),
@@ -69,6 +79,12 @@ CASES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "least": lambda conv, h: conv(h) * min(h.shape[0], 13),
     "scripted": lambda conv, h: centred(conv(h)),
     "applied": lambda conv, h: Limited.apply(conv(h)),  # type: ignore[no-untyped-call]
+    "the first ones": lambda conv, h: with_the_first_doubled(conv(h)),
+    "all but the last ones": lambda conv, h: torch.cat([conv(h[:-16]) * 2, conv(h[-16:])]),
+    "moved round": lambda conv, h: conv(h.roll(24, 0)),
+    "all moved round": lambda conv, h: conv(torch.roll(h, 8)),
+    "by position": lambda conv, h: of_position(conv(h), torch.arange(h.shape[0]) < 16),
+    "group by position": lambda conv, h: of_position(conv(h), torch.arange(h.shape[0]) // 16),
     "of channels": lambda conv, h: torch.cat(list(conv(h).split(3, dim=1)), 1),
 }
 

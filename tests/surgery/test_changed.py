@@ -34,6 +34,16 @@ def test_another_head_is_every_models(asked: Any, caplog: pytest.LogCaptureFixtu
     assert net.base.fc.bias.grad is None
 
 
+def test_the_plan_has_the_costs_of_what_is_there_now() -> None:
+    asked: Any = {"behind": "a", "short": SubModel(drop=["a:mid"]), "narrow": SubModel(width=0.5)}
+    model = models.Around(nn.Conv2d(8, 8, 3, 1, 1))
+    net = detachnet.make_detachable(model, asked, SIZE, head="private")
+    for changed in (net.base, model):
+        changed.mid, changed.fc = nn.Conv2d(8, 8, 1), nn.Linear(16, 9)
+    net(torch.randn(4, *SIZE))
+    assert net.plan == detachnet.make_detachable(model, asked, SIZE, head="private").plan
+
+
 def test_a_feature_of_another_size_is_refused() -> None:
     net, x = detachnet.make_detachable(models.Around(nn.Identity()), ["a"], SIZE), torch.randn(4, *SIZE)
     net.base.a = nn.Sequential(nn.Conv2d(3, 12, 3, 2, 1), nn.BatchNorm2d(12), nn.ReLU())

@@ -688,3 +688,120 @@ def test_script_modules_without_statistics(norm: Any) -> None:
     model, images = models.Around(middle), torch.randn(4, 3, 16, 16)
     net = detachnet.make_detachable(model, ["a"], (3, 16, 16), norm=norm)
     torch.testing.assert_close(net.eval()(images, which="base"), model.eval()(images))
+
+
+def summed(x: Tensor) -> Tensor:
+    """Into a tensor that each pass makes anew."""
+    level = torch.zeros((), dtype=x.dtype)
+    for i in range(3):
+        level += x[:, i].mean()
+    return x + level
+
+
+def filled(x: Tensor) -> Tensor:
+    level = torch.zeros(8, 1, 1, dtype=x.dtype)
+    level.add_(x.mean())
+    return x * (1 + level)
+
+
+@pytest.mark.parametrize("middle", [summed, filled])
+def test_each_pass_writes_into_a_tensor_of_its_own(middle: Callable[[Tensor], Tensor]) -> None:
+    model = Net(middle).double()
+    net, x = detachnet.make_detachable(model, ["a"], (3, 16, 16)), torch.randn(4, 3, 16, 16, dtype=torch.double)
+    for _ in range(2):
+        net(x).sum().backward()
+    net.eval(), model.eval()
+    model.load_state_dict(net.base.state_dict())
+    for _ in range(2):
+        torch.testing.assert_close(net(x), model(x))
+
+
+LEVEL = torch.zeros(8, 1, 1, dtype=torch.double)
+
+
+def into_another(x: Tensor) -> Tensor:
+    LEVEL.add_(x.detach().mean())
+    return x * (1 + LEVEL)
+
+
+def test_a_tensor_that_stays_is_no_pass_s_own() -> None:
+    with pytest.raises(detachnet.TraceError, match="has a tensor of its own changed in place"):
+        detachnet.make_detachable(Net(into_another).double(), ["a"], (3, 16, 16))
+
+
+class Averaging(nn.Module):
+    """Keeps statistics where torch does not see them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = torch.zeros(8, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.level = 0.9 * self.level + 0.1 * x.detach().mean((0, 2, 3)).view(8, 1, 1).to(self.level)
+        return x - self.level.to(x)
+
+
+def test_statistics_outside_of_buffers_are_named_in_a_hint() -> None:
+    net = detachnet.make_detachable(Net(Averaging()), ["a"], (3, 16, 16))
+    assert net.plan.hints == ("all models share 'middle.level', which training changes",)
+    assert detachnet.make_detachable(Net(Averaging()), ["a"], (3, 16, 16), norm="shared").plan.hints == ()
+
+
+def tried(x: Tensor) -> Tensor:
+    try:
+        return x.view(x.shape[0], 7, -1)
+    except RuntimeError:
+        return x * 2
+
+
+def test_what_runs_with_values_only_is_refused_for_that() -> None:
+    with pytest.raises(detachnet.TraceError, match="Net: it runs, but not without values: it fails at 'view'"):
+        detachnet.make_detachable(Net(tried), ["a"], (3, 16, 16))
+
+
+def test_checkpointing_with_norms_is_refused_for_that() -> None:
+    model = detachnet.create_model("timm:resnet18", num_classes=5)
+    model.set_grad_checkpointing(True)  # type: ignore[operator]
+    with pytest.raises(detachnet.TraceError, match="checkpointing runs what it leaves out once more"):
+        detachnet.make_detachable(model, [0.5], (3, 32, 32))
+
+
+def test_a_layer_that_is_no_part_is_refused_for_that() -> None:
+    layer = nn.Conv2d(8, 8, 1)
+    with pytest.raises(detachnet.TraceError, match=r"a layer or a weight that is no part of it[\s\S]*ModuleList"):
+        detachnet.make_detachable(Net(lambda x: layer(x)), ["a"], (3, 16, 16))
+
+
+class ByName(Net):
+    """A weight that is asked for by its name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = super().forward(x) * self.get_parameter("b.weight").abs().sum()
+        return logits
+
+
+def test_a_weight_by_its_name() -> None:
+    net = detachnet.make_detachable(ByName(nn.Identity()).double(), ["a"], (3, 16, 16))
+    x = torch.randn(4, 3, 16, 16, dtype=torch.double)
+    torch.testing.assert_close(net.eval()(x), net.base(x))
+    with torch.no_grad():
+        net.base.b.weight.mul_(2)  # type: ignore[operator]
+    torch.testing.assert_close(net(x), net.base(x))
+
+
+class Late(nn.Module):
+    """Makes its weight when it is first called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w: nn.Parameter | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.w is None:
+            self.w = nn.Parameter(torch.ones(8, 1, 1, dtype=x.dtype, device=x.device))
+        return x * self.w
+
+
+def test_a_weight_that_the_first_pass_makes() -> None:
+    assert "does not run here" not in detachnet.make_detachable(Net(Late()), ["a"], (3, 16, 16)).plan.checked

@@ -98,6 +98,23 @@ def test_a_family_that_does_not_know_its_data(net: detachnet.DetachableNet, tmp_
 def test_no_images(net: detachnet.DetachableNet) -> None:
     with pytest.raises(detachnet.DataError, match="no images to measure statistics on"):
         recalibrate(net, [])
+    with pytest.raises(detachnet.DataError, match="no images to measure statistics on"):
+        recalibrate(net, [torch.zeros(0, *net.plan.input_size)])
+    for given, said in (
+        (torch.zeros(2, 3, 32, 32), "no batches of images: Tensor"),
+        ([None], "no tensor of images"),
+        ([torch.zeros(2, 3, 32, 31)], "images of 3×32×31, but the family takes 3×32×32"),
+    ):
+        with pytest.raises(detachnet.DataError, match=said):
+            recalibrate(net, given)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_pairs_of_images_and_labels(net: detachnet.DetachableNet) -> None:
+    images = torch.randn(8, *net.plan.input_size)
+    one, two = recalibrate(net, [images]), recalibrate(net, [(images, torch.zeros(8))])
+    for name, buffer in one.named_buffers():
+        assert torch.equal(two.get_buffer(name), buffer)
 
 
 def test_heads_are_kept() -> None:

@@ -194,9 +194,28 @@ def test_macs_are_those_of_distinct_segments() -> None:
         check="none",
     ).plan
     assert only.joint_macs == base.macs + late.macs - late.shared_macs
-    assert only["late"].own_params == sum(
-        p.numel() for n, p in family("vgg").norms.named_parameters() if n.startswith("late.")
+
+
+@pytest.mark.parametrize("head", ["private", "shared"])
+@pytest.mark.parametrize("norm", ["private", "shared"])
+def test_own_parameters_are_those_that_are_not_the_base_models(norm: Any, head: Any) -> None:
+    routes: Any = {
+        "late": VGG["late"],
+        "longer": [*VGG["late"], "features.2:features.5"],
+        "front": [":features.6"],
+    }
+    subs = {name: SubModel(drop=drop) for name, drop in routes.items()}
+    subs |= (
+        {} if norm == "shared" else {"half": SubModel(width=0.5), "thin": SubModel(drop=VGG["late"], width=0.5)}
     )
+    model = detachnet.create_model("detachnet:vgg16_cifar", width=0.125)
+    net = detachnet.make_detachable(model, subs, norm=norm, head=head, check="none")
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.fill_(not name.startswith("base."))
+    for name in net.names:
+        alone = net.detach(name)
+        assert net.plan[name].own_params == sum(int(p.sum()) for p in alone.parameters()), name
 
 
 class InPlace(nn.Module):

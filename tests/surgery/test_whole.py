@@ -8,11 +8,12 @@ import os
 import pickle
 import random
 import re
+import sys
 import threading
 from collections.abc import Callable
 from os import getenv
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -922,6 +923,30 @@ def test_a_model_takes_one_image(kind: type[Net], rest: dict[str, Any]) -> None:
     detachnet.make_detachable(Wrapped(model, **rest), ["net.a"], SIZE)
 
 
+class ByName(Net):
+    def forward(self, *, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x)
+
+
+def test_an_image_by_its_name() -> None:
+    said = r"takes x by its name only[\s\S]*def forward\(self, x\): return self.net\(x=x\)"
+    with pytest.raises(detachnet.TraceError, match=said):
+        detachnet.make_detachable(ByName(nn.Identity()), ["a"], SIZE)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"leaf_modules": [nn.ReLU()]}, r"ReLU\(\) cannot be kept whole"),
+        ({"leaf_functions": ["x"]}, "'x' cannot be kept whole"),
+        ({"example_input": np.zeros((2, 3, 16, 16))}, "example_input is a batch of images, a tensor, not ndarray"),
+    ],
+)
+def test_arguments_that_are_none(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(detachnet.TraceError, match=said):
+        detachnet.make_detachable(Net(nn.Identity()), ["a"], SIZE, **options)
+
+
 def test_lazy_layers_are_to_be_run_first() -> None:
     for lazy in (nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d()):
         model = nn.Sequential(nn.Conv2d(3, 8, 3), lazy, nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
@@ -1293,3 +1318,26 @@ def test_the_graphs_of_a_family_are_not_searched_for_generators(monkeypatch: pyt
     assert {type(found) for found in generators_of(net)} == {random.Random, np.random.Generator}
     assert seen
     assert not [value for value in seen if isinstance(value, fx.Node)]
+
+
+elsewhere = ModuleType("elsewhere")
+exec(  # a file of its own
+    "import torch\ndef doubled(x):\n    return 2 * x if isinstance(x, torch.Tensor) else [2 * part for part in x]",
+    vars(elsewhere),
+)
+
+
+class Asking(nn.Module):
+    """Calls a function of another file, which asks for a class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = elsewhere.doubled(x)
+        return h
+
+
+def test_isinstance_in_a_function_of_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "elsewhere", elsewhere)
+    net = detachnet.make_detachable(Net(nn.Sequential(Asking(), nn.Conv2d(8, 8, 1))), ["a"], SIZE).eval()
+    x = torch.randn(2, *SIZE)
+    torch.testing.assert_close(net(x), net.base(x))
+    assert "isinstance" not in vars(elsewhere)

@@ -162,6 +162,16 @@ def test_other_errors_of_a_step_stay_what_they_are(tmp_path: Path, monkeypatch: 
         train(recipe("train.epochs=1", "schedule.warmup_epochs=0"), tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_a_batch_without_statistics_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def alone(*_: Any) -> torch.Tensor:
+        return torch.nn.functional.batch_norm(torch.ones(1, 8, 1, 1), None, None, training=True)
+
+    monkeypatch.setattr(TrainingStep, "__call__", alone)
+    with pytest.raises(detachnet.TrainingError, match=r"a batch of one image[\s\S]*larger train.batch_size"):
+        train(recipe("train.epochs=1", "schedule.warmup_epochs=0"), tmp_path / "run")
+
+
 class HangUp(Listener):
     """The terminal is closed: from then on nothing can be written to it."""
 

@@ -1,0 +1,159 @@
+"""What a forward pass reads and its family follows: attributes that come later, of layers, classes, other code."""
+
+import copy
+import datetime
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import detachnet
+from tests import models
+
+SIZE = (3, 16, 16)
+ASKED = {"late": "a", "slim": detachnet.SubModel(width=0.5)}
+
+
+class Schedule:
+    """What a training loop holds, and a model refers to."""
+
+    gain = 2.0
+
+
+class Mid(nn.Module):
+    """Reads what may be there later, what its layers hold, and a child's mode."""
+
+    gain = 1.0
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.conv, self.more = nn.Conv2d(8, 8, 1), nn.ModuleList()
+        self.factors, self.schedule = nn.ParameterList([nn.Parameter(torch.ones(1))]), weakref.ref(schedule)
+        self.register_buffer("mask", None)
+        self.register_parameter("shift", None)
+        self.register_buffer("bank", torch.ones(2))
+        self.conv.scale, self.span, self.wait = 1.0, slice(2), datetime.timedelta(seconds=1)  # type: ignore[assignment]
+
+    def scaled(self, h: Tensor) -> Tensor:
+        return h * self.gain
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.scaled(self.conv(h)) * getattr(self, "late", 1.0) * self.conv.scale * self.schedule().gain
+        h = h * self.span.stop * self.wait.total_seconds() * self.bank.shape[0]
+        for layer in self.more:
+            h = layer(h)
+        for factor in self.factors:
+            h = h * factor
+        h = h if self.mask is None else h * self.mask
+        h = h if self.shift is None else h + self.shift
+        if self.conv.training:
+            h = h * 3
+        return h * 2 if self.conv.bias is None else h
+
+
+class Tripled(Mid):
+    def scaled(self, h: Tensor) -> Tensor:
+        return 3 * h
+
+
+def of_class(mid: Any) -> None:
+    mid.__class__ = Tripled
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "over a class's": lambda mid: setattr(mid, "gain", 5.0),
+    "by getattr": lambda mid: setattr(mid, "late", 5.0),
+    "method": lambda mid: setattr(mid, "scaled", lambda h: 5 * h),
+    "class": of_class,
+    "of a layer": lambda mid: setattr(mid.conv, "scale", 5.0),
+    "by a weak reference": lambda mid: setattr(mid.schedule(), "gain", 5.0),
+    "slice": lambda mid: setattr(mid, "span", slice(5)),
+    "time": lambda mid: setattr(mid, "wait", datetime.timedelta(seconds=5)),
+    "first of a list": lambda mid: mid.more.append(nn.Conv2d(8, 8, 1).double()),
+    "parameter of a list": lambda mid: mid.factors.append(nn.Parameter(torch.full((1,), 5.0).double())),
+    "buffer in the place of None": lambda mid: setattr(mid, "mask", torch.full((1,), 5.0).double()),
+    "parameter in the place of None": lambda mid: setattr(mid, "shift", nn.Parameter(torch.ones(1).double())),
+    "longer buffer": lambda mid: setattr(mid, "bank", torch.ones(5).double()),
+    "mode of a child": lambda mid: mid.conv.train(),
+    "bias of a layer": lambda mid: setattr(mid.conv, "bias", None),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_comes_later_is_followed(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    schedule = Schedule()
+    net = detachnet.make_detachable(models.Around(Mid(schedule)).double(), ASKED, SIZE).eval()
+    x = torch.randn(4, *SIZE, dtype=torch.double)
+    before = net(x, which="all")
+    CHANGES[name](net.base.mid)
+    joint = net(x, which="all")
+    assert "Around is traced again: " in caplog.text
+    torch.testing.assert_close(joint["base"], net.base(x))
+    for sub in net.names:
+        assert not torch.allclose(joint[sub], before[sub])
+        if sub != "base":  # which is in evaluation mode as a whole
+            torch.testing.assert_close(net.detach(sub)(x), joint[sub])
+    assert caplog.text.count("traced again") == 1
+    caplog.clear()
+    net(x)
+    assert not caplog.text
+
+
+class Replaced(nn.Module):
+    """Whose code is another one later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = self.conv(h)
+        return out
+
+
+def test_code_that_is_loaded_anew_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a notebook does it."""
+    net, x = detachnet.make_detachable(models.Around(Replaced()), ASKED, SIZE).eval(), torch.randn(4, *SIZE)
+    monkeypatch.setattr(Replaced, "forward", lambda self, h: 5 * self.conv(h))
+    torch.testing.assert_close(net(x), net.base(x))
+
+
+class Switched(nn.Module):
+    """A branch that is switched on later does what no trace holds, or what one does."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv, self.kind, self.on, self.steps, self.seen = nn.Conv2d(8, 8, 1), kind, False, 0, list[int]()
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.conv(h)
+        if not self.on:
+            return h
+        if self.kind == "type":
+            return h * (2 if type(h) is Tensor else 1)
+        if self.kind == "text":
+            return h * (2 if "32" in str(h.dtype) else 1)
+        return h.relu() * 2
+
+
+@pytest.mark.parametrize("kind", ["type", "text", "plain"])
+def test_what_is_traced_again_is_compared_again(kind: str) -> None:
+    net, x = detachnet.make_detachable(models.Around(Switched(kind)), ["a"], SIZE).eval(), torch.randn(4, *SIZE)
+    net = copy.deepcopy(net)
+    net.base.mid.on = True
+    if kind == "plain":
+        torch.testing.assert_close(net(x), net.base(x))
+        return
+    for _ in range(2):  # also in the pass after that
+        with pytest.raises(detachnet.TraceError, match="the traced Around is not the model"):
+            net(x)
+
+
+def test_nothing_is_compared_again_that_nothing_was_of() -> None:
+    net = detachnet.make_detachable(models.Around(Switched("type")), ["a"], SIZE, check="none").eval()
+    net.base.mid.on = True
+    assert net(torch.randn(4, *SIZE)).shape == (4, 5)
