@@ -79,8 +79,10 @@ def inspect(
 ) -> None:
     """Show where a model can be cut, and what each sub-model would cost."""
     size = _parse_size(input_size)
-    if sum(map(bool, (cut, drop or width, sub_models))) > 1:
-        raise typer.BadParameter("ask for one of --cut, --sub-models, and --drop or --width")
+    if sum(map(bool, (cut, drop or width, sub_models, show_all, spans, widths))) > 1:
+        raise typer.BadParameter(
+            "ask for one of --cut, --sub-models, --drop or --width, --all, --spans and --widths"
+        )
     from detachnet.zoo import build_model
 
     kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}

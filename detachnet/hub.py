@@ -31,7 +31,7 @@ def fetched(path: str | Path) -> Path:
     from huggingface_hub import HfApi
 
     repo, _, revision = str(path).removeprefix(PREFIX).partition("@")
-    with _explained(f"{path} cannot be fetched"):
+    with _explained(f"{path} cannot be fetched", f"{PREFIX}OWNER/NAME"):
         return Path(HfApi().hf_hub_download(repo, FAMILY, revision=revision or None))
 
 
@@ -53,14 +53,14 @@ def upload(repo: str, files: Mapping[str, bytes | Path], message: str, private: 
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
-    with _explained(f"{repo} cannot be written on the Hub"):
+    with _explained(f"{repo!r} cannot be written on the Hub", "OWNER/NAME"):
         api.create_repo(repo, private=private, exist_ok=True)
         additions = [CommitOperationAdd(name, content) for name, content in files.items()]
         return str(api.create_commit(repo, additions, commit_message=message).commit_url)
 
 
 @contextmanager
-def _explained(summary: str) -> Iterator[None]:
+def _explained(summary: str, form: str) -> Iterator[None]:
     """Say in our words that something failed, whatever the library raises."""
     try:
         yield
@@ -68,5 +68,5 @@ def _explained(summary: str) -> Iterator[None]:
         raise CheckpointError(
             summary,
             what=one_line(error),
-            hint="a name is hf-hub:OWNER/NAME; hf auth login or HF_TOKEN says who you are",
+            hint=f"a name is {form}; hf auth login or HF_TOKEN says who you are",
         ) from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.making import make_detachable
 from detachnet.surgery.modules import copy_model
 from detachnet.surgery.plan import BASE, DetachPlan, ModelPlan
-from detachnet.surgery.proof import hints_of
 from detachnet.surgery.stepdown import StepDownBuilder
 from detachnet.surgery.tracer import NO_LEAVES, Leaves
 from detachnet.zoo import FETCHING, create_model
@@ -254,7 +252,7 @@ def _family(header: Header, base: nn.Module, stepdown: StepDownBuilder | None, l
     )
     said = {name: getattr(header.plan, name) for name in ("checked", "hints", "whole")}
     net.plan = net.plan.model_copy(update=said)
-    net.prover = partial(hints_of, check="full")
+    net.check = "full"
     return net
 
 

@@ -131,7 +131,8 @@ def _chosen(net: DetachableNet, models: Sequence[str] | None) -> list[str]:
                 f"{name!r} is no name for a file that every device has",
                 hint="name the sub-model in letters, digits and _ when the family is made",
             )
-        net.facts.model(net.names, name)  # refuses one that was not trained
+        if name not in net.facts.models(net.names):
+            logger.warning("%s is exported as it was made: it was not trained", name)
     return [name for name in net.names if name in asked]
 
 

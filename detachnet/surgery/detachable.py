@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -35,6 +35,7 @@ from detachnet.surgery.own_layers import copied_parts, put_own_layers
 from detachnet.surgery.ownership import SLICES, view_sources
 from detachnet.surgery.plan import BASE, DetachPlan
 from detachnet.surgery.planning import recounted
+from detachnet.surgery.proof import Check, UnlikeError, prove
 from detachnet.surgery.rewrite import JointError, build_leg, build_view, changes_image
 from detachnet.surgery.routes import folder
 from detachnet.surgery.state import Readings, own_readings, readings
@@ -53,8 +54,6 @@ Output = Tensor
 """What a model returns; a model that returns something else than one tensor returns that."""
 Features = dict[str, tuple[Tensor, Tensor]]
 """Sub-model → the base-model's feature at the end of its last span, and what its bridge made."""
-Prover = Callable[["DetachableNet"], tuple[str, ...]]
-"""Compares a family with its model; gives hints."""
 
 
 class DetachableNet(nn.Module):
@@ -68,7 +67,7 @@ class DetachableNet(nn.Module):
         heads: Sub-model → its own copy of the layer that makes its output, likewise (`head="private"`).
         slices: Sub-model with fewer filters → what reads its part of the base-model's layers; owns nothing.
         plan: What the family is; prints as a table.
-        prover: What compares a family with its model, and gives hints; after the model was changed, too.
+        check: What is compared with the model where that was changed so that it takes another way.
         facts: What it was trained on, which models and how accurate they are, as far as the trainer, a checkpoint
             or the user said so.
     """
@@ -98,9 +97,9 @@ class DetachableNet(nn.Module):
         self._active = BASE
         self._statistics = find_statistics(traced.train, base) if plan.norm == "private" else {}
         self._others: dict[bool, frozenset[str]] = {False: frozenset(), True: frozenset()}
-        self.prover: Prover | None = None
+        self.check: Check = "none"
         self._attach(traced, narrowing)
-        self._proven = {self._steps()}
+        self._proven = {self._way()}
         like = weight_of(base)
         for path, module in bridges.items():
             put(self, path, module.to(like.device, like.dtype).train(base.training))
@@ -423,7 +422,7 @@ class DetachableNet(nn.Module):
         plan = self.plan.model_copy(update={"norm": "private"})
         net = DetachableNet(copy_model(self.base), plan, bridges, self.retraced())
         net.heads.load_state_dict(self.heads.state_dict())
-        net.facts, net.active, net.prover = self.facts, self.active, self.prover
+        net.facts, net.active, net.check = self.facts, self.active, self.check
         return net
 
     def train(self, mode: bool = True) -> DetachableNet:
@@ -475,7 +474,9 @@ class DetachableNet(nn.Module):
     def _trace_again(self, changed: str) -> None:
         before = self._structure, self._read
         try:
-            self._attach(self.retraced())
+            traced = self.retraced()
+            self._attach(traced)
+            self._note_whole(traced.whole)
             self._check_spans(changed)
             put_own_layers(self, self._of_width, self._statistics, anew=True)
             self._copied = list(copied_parts(self, self._of_width, self._statistics))
@@ -483,28 +484,44 @@ class DetachableNet(nn.Module):
                 graphs = {name: (both[False].traced, both[False].routes) for name, both in self._of_width.items()}
                 self.plan = recounted(self.plan, graphs)
                 self._count_own_params()
-            self._prove_again()
-        except DetachNetError as error:
+            self._prove_again(changed)
+        except UnlikeError as error:
             self._structure, self._read = before  # so that the next pass is refused, too
+            if not error.owner or error.owner in self._leaves.paths:
+                raise
+            self._leaves = self._leaves.with_paths([error.owner])
+            self._note_whole({error.owner: error.said})
+            self._trace_again(changed)
+        except DetachNetError as error:
+            self._structure, self._read = before
             raise _no_longer_narrow(error, changed) if isinstance(error, WidthError) else error from None
 
-    def _steps(self) -> int:
-        """A number for what the base-model's graphs do, numbers in it not counted."""
-        graphs = [self.traced(training).live for training in (False, True)]
-        return hash(tuple((node.op, str(node.target)) for graph in graphs for node in graph))
+    def _note_whole(self, found: Mapping[str, str]) -> None:
+        """Note in the plan, and tell, what is kept whole now."""
+        new = {path: why for path, why in found.items() if path not in self.plan.whole}
+        for path, why in new.items():
+            logger.warning("%r is kept whole: %s", path, why)
+        if new:
+            self.plan = self.plan.model_copy(update={"whole": {**self.plan.whole, **new}})
 
-    def _prove_again(self) -> None:
+    def _way(self) -> int:
+        """A number for what the base-model's graphs do, and what decided it; numbers not counted."""
+        graphs = [self.traced(training).live for training in (False, True)]
+        return hash((self._read.choices, *((node.op, str(node.target)) for graph in graphs for node in graph)))
+
+    def _prove_again(self, changed: str) -> None:
         """Compare the family with its model where that goes another way than any that was compared; tell of hints.
 
         Raises:
             TraceError: They differ.
         """
-        if self.prover is None or (steps := self._steps()) in self._proven:
+        way = self._way()
+        if self.check == "none" or (way in self._proven and not changed):
             return
-        for hint in self.prover(self):
+        for hint in prove(self, self.check).hints:
             if hint not in self.plan.hints:
                 logger.warning("%s: %s", self.plan.model, hint)
-        self._proven = self._proven | {steps}
+        self._proven = self._proven | {way}
 
     def _check_spans(self, changed: str) -> None:
         """Refuse features that what stands for a span does not make any more.

@@ -54,7 +54,7 @@ def enlarged(
     state = made.state_dict()
     made.load_state_dict({name: old.get(name, value) for name, value in state.items()})
     made.facts, made.active = net.facts, net.active if net.active in made.names else BASE
-    made.prover = net.prover
+    made.check = net.check
     return made.train(net.training)
 
 

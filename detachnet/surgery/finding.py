@@ -8,7 +8,7 @@ models' images, and on each model's half of it. No list of operations is needed,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -99,6 +99,8 @@ class _Finder:
         """Nodes that draw random numbers, and those that come of them without pixels."""
         self.changes = False
         """Whether the layer that was run last has changed one of its buffers."""
+        self.reaches: dict[fx.Node, int] = {}
+        """Node that does not depend on pixels -> the largest whole number that it is made by."""
         self.known: dict[str, tuple[Verdict, list[Layout | None]]] = {}
 
     def find(self) -> dict[fx.Node, Verdict]:
@@ -306,7 +308,7 @@ class _Finder:
         """
         if node in self.traced.data or node in self.random or node.op == "get_attr":
             return True
-        reach = max(map(abs, self._numbers_behind(node)), default=0) + 1
+        reach = self._reach(node) + 1
         axes = [axis for axis in self._axes(node) if axis is not None]
         if reach <= 2 * HALF or not axes or reach * self._numel(node) > _MOST_VALUES:
             return True
@@ -317,12 +319,12 @@ class _Finder:
             for part in all_of_them.chunk(3, axis)
         )
 
-    def _numbers_behind(self, node: fx.Node) -> Iterator[int]:
-        """The whole numbers in the code of what follows from the number of images."""
-        yield from (leaf for leaf in whole_numbers(node))
-        for given in node.all_input_nodes:
-            if given not in self.traced.data:
-                yield from self._numbers_behind(given)
+    def _reach(self, node: fx.Node) -> int:
+        """The largest whole number in the code of what follows from the number of images."""
+        if node not in self.reaches:
+            behind = (self._reach(given) for given in node.all_input_nodes if given not in self.traced.data)
+            self.reaches[node] = max([*map(abs, whole_numbers(node)), *behind], default=0)
+        return self.reaches[node]
 
     def _numel(self, node: fx.Node) -> int:
         return sum(math.prod(leaf.shape) for leaf in leaves_of(self.traced.values[node]) if isinstance(leaf, Spec))

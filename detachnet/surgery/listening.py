@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from detachnet.surgery.modules import TURN
-from detachnet.surgery.variables import functions_of
+from detachnet.surgery.variables import functions_of, is_users
 from detachnet.surgery.whole import Watch
 
 _local = threading.local()
@@ -52,7 +52,8 @@ def watching(watch: Watch) -> Iterator[None]:
 def answer_isinstance(module: nn.Module) -> None:
     """Until the trace ends, `isinstance` in the files of a module's classes knows what traced values stand for."""
     files = [vars(sys.modules[c.__module__]) for c in type(module).__mro__ if c.__module__ in sys.modules]
-    for names in [*files, *(function.__globals__ for function in functions_of(module))]:
+    called = (function.__globals__ for function in functions_of(module))
+    for names in [*files, *(names for names in called if is_users(names.get("__name__")))]:
         if "isinstance" not in names and not names["__name__"].startswith(("torch.", "builtins")):
             names["isinstance"] = _is_instance
             _PATCHES.asking.append(names)

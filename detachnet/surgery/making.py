@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,7 +18,7 @@ from detachnet.surgery.modules import copy_model, unwrap
 from detachnet.surgery.outside import Outside
 from detachnet.surgery.plan import Cuts, DetachPlan, Head, Norm
 from detachnet.surgery.planning import make_plan
-from detachnet.surgery.proof import Check, UnlikeError, hints_of, prove
+from detachnet.surgery.proof import Check, UnlikeError, prove
 from detachnet.surgery.routes import MOST_MODELS, narrow_models
 from detachnet.surgery.stepdown import Stem, StepDownBuilder
 from detachnet.surgery.trace import outermost, trace, without_values
@@ -160,7 +159,7 @@ def _family(
                 raise refusal from None
             whole[error.owner], leaves = error.said, traced.leaves.with_paths([error.owner])
             continue
-        net.prover = partial(hints_of, check=check)
+        net.check = check
         hints = (*plan.hints, *proof.hints, *hooks_of_parameters(model))
         kept = outermost(whole | dict(plan.whole))
         net.plan = net.plan.model_copy(update={"checked": proof.checked, "hints": hints, "whole": kept})

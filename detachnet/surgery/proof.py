@@ -89,15 +89,6 @@ def prove(net: DetachableNet, check: Check) -> Proof:
             return Proof(said, (*left_out_hooks(net), *left_out(net)))
 
 
-def hints_of(net: DetachableNet, check: Check) -> tuple[str, ...]:
-    """What such a comparison finds that is legal but worth a second thought.
-
-    Raises:
-        TraceError: They differ.
-    """
-    return prove(net, check).hints
-
-
 class UnlikeError(TraceError):
     """A traced network that is not the model.
 

@@ -102,6 +102,23 @@ class Readings:
             return found
         return [*(reading for reading in self._fixed if reading.has_changed), *found]
 
+    @property
+    def choices(self) -> int:
+        """A number for what all of it is now, but for what numbers and tensors among it are."""
+        every = [*self._fixed, *self._others]
+        return hash(repr([_without_numbers(content(reading.now, _which_function)) for reading in every]))
+
+
+def _which_function(value: Any) -> Any:
+    return id(value) if isinstance(value, FunctionType) else None
+
+
+def _without_numbers(held_there: Any) -> Any:
+    """What something holds, with no more than the type of each number."""
+    if isinstance(held_there, tuple):
+        return tuple(map(_without_numbers, held_there))
+    return type(held_there) if type(held_there) in (int, float, complex) else held_there
+
 
 def readings(module: nn.Module, names: Collection[str]) -> Iterator[Reading]:
     """What a module holds under some names, and what its methods read outside of it."""

@@ -117,8 +117,10 @@ class _Opened:
             return True
         if len(self._attributes) == self._count:
             return False
+        if not self._absent.isdisjoint(self._attributes):
+            return True
         self._count = len(self._attributes)
-        return not self._absent.isdisjoint(self._attributes)
+        return False
 
 
 _NUMBERS = ("groups", "num_groups", "padding_mode")

@@ -146,7 +146,8 @@ def test_inspect_a_route() -> None:
     out = run("inspect", "torchvision:resnet18", "--drop", "layer3.0:layer3.1", "--drop", ":layer1")[1]
     assert re.search(r"sub0 +:layer1, layer3.0:layer3.1 +4×4 stride 4×4, – +[\d,.]+ M +\d+ % +0 ", out)
     code, out = run("inspect", "torchvision:resnet18", "--drop", "layer1:layer2", "--cut", "layer1")
-    assert (code, "ask for one of --cut, --sub-models, and --drop or --width" in out) == (2, True)
+    assert (code, "ask for one of --cut, --sub-models, --drop or --width, --all" in out) == (2, True)
+    assert run("inspect", "torchvision:resnet18", "--spans", "--widths")[0] == 2
 
 
 @pytest.mark.slow

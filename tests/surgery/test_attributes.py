@@ -141,15 +141,62 @@ class Switched(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["type", "text", "plain"])
-def test_what_is_traced_again_is_compared_again(kind: str) -> None:
+def test_what_is_traced_again_is_compared_again(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     net, x = detachnet.make_detachable(models.Around(Switched(kind)), ["a"], SIZE).eval(), torch.randn(4, *SIZE)
     net = copy.deepcopy(net)
     net.base.mid.on = True
-    if kind == "plain":
-        torch.testing.assert_close(net(x), net.base(x))
-        return
-    for _ in range(2):  # also in the pass after that
-        with pytest.raises(detachnet.TraceError, match="the traced Around is not the model"):
+    torch.testing.assert_close(net(x), net.base(x))
+    joint = net(x, which="all")
+    for name in net.names:
+        torch.testing.assert_close(joint[name], net.detach(name)(x))
+    said = "'mid' is kept whole: its values are others in evaluation mode"
+    assert (said in caplog.text) == ("mid" in net.plan.whole) == (kind != "plain")
+
+
+class Own(models.Around):
+    """The same in a model's own forward."""
+
+    on = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = super().forward(x)
+        return h * 2 if self.on and type(h) is Tensor else h
+
+
+def test_what_a_model_does_itself_is_refused_then() -> None:
+    """Also where the trace is the same one."""
+    net, x = detachnet.make_detachable(Own(nn.Identity()), ["a"], SIZE).eval(), torch.randn(4, *SIZE)
+    before = net(x)
+    net.base.on = True
+    for _ in range(2):
+        with pytest.raises(detachnet.TraceError, match="the traced Own is not the model"):
+            net(x)
+    net.base.on = False
+    torch.testing.assert_close(net(x), before)
+
+
+class Counting(models.Around):
+    """Counts its passes once it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+        self.on, self.steps = False, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = super().forward(x)
+        if self.on:
+            self.steps += 1
+            h = h * self.steps
+        return h
+
+
+def test_what_no_trace_holds_is_refused_in_every_pass() -> None:
+    net, x = detachnet.make_detachable(Counting(), ["a"], SIZE).eval(), torch.randn(4, *SIZE)
+    net.base.on = True
+    for _ in range(2):
+        with pytest.raises(
+            detachnet.TraceError, match=r"the traced Counting is not the model[\s\S]*'steps' changed"
+        ):
             net(x)
 
 
