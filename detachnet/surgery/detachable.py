@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from detachnet.errors import CutError, DetachNetError, StepDownError, TraceError, WidthError, nearest
+from detachnet.errors import CutError, StepDownError, TraceError, nearest
 from detachnet.facts import Facts
-from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.attributes import attributes_read
 from detachnet.surgery.codegen import Run, compile_graph
 from detachnet.surgery.detaching import as_module, detached_name
+from detachnet.surgery.following import follow, way_of
 from detachnet.surgery.graph import TracedGraph, TracedModel
 from detachnet.surgery.legs import Leg, find_legs
 from detachnet.surgery.modules import (
@@ -34,8 +34,7 @@ from detachnet.surgery.modules import (
 from detachnet.surgery.own_layers import copied_parts, put_own_layers
 from detachnet.surgery.ownership import SLICES, view_sources
 from detachnet.surgery.plan import BASE, DetachPlan
-from detachnet.surgery.planning import recounted
-from detachnet.surgery.proof import Check, UnlikeError, prove
+from detachnet.surgery.proof import Check
 from detachnet.surgery.rewrite import JointError, build_leg, build_view, changes_image
 from detachnet.surgery.routes import folder
 from detachnet.surgery.state import Readings, own_readings, readings
@@ -99,7 +98,7 @@ class DetachableNet(nn.Module):
         self._others: dict[bool, frozenset[str]] = {False: frozenset(), True: frozenset()}
         self.check: Check = "none"
         self._attach(traced, narrowing)
-        self._proven = {self._way()}
+        self._proven = {way_of(self)}
         like = weight_of(base)
         for path, module in bridges.items():
             put(self, path, module.to(like.device, like.dtype).train(base.training))
@@ -267,7 +266,7 @@ class DetachableNet(nn.Module):
 
     def _view(self, models: tuple[str, ...], features: bool = False) -> Run:
         key = (models, self.training, features)
-        self._follow()
+        follow(self)
         if key not in self._views:
             with random_states_kept():  # layers are run to learn their shapes
                 self._views[key] = self._build(models, features)
@@ -356,7 +355,7 @@ class DetachableNet(nn.Module):
             CutError: No model has that name.
         """
         self._check(name)
-        self._follow()
+        follow(self)
         if name == BASE and not share:
             base = copy_model(self.base)
             base.zero_grad()
@@ -450,106 +449,6 @@ class DetachableNet(nn.Module):
         put_own_layers(self, self._of_width, self._statistics)
         self._copied = list(copied_parts(self, self._of_width, self._statistics))
 
-    def _follow(self) -> None:
-        """Trace again where what the base-model's forward reads besides tensors has changed."""
-        if torch.compiler.is_compiling():
-            return
-        for copied in self._copied:
-            copied.follow()
-        self._structure.tell_of_hooks()
-        if other := self._structure.changed():
-            logger.warning("%s is traced again: other parts of %s", self.plan.model, other)
-        changed = self._read.changed()
-        for reading in changed:
-            logger.warning("%s is traced again: %s", self.plan.model, reading)
-        others = frozenset(path for path, module in self._modal if module.training != self.training)
-        if moved := others ^ self._others[self.training]:
-            self._others = self._others | {self.training: others}
-            names = ", ".join(repr(path) if path else "the model itself" for path in sorted(moved))
-            logger.warning("%s is traced again: another mode of %s", self.plan.model, names)
-        if other or changed or moved or (self._asks_for_dtype and self._has_another_dtype()):
-            with torch.inference_mode(False):
-                self._trace_again(other)
-
-    def _trace_again(self, changed: str) -> None:
-        before = self._structure, self._read
-        try:
-            traced = self.retraced()
-            self._attach(traced)
-            self._note_whole(traced.whole)
-            self._check_spans(changed)
-            put_own_layers(self, self._of_width, self._statistics, anew=True)
-            self._copied = list(copied_parts(self, self._of_width, self._statistics))
-            if changed:
-                graphs = {name: (both[False].traced, both[False].routes) for name, both in self._of_width.items()}
-                self.plan = recounted(self.plan, graphs)
-                self._count_own_params()
-            self._prove_again(changed)
-        except UnlikeError as error:
-            self._structure, self._read = before  # so that the next pass is refused, too
-            if not error.owner or error.owner in self._leaves.paths:
-                raise
-            self._leaves = self._leaves.with_paths([error.owner])
-            self._note_whole({error.owner: error.said})
-            self._trace_again(changed)
-        except DetachNetError as error:
-            self._structure, self._read = before
-            raise _no_longer_narrow(error, changed) if isinstance(error, WidthError) else error from None
-
-    def _note_whole(self, found: Mapping[str, str]) -> None:
-        """Note in the plan, and tell, what is kept whole now."""
-        new = {path: why for path, why in found.items() if path not in self.plan.whole}
-        for path, why in new.items():
-            logger.warning("%r is kept whole: %s", path, why)
-        if new:
-            self.plan = self.plan.model_copy(update={"whole": {**self.plan.whole, **new}})
-
-    def _way(self) -> int:
-        """A number for what the base-model's graphs do, and what decided it; numbers not counted."""
-        graphs = [self.traced(training).live for training in (False, True)]
-        return hash((self._read.choices, *((node.op, str(node.target)) for graph in graphs for node in graph)))
-
-    def _prove_again(self, changed: str) -> None:
-        """Compare the family with its model where that goes another way than any that was compared; tell of hints.
-
-        Raises:
-            TraceError: They differ.
-        """
-        way = self._way()
-        if self.check == "none" or (way in self._proven and not changed):
-            return
-        for hint in prove(self, self.check).hints:
-            if hint not in self.plan.hints:
-                logger.warning("%s: %s", self.plan.model, hint)
-        self._proven = self._proven | {way}
-
-    def _check_spans(self, changed: str) -> None:
-        """Refuse features that what stands for a span does not make any more.
-
-        Raises:
-            StepDownError: There is one.
-        """
-        for model in self.plan.models[1:]:
-            analysis = CutAnalysis(self._of_width[model.name][False].traced)
-            for span in model.spans:
-                start, feature = (
-                    analysis.shape(analysis.find(end)) if end else () for end in (span.start, span.end)
-                )
-                if feature != (made := span.bridge.feature if span.bridge else start):
-                    raise StepDownError(
-                        f"{changed or self.plan.model} was changed: the feature at {span.end!r} is {by(feature)}, "
-                        f"and what {model.name} has for it {by(made)}",
-                        hint="make the family of the changed model: make_detachable(net.base, ...)",
-                    )
-
-    def _has_another_dtype(self) -> bool:
-        """Whether the weights have another dtype than the family was traced in; autocast is told, once."""
-        if not self._told_of_autocast and torch.is_autocast_enabled(weight_of(self.base).device.type):
-            self._told_of_autocast = True
-            logger.warning("%s decides by a dtype: inside autocast its family may not", self.plan.model)
-        like = weight_of(self.base)
-        return like.dtype != self._example.dtype and like.is_floating_point()
-
     def retraced(self) -> TracedModel:
         """The base-model's trace, made anew."""
         example = self._example
@@ -620,13 +519,3 @@ def _by_width(
 def _read_by(value: Any) -> Any:
     """The layer whose parameters a part of a family reads."""
     return value.layer if isinstance(value, SlicedLayer) else value
-
-
-def _no_longer_narrow(error: WidthError, changed: str) -> WidthError:
-    """Why a changed base-model has no place for sub-models with fewer filters."""
-    place = "the base-model" if changed in ("", "the model itself") else repr(changed)
-    return WidthError(
-        f"{place} was changed: sub-models with fewer filters no longer fit",
-        what=error.summary,
-        hint="undo the change, or make the family of the changed model: make_detachable(net.base, ...)",
-    )

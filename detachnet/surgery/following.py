@@ -1,0 +1,147 @@
+"""family -> the same family, traced again where its base-model is another one now."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from detachnet.errors import DetachNetError, StepDownError, WidthError
+from detachnet.surgery.analysis import CutAnalysis
+from detachnet.surgery.modules import weight_of
+from detachnet.surgery.own_layers import copied_parts, put_own_layers
+from detachnet.surgery.planning import recounted
+from detachnet.surgery.proof import UnlikeError, prove
+from detachnet.text import by
+
+if TYPE_CHECKING:
+    from detachnet.surgery.detachable import DetachableNet
+
+logger = logging.getLogger("detachnet")
+
+
+def follow(net: DetachableNet) -> None:
+    """Trace again where what the base-model's forward reads besides tensors has changed."""
+    if torch.compiler.is_compiling():
+        return
+    for copied in net._copied:
+        copied.follow()
+    net._structure.tell_of_hooks()
+    if other := net._structure.changed():
+        logger.warning("%s is traced again: other parts of %s", net.plan.model, other)
+    changed = net._read.changed()
+    for reading in changed:
+        logger.warning("%s is traced again: %s", net.plan.model, reading)
+    others = frozenset(path for path, module in net._modal if module.training != net.training)
+    if moved := others ^ net._others[net.training]:
+        net._others = net._others | {net.training: others}
+        names = ", ".join(repr(path) if path else "the model itself" for path in sorted(moved))
+        logger.warning("%s is traced again: another mode of %s", net.plan.model, names)
+    if other or changed or moved or (net._asks_for_dtype and _has_another_dtype(net)):
+        with torch.inference_mode(False):
+            _trace_again(net, other)
+
+
+def _trace_again(net: DetachableNet, changed: str) -> None:
+    """Make the family anew, in place; with a module kept whole where that turns out to be needed."""
+    before = net._structure, net._read
+    try:
+        _renew(net, changed)
+    except UnlikeError as error:
+        net._structure, net._read = before  # so that the next pass is refused, too
+        if not error.owner or error.owner in net._leaves.paths:
+            raise
+        net._leaves = net._leaves.with_paths([error.owner])
+        _note_whole(net, {error.owner: error.said})
+        _trace_again(net, changed)
+    except DetachNetError as error:
+        net._structure, net._read = before
+        raise _no_longer_narrow(error, changed) if isinstance(error, WidthError) else error from None
+
+
+def _renew(net: DetachableNet, changed: str) -> None:
+    """Trace, and compare; the plan is of what is there now.
+
+    Raises:
+        DetachNetError: The model that there is now is refused.
+    """
+    traced = net.retraced()
+    net._attach(traced)
+    _note_whole(net, traced.whole)
+    _check_spans(net, changed)
+    put_own_layers(net, net._of_width, net._statistics, anew=True)
+    net._copied = list(copied_parts(net, net._of_width, net._statistics))
+    if changed:
+        graphs = {name: (both[False].traced, both[False].routes) for name, both in net._of_width.items()}
+        net.plan = recounted(net.plan, graphs)
+        net._count_own_params()
+    _prove_again(net, changed)
+
+
+def _note_whole(net: DetachableNet, found: Mapping[str, str]) -> None:
+    """Note in the plan, and tell, what is kept whole now."""
+    new = {path: why for path, why in found.items() if path not in net.plan.whole}
+    for path, why in new.items():
+        logger.warning("%r is kept whole: %s", path, why)
+    if new:
+        net.plan = net.plan.model_copy(update={"whole": {**net.plan.whole, **new}})
+
+
+def way_of(net: DetachableNet) -> int:
+    """A number for what the base-model's graphs do, and what decided it; numbers not counted."""
+    graphs = [net.traced(training).live for training in (False, True)]
+    return hash((net._read.choices, *((node.op, str(node.target)) for graph in graphs for node in graph)))
+
+
+def _prove_again(net: DetachableNet, changed: str) -> None:
+    """Compare the family with its model where that goes another way than any that was compared; tell of hints.
+
+    Raises:
+        TraceError: They differ.
+    """
+    way = way_of(net)
+    if net.check == "none" or (way in net._proven and not changed):
+        return
+    for hint in prove(net, net.check).hints:
+        if hint not in net.plan.hints:
+            logger.warning("%s: %s", net.plan.model, hint)
+    net._proven = net._proven | {way}
+
+
+def _check_spans(net: DetachableNet, changed: str) -> None:
+    """Refuse features that what stands for a span does not make any more.
+
+    Raises:
+        StepDownError: There is one.
+    """
+    for model in net.plan.models[1:]:
+        analysis = CutAnalysis(net._of_width[model.name][False].traced)
+        for span in model.spans:
+            start, feature = (analysis.shape(analysis.find(end)) if end else () for end in (span.start, span.end))
+            if feature != (made := span.bridge.feature if span.bridge else start):
+                raise StepDownError(
+                    f"{changed or net.plan.model} was changed: the feature at {span.end!r} is {by(feature)}, "
+                    f"and what {model.name} has for it {by(made)}",
+                    hint="make the family of the changed model: make_detachable(net.base, ...)",
+                )
+
+
+def _has_another_dtype(net: DetachableNet) -> bool:
+    """Whether the weights have another dtype than the family was traced in; autocast is told, once."""
+    if not net._told_of_autocast and torch.is_autocast_enabled(weight_of(net.base).device.type):
+        net._told_of_autocast = True
+        logger.warning("%s decides by a dtype: inside autocast its family may not", net.plan.model)
+    like = weight_of(net.base)
+    return like.dtype != net._example.dtype and like.is_floating_point()
+
+
+def _no_longer_narrow(error: WidthError, changed: str) -> WidthError:
+    """Why a changed base-model has no place for sub-models with fewer filters."""
+    place = "the base-model" if changed in ("", "the model itself") else repr(changed)
+    return WidthError(
+        f"{place} was changed: sub-models with fewer filters no longer fit",
+        what=error.summary,
+        hint="undo the change, or make the family of the changed model: make_detachable(net.base, ...)",
+    )
