@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from itertools import pairwise
 from types import CodeType
 
 import torch
@@ -37,31 +36,31 @@ def attributes_read(opened: Mapping[str, nn.Module], written: set[str]) -> dict[
 def read_of_layers(opened: Mapping[str, nn.Module]) -> dict[str, frozenset[str]]:
     """Path of a layer → the names by which methods of an opened module around it read what it holds.
 
-    As far as they say so at once, as in `self.conv.gain`.
+    As far as they say so at once, as in `self.conv.gain` or `self.layers[0].gain`.
     """
-    found: dict[str, frozenset[str]] = {}
-    for path, module in opened.items():
-        pairs = {pair for function in functions_of(module) for pair in _chained(function.__code__)}
-        for name in {first for first, _ in pairs} & module._modules.keys():
-            place, layer = f"{path}.{name}".removeprefix("."), module._modules[name]
-            read = {second for first, second in pairs if first == name} - OF_MODULES
-            is_read = place in opened and not type(layer).__module__.startswith("torch.")
-            if layer is not None and not is_read and (held := read & vars(layer).keys()):
-                found[place] = frozenset(held)
-    return found
+    found: dict[str, set[str]] = {}
+    for place, layer, name in _asked_of_parts(opened):
+        is_read = place in opened and not type(layer).__module__.startswith("torch.")
+        if name not in OF_MODULES and name in vars(layer) and not is_read:
+            found.setdefault(place, set()).add(name)
+    return {place: frozenset(names) for place, names in found.items()}
 
 
 def asking_for_mode(opened: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """Paths of the modules whose `training` the methods of opened modules may read; a trace holds it."""
     own = [path for path, module in opened.items() if "training" in names_read(module)]
-    parts = [
-        f"{path}.{name}".removeprefix(".")
-        for path, module in opened.items()
-        for function in functions_of(module)
-        for name, asked in _chained(function.__code__)
-        if asked == "training" and module._modules.get(name) is not None
-    ]
+    parts = [place for place, _, name in _asked_of_parts(opened) if name == "training"]
     return tuple(dict.fromkeys([*own, *parts]))
+
+
+def _asked_of_parts(opened: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, str]]:
+    """Paths and modules below opened ones, and names that methods of these read of what is called as they are."""
+    for path, module in opened.items():
+        pairs = {pair for function in functions_of(module) for pair in _chained(function.__code__)}
+        for place, part in module.named_modules(prefix=path) if pairs else ():
+            last = place.rpartition(".")[2]
+            if place != path:
+                yield from ((place, part, name) for first, name in pairs if first == last)
 
 
 _BY_NAME = {"getattr", "hasattr", "getattribute", "__getattr__", "__dict__", "vars", "attrgetter", "methodcaller"}
@@ -97,9 +96,22 @@ def _names_in(code: CodeType) -> set[str]:
 
 @lru_cache(maxsize=1024)
 def _chained(code: CodeType) -> frozenset[tuple[str, str]]:
-    """Pairs of names of which code reads the second of the first, as in `.conv.gain`."""
-    steps = list(dis.get_instructions(code))
-    reads = ("LOAD_ATTR", "LOAD_METHOD")
-    pairs = {(a.argval, b.argval) for a, b in pairwise(steps) if a.opname in reads and b.opname in reads}
+    """Pairs of names of which code reads the second of the first, as in `.conv.gain` or `[0].gain`."""
+    steps, pairs = list(dis.get_instructions(code)), set[tuple[str, str]]()
+    for i, step in enumerate(steps[1:], 1):
+        if step.opname in _READS:
+            before = steps[i - 1]
+            if before.opname in _READS:
+                pairs.add((before.argval, step.argval))
+            elif "[]" in (before.argrepr, _SUBSCRIPT.get(before.opname)) and type(steps[i - 2].argval) in (
+                int,
+                str,
+            ):
+                pairs.add((str(steps[i - 2].argval), step.argval))
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return frozenset(pairs.union(*map(_chained, inner)))
+
+
+_READS = ("LOAD_ATTR", "LOAD_METHOD")
+_SUBSCRIPT = {"BINARY_SUBSCR": "[]"}
+"""From Python 3.14 on it is an operator like others, written so."""

@@ -35,6 +35,9 @@ class Mid(nn.Module):
         self.register_buffer("mask", None)
         self.register_parameter("shift", None)
         self.register_buffer("bank", torch.ones(2))
+        self.inner = nn.Module()
+        self.inner.act, self.inner.rest = nn.ReLU(), nn.Sequential(nn.ReLU())
+        self.inner.act.level = self.inner.rest[0].level = 1.0
         self.conv.scale, self.span, self.wait = 1.0, slice(2), datetime.timedelta(seconds=1)  # type: ignore[assignment]
 
     def scaled(self, h: Tensor) -> Tensor:
@@ -51,6 +54,7 @@ class Mid(nn.Module):
         h = h if self.shift is None else h + self.shift
         if self.conv.training:
             h = h * 3
+        h = h * self.inner.act.level * self.inner.rest[0].level
         return h * 2 if self.conv.bias is None else h
 
 
@@ -69,6 +73,8 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "method": lambda mid: setattr(mid, "scaled", lambda h: 5 * h),
     "class": of_class,
     "of a layer": lambda mid: setattr(mid.conv, "scale", 5.0),
+    "of a layer inside": lambda mid: setattr(mid.inner.act, "level", 5.0),
+    "of a layer by its number": lambda mid: setattr(mid.inner.rest[0], "level", 5.0),
     "by a weak reference": lambda mid: setattr(mid.schedule(), "gain", 5.0),
     "slice": lambda mid: setattr(mid, "span", slice(5)),
     "time": lambda mid: setattr(mid, "wait", datetime.timedelta(seconds=5)),
