@@ -15,6 +15,7 @@ from detachnet.surgery.cuts import TOLD
 from detachnet.surgery.modules import hooks_of
 from detachnet.surgery.plan import BASE, Cuts, ModelPlan
 from detachnet.surgery.tracer import PREFIX, Spec, leaves_of
+from detachnet.surgery.whole import OWN_TENSOR
 
 if TYPE_CHECKING:
     from detachnet.surgery.detachable import DetachableNet
@@ -67,7 +68,8 @@ def _hints(analysis: CutAnalysis, name: str, cut: str) -> list[str]:
 
 def left_out(net: DetachableNet) -> tuple[str, ...]:
     """What the model's own forward leaves for a later pass, or does without an effect on values."""
-    return tuple(f"the family does without {reason}" for reason in net._lost if reason.counts or reason.is_soft)
+    lost = [reason for reason in net._lost if (reason.counts or reason.is_soft) and reason.what != OWN_TENSOR]
+    return tuple(f"the family does without {reason}" for reason in lost)
 
 
 def left_out_hooks(net: DetachableNet) -> tuple[str, ...]:

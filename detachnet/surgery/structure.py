@@ -40,7 +40,7 @@ class Structure:
             (path, held, _sizes(held))
             for path, module in every.items()
             for held in (module._parameters, module._buffers)
-            if path in read or isinstance(module, _CONTAINERS) or not names.isdisjoint(held)
+            if path in read or isinstance(module, _CONTAINERS) or not names.isdisjoint({*held, *_OF_ALL})
         ]
         self._empty = [(path, held) for path, held, sizes in tensors if not sizes]
         self._tensors = [entry for entry in tensors if entry[2]]
@@ -89,6 +89,7 @@ class Structure:
         self._counts = counts
 
 
+_OF_ALL = ("parameters", "named_parameters", "_parameters", "buffers", "named_buffers", "_buffers", "state_dict")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 

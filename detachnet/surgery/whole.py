@@ -295,9 +295,11 @@ class Watch:
             if name in owner._buffers:
                 self.note(f"{name!r} changed in place")
             elif isinstance(vars(owner).get(name), torch.Tensor):  # one that the forward pass has made, or holds
-                self.note("a tensor of its own changed in place", counts=True)
+                self.note(OWN_TENSOR, counts=True)
 
 
+OWN_TENSOR = "a tensor of its own changed in place"
+"""Of which each pass gets a copy, so that nothing is lost where it was made in that pass."""
 _ABSENT = object()
 _CONTEXTS = ("no_grad", "inference_mode", "autocast", "autocast", "save_on_cpu or checkpointing")
 _RANDOM = ("Python's random numbers", "NumPy's random numbers", "random numbers outside the graph")

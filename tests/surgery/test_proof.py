@@ -708,6 +708,7 @@ def filled(x: Tensor) -> Tensor:
 def test_each_pass_writes_into_a_tensor_of_its_own(middle: Callable[[Tensor], Tensor]) -> None:
     model = Net(middle).double()
     net, x = detachnet.make_detachable(model, ["a"], (3, 16, 16)), torch.randn(4, 3, 16, 16, dtype=torch.double)
+    assert net.plan.hints == ()
     for _ in range(2):
         net(x).sum().backward()
     net.eval(), model.eval()
