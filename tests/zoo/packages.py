@@ -358,7 +358,8 @@ def judge(model: nn.Module, size: Size, asked: dict[str, Any]) -> tuple[str, lis
         net = detachnet.make_detachable(model, input_size=size, **asked)
     except detachnet.DetachNetError as error:
         return "refused", [f"{error.summary} ({error.what})" if getattr(error, "what", "") else error.summary]
-    rules = Rules(size, draws=DRAWS if draws(pristine, size) else DRAWS[:1], images=2, modes=(True, False))
+    few = DRAWS if draws(pristine, size) else DRAWS[:1]
+    rules = Rules(size, draws=few, images=4, modes=(True, False))  # norms over two single pixels amplify rounding
     difference = compared(pristine, net, rules)
     told = [*net.plan.hints, net.plan.checked, *(f"whole: {p} ({w})" for p, w in net.plan.whole.items())]
     if difference:
