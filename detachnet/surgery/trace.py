@@ -310,7 +310,9 @@ def _take_constants(
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors have the same values; without values they are never."""
-    return not (one.is_meta or other.is_meta) and one.dtype == other.dtype and torch.equal(one, other)
+    if one.is_meta or (one.device, one.dtype) != (other.device, other.dtype):
+        return False
+    return torch.equal(one, other)
 
 
 def _copy_what_is_written(root: Root, graph: fx.Graph) -> None:
