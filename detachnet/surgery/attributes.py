@@ -99,19 +99,14 @@ def _chained(code: CodeType) -> frozenset[tuple[str, str]]:
     """Pairs of names of which code reads the second of the first, as in `.conv.gain` or `[0].gain`."""
     steps, pairs = list(dis.get_instructions(code)), set[tuple[str, str]]()
     for i, step in enumerate(steps[1:], 1):
-        if step.opname in _READS:
-            before = steps[i - 1]
-            if before.opname in _READS:
-                pairs.add((before.argval, step.argval))
-            elif "[]" in (before.argrepr, _SUBSCRIPT.get(before.opname)) and type(steps[i - 2].argval) in (
-                int,
-                str,
-            ):
-                pairs.add((str(steps[i - 2].argval), step.argval))
+        before, index = steps[i - 1], steps[i - 2].argval
+        is_item = before.opname == "BINARY_SUBSCR" or before.argrepr == "[]"  # an operator from Python 3.14 on
+        if step.opname in _READS and before.opname in _READS:
+            pairs.add((before.argval, step.argval))
+        elif step.opname in _READS and is_item and type(index) in (int, str):
+            pairs.add((str(index), step.argval))
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return frozenset(pairs.union(*map(_chained, inner)))
 
 
 _READS = ("LOAD_ATTR", "LOAD_METHOD")
-_SUBSCRIPT = {"BINARY_SUBSCR": "[]"}
-"""From Python 3.14 on it is an operator like others, written so."""

@@ -208,7 +208,10 @@ class _Finder:
             return Verdict("per model", "changes what it holds at each call"), self._stacked_layouts(node)
         axes = self._axes(node)
         layouts: list[Layout | None] | None
-        if counts_images(node) or not all(map(self._is_periodic, node.all_input_nodes)):
+        of_images = any(
+            isinstance(self.traced.values[n], Spec) for n in node.all_input_nodes[:1]
+        )  # not of several
+        if (of_images and counts_images(node)) or not all(map(self._is_periodic, node.all_input_nodes)):
             layouts = None  # by numbers that so few images do not reach
         elif draws:
             layouts = self._random_layouts(node, axes)

@@ -128,6 +128,11 @@ def test_functions_kept_whole_run_model_by_model(training: bool) -> None:
         assert_joint_is_separate(net, 100 * torch.randn(batch, *SIZE, dtype=torch.double))
 
 
+def test_a_number_of_several_tensors_is_none_of_images() -> None:
+    model = Net(lambda conv, h: torch.cat(list(conv(h).chunk(8, dim=1)), 1))
+    assert detachnet.make_detachable(model, ["a"], SIZE).plan.checked == ""
+
+
 def test_in_the_models_own_forward_it_is_refused() -> None:
     class Model(Net):
         def forward(self, x: Tensor) -> Tensor:
