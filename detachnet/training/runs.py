@@ -141,7 +141,7 @@ class RunFolder:
         """Write `metrics.jsonl`."""
         replace_file(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    def write_info(self, device: torch.device, train_s: float, wait_s: float, images: int) -> None:
+    def write_info(self, device: torch.device, train_s: float, wait_share: float | None, images: int) -> None:
         """Write `run.json`."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
         packages = ("detachnet", "torch", "torchvision", "timm", "accelerate")
@@ -153,7 +153,7 @@ class RunFolder:
             **{package: version(package) for package in packages},
             "data_root": str(Path(self.data_root).resolve()) if self.data_root else None,
             "train_s": round(train_s, 1),
-            "wait_share": round(wait_s / train_s, 3) if train_s else None,
+            "wait_share": wait_share,
             "images_per_s": round(images / train_s, 1) if train_s else None,
         }
         replace_file(self.info, (json.dumps(info, indent=1) + "\n").encode())

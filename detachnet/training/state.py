@@ -53,6 +53,11 @@ class RunState:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def wait_share(self) -> float | None:
+        """Share of the training time spent waiting for images, to a thousandth; None before any."""
+        return round(self.wait_s / self.train_s, 3) if self.train_s else None
+
+    @property
     def family(self) -> DetachableNet:
         """What is evaluated and written: the averaged weights if there are such, else those that are trained."""
         family: DetachableNet = self.averaged.module if self.averaged else self.net

@@ -429,7 +429,7 @@ class _Loop:
         if self.accelerator.is_main_process:
             write(state.family, self.folder.last, state.numbers(self.recipe), state.tensors())
             images = self.updates * self.recipe.train.batch_size
-            self.folder.write_info(self.accelerator.device, state.train_s, state.wait_s, images)
+            self.folder.write_info(self.accelerator.device, state.train_s, state.wait_share, images)
 
 
 def _record(loop: _Loop, status: Status) -> RunResult:
@@ -440,8 +440,7 @@ def _record(loop: _Loop, status: Status) -> RunResult:
         replace_file(folder.results, (json.dumps(table, indent=1) + "\n").encode())
         replace_file(folder.table, result_table(table).markdown().encode())
     loop.accelerator.wait_for_everyone()  # what one process wrote, the others may read from here on
-    wait_share = state.wait_s / state.train_s if state.train_s else 0.0
-    return RunResult(status, folder, table, state.epoch, wait_share)
+    return RunResult(status, folder, table, state.epoch, state.wait_share or 0.0)
 
 
 @contextmanager

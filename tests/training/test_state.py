@@ -57,6 +57,14 @@ def test_the_average_is_told_the_number_of_the_update() -> None:
     torch.testing.assert_close(state.family.base.get_parameter("fc.weight").data, before + 1 - decay)
 
 
+def test_the_share_of_waiting_is_rounded_once() -> None:
+    """What is printed is what `run.json` has: 0.9254 rounded to 93 %, but as 0.925 to 92."""
+    state = fresh()
+    assert state.wait_share is None
+    state.train_s, state.wait_s = 10.0, 9.254
+    assert state.wait_share == 0.925
+
+
 def moved() -> RunState:
     """A state in the midst of its second epoch."""
     state = fresh()
