@@ -180,13 +180,15 @@ class CutAnalysis:
                     )
             what = "" if node is None else "it exists, but its output is not used"
             modules = dict(traced.root.base.named_modules())
+            inside = [valid for valid in valid_names if valid.startswith(f"{name}.")] if name in modules else []
             if node is None and name in modules:
                 what = "there is such a module, but it is not called, or returns no single tensor"
+                what = "there is such a module, but only what is in it is called" if inside else what
             raise CutError(
                 f"cannot cut {model} at {name!r}: no node has that name",
                 what=what,
                 hint="detachnet.find_cuts(model) lists the valid cuts",
-                nearest=nearest(name, valid_names) or nearest(name, traced.names),
+                nearest=inside[:-4:-1] or nearest(name, valid_names) or nearest(name, traced.names),
                 node=name,
             )
         if node in self.valid:

@@ -51,6 +51,23 @@ def test_unknown_cut_shows_the_nearest_names() -> None:
     assert error.value.node == "conv3"
 
 
+def test_a_module_of_which_only_the_layers_are_called_names_the_last_of_them() -> None:
+    class Listed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(torch.nn.Conv2d(3, 3, 3) for _ in range(5))
+            self.fc = torch.nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+    with pytest.raises(detachnet.CutError, match="only what is in it is called") as error:
+        cut(Listed(), "blocks", size=(3, 16, 16))
+    assert error.value.candidates == ("blocks.4", "blocks.3", "blocks.2")
+
+
 def test_crossed_cut_names_the_crossing_node() -> None:
     with pytest.raises(detachnet.CutError, match=r"at 'branch': 'stem' also crosses it") as error:
         cut(models.Skip(), "branch")
