@@ -39,6 +39,8 @@ _HOLDERS = (SimpleNamespace, Namespace, UserDict, UserList, ChainMap, local)
 """What of them holds what a user puts there."""
 _COMMON = (random._inst, np.random.mtrand._rand)
 """What `from random import random` and NumPy's functions are methods of."""
+TRACED = "a traced value"
+"""The mark of what a pass makes while it is traced."""
 MOST = 256
 """Items of a container that are looked at; of longer ones only their number."""
 LONGEST = 1 << 14
@@ -79,6 +81,12 @@ def content(  # noqa: PLR0911  # one for each kind
         and all(isinstance(p, PLAIN) for p in value)
     ):
         return len(value), hash(tuple(value))
+    if (
+        isinstance(value, dict)
+        and MOST < len(value) <= LONGEST
+        and all(isinstance(p, PLAIN) for p in value.values())
+    ):
+        return len(value), hash(tuple((str(key), part) for key, part in value.items()))
     parts = [*parts, *_of_class(value)]
     grows = isinstance(value, list | deque)
     inner = [(k, p) for k, p in parts if mark or grows or not isinstance(p, SINGLE)]
@@ -99,7 +107,7 @@ def _of_class(value: Any) -> list[tuple[str, Any]]:
 def mark_of(value: Any) -> Any:
     """Which tensor, traced value, module or function something is."""
     if isinstance(value, fx.Proxy | fx.Node):
-        return "a traced value"
+        return TRACED
     written = value._version if isinstance(value, Tensor) and not value.is_inference() else 0
     return type(value).__name__, id(value), written
 

@@ -112,6 +112,7 @@ class DetachableNet(nn.Module):
         self._example, self._leaves = traced.eval.image.example(), traced.leaves
         self._lost, self._told_of_autocast = traced.lost, False
         self._asks_for_dtype = any(reason.what.endswith(".dtype") for reason in traced.lost)
+        self._dtype, self._follows_dtype = weight_of(self.base).dtype, True
         self._modal = [(path, self.base.get_submodule(path)) for path in traced.modal]
         self._filled = traced.filled
         self._of_width = view_sources(narrowing or Narrowing(traced), self.plan, self._statistics)
@@ -132,7 +133,7 @@ class DetachableNet(nn.Module):
                 for path, part in source.slices(self):
                     put(self, path, part)
         sliced = {path for both in self._of_width.values() for path in both[False].sliced_layers}
-        self._structure = Structure(self.base, traced.read, sorted(sliced))
+        self._structure = Structure(self.base, read, sorted(sliced))
 
     def _count_own_params(self) -> None:
         """Note in the plan how many parameters each model has that are not the base-model's."""
@@ -227,8 +228,14 @@ class DetachableNet(nn.Module):
                 f"the family is made for images {by(self.plan.input_size)}, not {by(tuple(x.shape[1:]))}",
                 hint="make_detachable(model, cuts, input_size=...) makes one for another size",
             )
-        if models == (BASE,) and not features and tuple(x.shape[1:]) != self.plan.input_size:
-            made = self.base(x)  # a trace holds decisions by the size it was made at
+        is_other = self._asks_for_dtype and x.dtype.is_floating_point != self._example.dtype.is_floating_point
+        if is_other and models != (BASE,):
+            raise StepDownError(
+                f"{self.plan.model} asks for a dtype: the family is made for {self._example.dtype}, not {x.dtype}",
+                hint="make_detachable(model, cuts, example_input=images) makes one for these",
+            )
+        if models == (BASE,) and not features and (is_other or tuple(x.shape[1:]) != self.plan.input_size):
+            made = self.base(x)  # a trace holds decisions by the size and the dtype it was made with
         else:
             made = self._view(models, features)(self, x)
             if not torch.compiler.is_compiling():
@@ -256,6 +263,13 @@ class DetachableNet(nn.Module):
         yield
         for buffer, before in zip(buffers, kept, strict=True):
             buffer.data.copy_(before)  # unseen by autograd, which has no use for them
+
+    def _forget_joint_passes(self) -> None:
+        """Have passes written anew, by what joins the images of a batch now: hooks of layers may."""
+        self._views = {}
+        for both in self._of_width.values():
+            for source in both.values():
+                source.is_found = False
 
     def prepare(self, models: Sequence[str], features: bool = False) -> None:
         """Write the pass through some models now, not when it is first run: torch.compile then sees all of it.

@@ -21,6 +21,7 @@ from detachnet.surgery.graph import TracedGraph
 from detachnet.surgery.modules import copies_of_computed_tensors
 from detachnet.surgery.outside import Outside
 from detachnet.surgery.state import Readings
+from detachnet.surgery.structure import Structure
 from detachnet.surgery.tracer import leaves_of, thaw
 
 if TYPE_CHECKING:
@@ -35,9 +36,11 @@ def twin(net: DetachableNet, memo: dict[int, Any]) -> DetachableNet:
     made: DetachableNet = type(net).__new__(type(net))
     shared = {name: value for name, value in vars(net).items() if name not in ("_modules", "_buffers")}
     same = {False: frozenset[str](), True: frozenset[str]()}
-    vars(made).update(shared, _read=Readings(), _modal=[], _others=same)  # nothing changes while a copy runs
+    vars(made).update(
+        shared, _read=Readings(), _modal=[], _others=same, _follows_dtype=net._asks_for_dtype
+    )  # nothing changes while a copy runs
     both: dict[str, Any] = copy.deepcopy({"_modules": net._modules, "_buffers": net._buffers}, memo)
-    vars(made).update(both)
+    vars(made).update(both, _structure=Structure(both["_modules"]["base"], {}, ()))
     return made
 
 

@@ -41,6 +41,7 @@ from detachnet.surgery.modules import (
     weight_of,
 )
 from detachnet.surgery.tracer import Spec, leaves_of, thaw
+from detachnet.surgery.whole import Reason
 
 SEEDS = 5
 """Times that an operation which draws random numbers is tried."""
@@ -61,7 +62,11 @@ class _UnfitError(Exception):
 
 
 def find_coupling(
-    traced: TracedGraph, second: Mapping[fx.Node, Any], training: bool, net: nn.Module
+    traced: TracedGraph,
+    second: Mapping[fx.Node, Any],
+    training: bool,
+    net: nn.Module,
+    hooks: Mapping[str, Reason],
 ) -> dict[fx.Node, Verdict] | None:
     """The verdicts that running the nodes gives; None where there are no weights to run with.
 
@@ -70,23 +75,30 @@ def find_coupling(
         second: Its values at another batch size, as `TracedGraph.propagate(PROBE_BATCH + 1)` gives them.
         training: That mode.
         net: What the graph's targets refer to; it is left as it is, the random state too.
+        hooks: Path of a layer -> its hooks, which see the images of all models at once where it runs once.
     """
     like = weight_of(net)
     if like.is_meta:
         return None
     with random_states_kept(like.device), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         torch.manual_seed(0)
-        return _Finder(traced, second, training, net, like).find()
+        return _Finder(traced, second, training, net, like, hooks).find()
 
 
 class _Finder:
     """Walks a graph front to back; knows of each value where its images are."""
 
     def __init__(
-        self, traced: TracedGraph, second: Mapping[fx.Node, Any], training: bool, net: nn.Module, like: Tensor
+        self,
+        traced: TracedGraph,
+        second: Mapping[fx.Node, Any],
+        training: bool,
+        net: nn.Module,
+        like: Tensor,
+        hooks: Mapping[str, Reason],
     ) -> None:
         self.traced, self.second, self.net, self.like = traced, second, net, like
-        self.listed = Coupling(traced, training)
+        self.listed, self.hooks = Coupling(traced, training), hooks
         self.layouts: dict[fx.Node, list[Layout | None]] = {}
         """Pixel-dependent node -> the layout of each tensor in its value; None for one without images."""
         self.full: dict[fx.Node, Any] = {}
@@ -124,6 +136,9 @@ class _Finder:
             raise MeetError(listed.why)
         if listed.how == "per model":
             return listed, self._stacked_layouts(node)
+        if said := self._hooks_of(node):
+            why = f"has {said}, which may join the images of a batch"
+            return Verdict("per model", why), self._stacked_layouts(node)
         if self._is_rowwise(node) and (same := self._layouts_like_input(node)):
             return ONCE, same
         key = self._signature(node)
@@ -179,6 +194,11 @@ class _Finder:
         module = self.net.get_submodule(str(node.target))
         plain = type(module).__module__ in _ROWWISE and not isinstance(module, nn.MultiheadAttention)
         return plain and not hasattr(module, "dim") and not (module._forward_hooks or module._forward_pre_hooks)
+
+    def _hooks_of(self, node: fx.Node) -> str:
+        """The hooks of a layer that a node calls, in words."""
+        target = f"{node.target}." if node.op == "call_module" else "-"
+        return next((reason.what for path, reason in self.hooks.items() if f"{path}.".startswith(target)), "")
 
     def _signature(self, node: fx.Node) -> str:
         """What an operation's verdict depends on; empty where that is more than text can say."""

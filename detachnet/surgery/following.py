@@ -29,7 +29,9 @@ def follow(net: DetachableNet) -> None:
     for copied in net._copied:
         copied.follow()
     net._structure.tell_of_hooks()
-    if other := net._structure.changed():
+    if net._structure.is_hooked_anew():
+        net._forget_joint_passes()
+    if other := net._structure.changed(net.base):
         logger.warning("%s is traced again: other parts of %s", net.plan.model, other)
     changed = net._read.changed()
     for reading in changed:
@@ -39,7 +41,7 @@ def follow(net: DetachableNet) -> None:
         net._others = net._others | {net.training: others}
         names = ", ".join(repr(path) if path else "the model itself" for path in sorted(moved))
         logger.warning("%s is traced again: another mode of %s", net.plan.model, names)
-    if other or changed or moved or (net._asks_for_dtype and _has_another_dtype(net)):
+    if other or changed or moved or (net._follows_dtype and _has_another_dtype(net)):
         with torch.inference_mode(False):
             _trace_again(net, other)
 
@@ -130,11 +132,15 @@ def _check_spans(net: DetachableNet, changed: str) -> None:
 
 def _has_another_dtype(net: DetachableNet) -> bool:
     """Whether the weights have another dtype than the family was traced in; autocast is told, once."""
-    if not net._told_of_autocast and torch.is_autocast_enabled(weight_of(net.base).device.type):
+    if (
+        net._asks_for_dtype
+        and not net._told_of_autocast
+        and torch.is_autocast_enabled(weight_of(net.base).device.type)
+    ):
         net._told_of_autocast = True
         logger.warning("%s decides by a dtype: inside autocast its family may not", net.plan.model)
     like = weight_of(net.base)
-    return like.dtype != net._example.dtype and like.is_floating_point()
+    return like.dtype != net._dtype and like.is_floating_point()
 
 
 def _no_longer_narrow(error: WidthError, changed: str) -> WidthError:

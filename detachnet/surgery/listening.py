@@ -20,8 +20,9 @@ import torchvision
 from torch import fx, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from detachnet.surgery.attributes import names_of
 from detachnet.surgery.modules import TURN
-from detachnet.surgery.variables import functions_of, is_users
+from detachnet.surgery.variables import OF_MODULES, functions_of, is_users
 from detachnet.surgery.whole import Watch
 
 _local = threading.local()
@@ -80,13 +81,17 @@ class _Patches:
         self.tracing += 1
         if self.tracing == 1:
             for owner, name, make in _REPLACED:
-                self.originals.append((owner, name, vars(owner)[name]))
-                setattr(owner, name, make(vars(owner)[name]))
+                self.originals.append((owner, name, vars(owner).get(name)))
+                setattr(owner, name, make(vars(owner).get(name, getattr(owner, name))))
 
     def __exit__(self, *_: object) -> None:
         self.tracing -= 1
         while not self.tracing and self.originals:
-            setattr(*self.originals.pop())
+            owner, name, original = self.originals.pop()
+            if original is None:  # it has that of its own class
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
         while not self.tracing and self.asking:
             del self.asking.pop()["isinstance"]
         TURN.release()
@@ -138,6 +143,26 @@ def _noted_question(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*args, **kwargs)
 
     return ask
+
+
+def _noted_getattribute(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_attribute(self: nn.Module, name: str) -> Any:
+        if (name not in OF_MODULES or name == "training") and (watch := _current()):
+            watch.reads(self, name)
+        return original(self, name)
+
+    return get_attribute
+
+
+def _noted_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Parameters themselves, of which there are twins: what these take gradients for is another matter."""
+
+    def parameters(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if (watch := _current()) and "requires_grad" in names_of(sys._getframe(1).f_code):
+            watch.note("a question about .requires_grad", decides=True)
+        return original(self, *args, **kwargs)
+
+    return parameters
 
 
 def _noted_setattr(original: Callable[..., None]) -> Callable[..., None]:
@@ -194,7 +219,9 @@ _REPLACED: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (torch.autograd.Function, "apply", _traced_apply),
     (torch.autocast, "__init__", _told_device),
     (torch.autocast, "__enter__", _noted_autocast),
+    (nn.Module, "__getattribute__", _noted_getattribute),
     (nn.Module, "__setattr__", _noted_setattr),
+    *((nn.Module, name, _noted_parameters) for name in ("parameters", "named_parameters")),
     (nn.Module, "register_buffer", _noted_register),
     *((nn.Module, name, _traced_parameter) for name in ("get_parameter", "get_buffer")),
     (torch.jit.ScriptFunction, "__call__", _traced_script),

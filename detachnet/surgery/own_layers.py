@@ -75,7 +75,7 @@ def _shapes(layer: nn.Module) -> dict[str, torch.Size]:
 
 
 def copied_parts(net: nn.Module, sources: Sources, statistics: Statistics) -> Iterator[Copied]:
-    """What of the sub-models' own norms is to follow the base-model's layers.
+    """What of the sub-models' own norms and heads is to follow the base-model's layers.
 
     Args:
         net: The family.
@@ -84,21 +84,20 @@ def copied_parts(net: nn.Module, sources: Sources, statistics: Statistics) -> It
     """
     for name in sources:
         for path, place in sources[name][False].private.get(name, {}).items():
-            if place == NORMS:
-                keeps = statistics.get(path, ())
-                theirs = dict(net.get_submodule(f"{BASE}.{path}").named_modules())
-                for inner, part in net.get_submodule(f"{NORMS}.{folder(name)}.{path}").named_modules():
-                    if part is not theirs.get(inner, part) and not isinstance(part, _BatchNorm):
-                        yield Copied(theirs[inner], part, inner in keeps)
+            keeps = statistics.get(path, ())
+            theirs = dict(net.get_submodule(f"{BASE}.{path}").named_modules())
+            for inner, part in net.get_submodule(f"{place}.{folder(name)}.{path}").named_modules():
+                if part is not theirs.get(inner, part) and not isinstance(part, _BatchNorm):
+                    yield Copied(theirs[inner], part, place == HEADS or inner in keeps)
 
 
 class Copied:
-    """A part of a layer that a sub-model has a copy of, for the statistics in it, and the base-model's part.
+    """A part of a layer that a sub-model has a copy of, for what is its own in it, and the base-model's part.
 
     Args:
         original: The base-model's.
         copied: The sub-model's.
-        keeps: Whether it keeps statistics itself, so that its tensors are its own.
+        keeps: Whether its tensors are its own: a head's are, and those of what keeps statistics.
     """
 
     def __init__(self, original: nn.Module, copied: nn.Module, keeps: bool) -> None:

@@ -21,6 +21,7 @@ from detachnet.surgery.plan import BASE, DetachPlan, ModelPlan
 from detachnet.surgery.routes import Route, Span, bridge_place, folder, owner
 from detachnet.surgery.statistics import Statistics
 from detachnet.surgery.tracer import PREFIX, PROBE_BATCH
+from detachnet.surgery.whole import hooked
 from detachnet.surgery.widths.choice import Kept
 from detachnet.surgery.widths.patch import kept_along_axes
 from detachnet.surgery.widths.reading import SlicedLayer, SlicedTensor
@@ -173,9 +174,10 @@ class ViewSource:
         """Find what joins the images of a batch by running the graph's nodes on a family's weights, once."""
         if self.is_found:
             return
+        hooks = hooked(net)
         if self.choice is not None:
             net = narrow_root(_model_of(net), self.choice)
-        found = find_coupling(self.traced, self.second_probe, self.training, net)
+        found = find_coupling(self.traced, self.second_probe, self.training, net, hooks)
         if found is not None:
             self.coupling, self.is_found = Coupling(self.traced, self.training, found), True
 

@@ -318,7 +318,7 @@ class _Prover:
             for node, verdict in source.coupling.found.items():
                 if verdict.how == "never":
                     said[f"{source.traced.describe(node)} {verdict.why}: the models run one after another"] = None
-                elif verdict.how == "per model" and "joins" in verdict.why:
+                elif verdict.how == "per model" and "join" in verdict.why:
                     said[f"{source.traced.describe(node)} {verdict.why} and runs model by model"] = None
         return list(said)
 
@@ -388,6 +388,7 @@ class _Prover:
     def _refusal(self, said: str, what: str = "", owner: str = "", short: str = "") -> TraceError:
         """A refusal that names the module to keep whole."""
         base = self.net.base
+        owner = owner if owner in dict(base.named_modules()) else ""
         while owner and isinstance(base.get_submodule(owner), _TORCHS):
             owner = owner.rpartition(".")[0]  # torch's own layers are kept whole anyway
         module = base.get_submodule(owner) if owner else base

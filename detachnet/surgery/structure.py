@@ -26,14 +26,16 @@ class Structure:
 
     def __init__(self, model: nn.Module, read: Mapping[str, frozenset[str]], sliced: Collection[str]) -> None:
         every = {path: m for path, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+        self._model = model
         parents = [(p, m) for p, m in every.items() if m._modules or p in read or isinstance(m, _CONTAINERS)]
         self._parts = [(path, module._modules, dict(module._modules)) for path, module in parents]
         self._forwards = [(path, vars(module), vars(module).get("forward")) for path, module in parents]
         self._hooks = [(path, getattr(every[path], kind)) for path in read for kind in _HOOKS]
         self._counts = [len(hooks) for _, hooks in self._hooks]
-        layers = [(path, every[path]) for path in sliced]
-        self._layers = [(path, layer, _kind_of(layer)) for path, layer in layers]
-        self._held = [entry for _, layer in layers for entry in _held_by(layer)]
+        layers = (module for path, module in every.items() if path not in read)
+        self._unhooked = [hooks for layer in layers for kind in _HOOKS if not (hooks := getattr(layer, kind))]
+        self._layers = [(path, every[path], _kind_of(every[path])) for path in sliced]
+        self._held = [entry for _, layer, _ in self._layers for entry in _held_by(layer)]
         self._opened = [_Opened(path, every[path], names) for path, names in read.items()]
         names = frozenset[str]().union({"forward"}, *read.values())
         tensors = [
@@ -52,8 +54,10 @@ class Structure:
             if name in names and (callable(code) or hasattr(type(code), "__get__"))
         ]
 
-    def changed(self) -> str:
+    def changed(self, model: nn.Module) -> str:
         """The first module that has other parts, tensors or another forward now; empty if none has."""
+        if model is not self._model:
+            return "net.base"
         return next((place or "the model itself" for place in self._changes()), "")
 
     def _changes(self) -> Iterator[str]:
@@ -73,6 +77,13 @@ class Structure:
                 return path
         self._held = [entry for _, layer, _ in self._layers for entry in _held_by(layer)]
         return ""
+
+    def is_hooked_anew(self) -> bool:
+        """Whether a layer that is called has hooks for the first time."""
+        if not any(self._unhooked):
+            return False
+        self._unhooked = [hooks for hooks in self._unhooked if not hooks]
+        return True
 
     def tell_of_hooks(self) -> None:
         """Warn of hooks that were added since to what a trace goes through, once each: they are not called."""

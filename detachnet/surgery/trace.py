@@ -21,14 +21,14 @@ from torch.fx.node import map_aggregate
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from detachnet.errors import TraceError, nearest
-from detachnet.surgery.attributes import asking_for_mode, attributes_read, read_of_layers
+from detachnet.surgery.attributes import attributes_read
 from detachnet.surgery.generators import generators_kept, generators_of
 from detachnet.surgery.graph import Root, TracedGraph, TracedModel, UnrunnableError, writes_in_place
 from detachnet.surgery.modules import copy_model, meta_twin, random_states_kept, weight_of
 from detachnet.surgery.outside import Outside
 from detachnet.surgery.settle import cut_gradients, settle_augmented
 from detachnet.surgery.tracer import NO_LEAVES, PREFIX, PROBE_BATCH, Leaves, Spec, Tracer
-from detachnet.surgery.variables import functions_in, functions_of, names_in, reached_by
+from detachnet.surgery.variables import OF_MODULES, functions_in, functions_of, names_in, reached_by
 from detachnet.surgery.whole import LostError, Reason, hooked
 from detachnet.zoo import default_input_size
 
@@ -132,15 +132,40 @@ def _traced(
         made.whole = outer
     written = {name for tracer in tracers for name in tracer.watch.written}
     opened = {path: module for tracer in tracers for path, module in tracer.watch.opened.items()}
+    asked = _asked(model, tracers)
     return TracedModel(
         *(graphs[True], graphs[False], constants, type(model).__name__, leaves),
         whole=outer,
         lost=lost,
         read=attributes_read(opened, written),
-        of_layers=read_of_layers(opened),
+        of_layers=_read_of_layers(asked, opened),
         filled=filled,
-        modal=asking_for_mode(opened),
+        modal=tuple(path for path, (_, names) in asked.items() if "training" in names),
     )
+
+
+def _asked(model: nn.Module, tracers: Sequence[Tracer]) -> dict[str, tuple[nn.Module, set[str]]]:
+    """Path of a module that a forward pass has asked for attributes → the module, and their names."""
+    found: dict[str, tuple[nn.Module, set[str]]] = {}
+    for tracer in tracers:
+        twins = {path: id(twin) for path, twin in tracer.root.get_submodule(PREFIX.rstrip(".")).named_modules()}
+        for path, module in model.named_modules():
+            if names := tracer.watch.asked.get(twins.get(path, 0)):
+                found.setdefault(path, (module, set()))[1].update(names)
+    return found
+
+
+def _read_of_layers(
+    asked: Mapping[str, tuple[nn.Module, set[str]]], opened: Mapping[str, nn.Module]
+) -> dict[str, frozenset[str]]:
+    """Path of a layer → the names by which a forward pass around it has read what it holds; not its own names."""
+    found = {}
+    for path, (module, names) in asked.items():
+        is_users = not type(module).__module__.startswith("torch.")
+        if not (isinstance(module, torch.jit.ScriptModule) or (is_users and path in opened)):
+            held = names & vars(module).keys() - {*OF_MODULES, "forward"}
+            found[path] = frozenset(name for name in held if is_users or name[:1] != "_")
+    return found
 
 
 def _lost(model: nn.Module, tracers: Sequence[Tracer]) -> tuple[Reason, ...]:

@@ -117,6 +117,8 @@ class Tracer(fx.Tracer):
         self._probes = [Probe(self, image.example(batch)) for batch in (PROBE_BATCH, PROBE_BATCH + 1)]
         self._elsewhere = OtherBatches(self._values, (PROBE_BATCH, PROBE_BATCH + 1))
         self.probing = False
+        self.refused: fx.proxy.TraceError | None = None
+        """What was raised where a forward pass decides by values."""
         self._image = image
         self._thread = threading.get_ident()
 
@@ -129,7 +131,10 @@ class Tracer(fx.Tracer):
         """Trace with factory functions (`torch.zeros(x.shape[0], …)`) as operations of the graph."""
         self.with_gradients = torch.is_grad_enabled()
         with watching(self.watch), _factories_traced(self), self.watch.listening():
-            return super().trace(root, concrete_args)
+            graph = super().trace(root, concrete_args)
+        if self.refused is not None:  # and the forward pass went on behind an `except`
+            raise self.refused
+        return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is kept whole."""
@@ -197,6 +202,8 @@ class Tracer(fx.Tracer):
         """An argument of a node; a number of NumPy's as one of Python's, which can be written down."""
         if isinstance(a, torch.Generator):
             self.watch.note("random numbers of its own", decides=True)
+        elif isinstance(a, torch.Tensor) and a.requires_grad and not isinstance(a, nn.Parameter):
+            self.watch.note("a tensor that takes a gradient and is no nn.Parameter", decides=True)
         elif self._is_of_the_twin(a):
             made = "a tensor made of weights, or on their device, as no trace holds it"
             said = "a question about the device of a weight" if isinstance(a, torch.device) else made
@@ -227,7 +234,13 @@ class Tracer(fx.Tracer):
         """Decide by a value that depends on shapes alone."""
         self.watch.decides(obj.node)
         known, value = self.known(obj.node)
-        return bool(value) if known else super().to_bool(obj)
+        if known:
+            return bool(value)
+        try:
+            return super().to_bool(obj)
+        except fx.proxy.TraceError as error:
+            self.refused = error
+            raise
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Unpack a value whose length depends on shapes alone."""
@@ -329,7 +342,7 @@ class _ShapeProxy(fx.Proxy):
     def __getattr__(self, k: str) -> Any:
         if k.startswith("__") and k.endswith("__"):
             raise AttributeError(k)  # what NumPy and others ask for to see whether this is an array
-        self.tracer.watch.asked(k)
+        self.tracer.watch.asks(k)
         return _ShapeAttribute(self, k)
 
     def __setattr__(self, name: str, value: Any) -> None:

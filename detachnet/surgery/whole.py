@@ -27,6 +27,7 @@ from torch import fx, nn
 from torch.utils import checkpoint
 
 from detachnet.surgery.attributes import names_read
+from detachnet.surgery.contents import TRACED
 from detachnet.surgery.generators import drawn_from
 from detachnet.surgery.state import marks_of, state_of
 
@@ -40,7 +41,7 @@ _OURS = (
     random.__file__,
     "<",
 )
-_QUESTIONS = {"device", "dtype", "get_device", "is_contiguous"}
+_QUESTIONS = {"device", "dtype", "get_device", "is_contiguous", "stride"}
 _QUESTIONS_AT_ONCE = {"requires_grad", "grad_fn", "grad", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_mps"}
 """What is asked of a tensor that its twin on the meta device answers in another way."""
 _HOOKS_OF_TENSORS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
@@ -56,12 +57,14 @@ class Reason:
         where: File and line, and its text.
         decides: Whether the trace went one of two ways by it, which no comparison on this machine can excuse.
         counts: Whether it changes what a later pass may read, which no comparison of one pass can show.
+        of_images: Whether that is made of the pass's images, rather than a table for all passes.
     """
 
     what: str
     where: str = ""
     decides: bool = False
     counts: bool = False
+    of_images: bool = False
 
     @property
     def is_soft(self) -> bool:
@@ -78,7 +81,13 @@ def is_soft(why: str) -> bool:
     return "checkpointing" in why or why.startswith(_SOFT)
 
 
-_SOFT = ("a forward hook", "a backward hook", "what is left in", "a decision by .is_contiguous")
+_SOFT = (
+    "a forward hook",
+    "a backward hook",
+    "what is left in",
+    "a decision by .is_contiguous",
+    "a decision by .stride",
+)
 
 
 class LostError(Exception):
@@ -119,6 +128,7 @@ class Watch:
         drawn: The state of torch's random numbers before a function of torch that may draw some.
         written: Names of the attributes that forward passes assign.
         opened: Path of each module whose forward was traced → the module.
+        asked: Of each module that was asked for attributes, by its id, their names.
         marks: Path of each → what it held before, with a mark for each tensor.
     """
 
@@ -126,6 +136,7 @@ class Watch:
     stay_open: tuple[str, ...] = ()
     found: dict[str, Reason] = field(default_factory=dict)
     opened: dict[str, nn.Module] = field(default_factory=dict)
+    asked: dict[int, set[str]] = field(default_factory=dict)
     marks: dict[str, dict[str, Any]] = field(default_factory=dict)
     lost: list[Reason] = field(default_factory=list)
     hooks: dict[str, Reason] = field(default_factory=dict)
@@ -200,10 +211,10 @@ class Watch:
         left = {}
         for path, module in self.opened.items():
             before = self.marks[path]
-            changed = (name for name, now in marks_of(module).items() if before.get(name, _ABSENT) != now)
-            if name := next(changed, ""):
+            changed = [(name, now) for name, now in marks_of(module).items() if before.get(name, _ABSENT) != now]
+            for name, now in changed[:1]:
                 line = _line_of(module, re.compile(rf"\b{re.escape(name)}\b"))
-                left[path] = Reason(f"what is left in {name!r}", line, counts=True)
+                left[path] = Reason(f"what is left in {name!r}", line, counts=True, of_images=TRACED in repr(now))
         return left
 
     @contextmanager
@@ -235,7 +246,12 @@ class Watch:
             if event == "c_return" and before != self.drawn:
                 self.note(_RANDOM[2], decides=True)
 
-    def asked(self, name: str) -> None:
+    def reads(self, module: nn.Module, name: str) -> None:
+        """The forward that is running reads an attribute of a module."""
+        if self.frames:
+            self.asked.setdefault(id(module), set()).add(name)
+
+    def asks(self, name: str) -> None:
         """A traced value is asked for something that its twin answers in another way.
 
         Checkpointing asks, too, in torch 2.11, and is noted as what it is.

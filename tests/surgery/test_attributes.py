@@ -23,6 +23,10 @@ class Schedule:
     gain = 2.0
 
 
+def raised(h: Tensor, act: Any) -> Tensor:
+    return h * act.power  # type: ignore[no-any-return]
+
+
 class Mid(nn.Module):
     """Reads what may be there later, what its layers hold, and a child's mode."""
 
@@ -38,6 +42,9 @@ class Mid(nn.Module):
         self.inner = nn.Module()
         self.inner.act, self.inner.rest = nn.ReLU(), nn.Sequential(nn.ReLU())
         self.inner.act.level = self.inner.rest[0].level = 1.0
+        self.inner.each = nn.ModuleList([nn.ReLU(), nn.ReLU()])
+        for act in self.inner.each:
+            act.level, act.power = 1.0, 1.0
         self.conv.scale, self.span, self.wait = 1.0, slice(2), datetime.timedelta(seconds=1)  # type: ignore[assignment]
 
     def scaled(self, h: Tensor) -> Tensor:
@@ -55,6 +62,8 @@ class Mid(nn.Module):
         if self.conv.training:
             h = h * 3
         h = h * self.inner.act.level * self.inner.rest[0].level
+        for act in self.inner.each:
+            h = raised(h, act) * (3 if act.training else act.level)
         return h * 2 if self.conv.bias is None else h
 
 
@@ -75,6 +84,9 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "of a layer": lambda mid: setattr(mid.conv, "scale", 5.0),
     "of a layer inside": lambda mid: setattr(mid.inner.act, "level", 5.0),
     "of a layer by its number": lambda mid: setattr(mid.inner.rest[0], "level", 5.0),
+    "of a layer in a loop": lambda mid: setattr(mid.inner.each[1], "level", 5.0),
+    "of a layer that a function is given": lambda mid: setattr(mid.inner.each[1], "power", 5.0),
+    "mode of a layer in a loop": lambda mid: mid.inner.each[1].train(),
     "by a weak reference": lambda mid: setattr(mid.schedule(), "gain", 5.0),
     "slice": lambda mid: setattr(mid, "span", slice(5)),
     "time": lambda mid: setattr(mid, "wait", datetime.timedelta(seconds=5)),

@@ -34,6 +34,110 @@ def test_another_head_is_every_models(asked: Any, caplog: pytest.LogCaptureFixtu
     assert net.base.fc.bias.grad is None
 
 
+def test_another_base_model_is_the_familys() -> None:
+    """An average of the weights, or the best copy, put in its place; or another model of the same layers."""
+    net, x = detachnet.make_detachable(models.Around(Level()), ["a"], SIZE).eval(), torch.randn(4, *SIZE)
+    before = net(x, which="all")
+    net.base = copy.deepcopy(net.base)
+    torch.testing.assert_close(net(x, which="all"), before)
+    net.base.mid.level = 3.0
+    joint = net(x, which="all")
+    torch.testing.assert_close(joint["base"], net.base(x))
+    assert not torch.allclose(joint["sub0"], before["sub0"])
+    net.base = models.Around(nn.Tanh()).eval()
+    torch.testing.assert_close(net(x), net.base(x))
+
+
+class Level(nn.Module):
+    """Times a number that is scheduled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.level = nn.ReLU(), 1.0
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.act(h) * self.level  # type: ignore[no-any-return]
+
+
+class Scaled(nn.Linear):
+    """A head with a scale that is scheduled."""
+
+    scale = 1.0
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.scale * F.linear(F.normalize(h), F.normalize(self.weight))
+
+
+def test_a_private_head_follows_what_a_loop_schedules() -> None:
+    model, x = models.Around(nn.Identity()), torch.randn(4, *SIZE)
+    model.fc = Scaled(16, 5)
+    model.fc.scale = 1.0
+    net = detachnet.make_detachable(model, ["a"], SIZE, head="private").eval()
+    before = net(x, which="all")
+    net.base.fc.scale = 64.0
+    after = net(x, which="all")
+    for name in net.names:
+        torch.testing.assert_close(after[name], 64 * before[name])
+
+
+class Standardized(nn.Conv2d):
+    """A convolution of a user's with a gain."""
+
+    gain = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) * self.gain
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def test_a_narrow_layer_follows_what_comes_later() -> None:
+    asked: Any = {"narrow": SubModel(width=0.5)}
+    model, x = models.Around(Standardized(8, 8, 3, 1, 1)), torch.randn(4, *SIZE)
+    net = detachnet.make_detachable(model, asked, SIZE).eval()
+    net(x, which="all")
+    net.base.mid.gain = 3.0
+    after = net(x, which="all")
+    torch.testing.assert_close(after["base"], net.base(x))
+    torch.testing.assert_close(after["narrow"], copy.deepcopy(net)(x, which="narrow"))
+    torch.testing.assert_close(after["narrow"], net.detach("narrow")(x))
+
+
+class OfBytes(models.Around):
+    """Takes bytes as well as numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float() / 255 if x.dtype == torch.uint8 else x)
+
+
+def test_images_of_another_kind_are_the_models_own_or_refused() -> None:
+    net = detachnet.make_detachable(OfBytes(nn.Identity()), ["a"], SIZE).eval()
+    images = torch.randint(0, 256, (4, *SIZE), dtype=torch.uint8)
+    torch.testing.assert_close(net(images), net.base(images))
+    with pytest.raises(
+        detachnet.StepDownError,
+        match=r"asks for a dtype: the family is made for torch.float32, not torch.uint8[\s\S]*example_input",
+    ):
+        net(images, which="all")
+    net = detachnet.make_detachable(OfBytes(nn.Identity()), ["a"], example_input=images).eval()
+    torch.testing.assert_close(net(images, which="all")["base"], net.base(images))
+
+
+class AsItsWeights(models.Around):
+    """Its answer has the dtype of its weights, as transformers have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(next(self.parameters()).dtype) / 3
+
+
+def test_a_family_in_another_precision_is_traced_in_that() -> None:
+    net = detachnet.make_detachable(AsItsWeights(nn.Identity()), ["a"], SIZE).eval()
+    net(torch.randn(4, *SIZE))
+    x = torch.randn(4, *SIZE, dtype=torch.double)
+    joint = net.double()(x, which="all")
+    torch.testing.assert_close(joint["base"], net.base(x), rtol=0, atol=0)
+    assert joint["sub0"].dtype == torch.double
+
+
 def test_the_plan_has_the_costs_of_what_is_there_now() -> None:
     asked: Any = {"behind": "a", "short": SubModel(drop=["a:mid"]), "narrow": SubModel(width=0.5)}
     model = models.Around(nn.Conv2d(8, 8, 3, 1, 1))

@@ -213,6 +213,44 @@ def test_of_common_networks_only_batch_norms_run_model_by_model(name: str) -> No
     assert norms <= {node for node, verdict in source.coupling.found.items() if verdict.how != "once"} == inside
 
 
+def centered(module: nn.Module, given: object, out: Tensor) -> Tensor:
+    return out - out.mean(0, keepdim=True)
+
+
+def halved(module: nn.Module, given: object, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(gradient / gradient.norm() for gradient in gradients)
+
+
+@pytest.mark.parametrize("when", ["before", "later"])
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_what_hooks_of_layers_join(kind: str, when: str) -> None:
+    """They see the images of all models at once where a layer runs once."""
+
+    def hook(model: nn.Module) -> None:
+        conv: nn.Module = model.conv2  # type: ignore[assignment]
+        conv.register_forward_hook(centered)  # type: ignore[arg-type]
+        if kind == "backward":
+            conv._forward_hooks.clear()
+            conv.register_full_backward_hook(halved)  # type: ignore[arg-type]
+
+    model = Mixed().double()
+    if when == "before":
+        hook(model)
+    net = detachnet.make_detachable(model, ["conv1"], (3, 8, 8), check="none")
+    images = torch.randn(4, 3, 8, 8, dtype=torch.double)
+    net(images, which="all")
+    if when == "later":
+        hook(net.base)
+    joint, apart = copy.deepcopy(net), copy.deepcopy(net)
+    together = joint(images, which="all")
+    alone = {name: apart(images, which=name) for name in net.names}
+    for outputs in (together, alone):
+        sum(out.square().sum() for out in outputs.values()).backward()  # type: ignore[union-attr]
+    torch.testing.assert_close(together, alone)
+    for (name, one), two in zip(joint.base.named_parameters(), apart.base.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, msg=name)
+
+
 def test_finding_leaves_the_random_state_and_the_family_alone() -> None:
     net = family(Mixed(shuffled)).train()
     before, state = torch.get_rng_state(), copy.deepcopy(net.state_dict())

@@ -57,7 +57,19 @@ def own_draws() -> dict[str, Any]:
 def own_state() -> dict[str, Any]:
     """What passes may leave for later ones."""
     place = {"mean": torch.zeros(())}
-    return {"last": None, "bank": [], "place": place, "factors": itertools.count(1), "array": np.zeros(1)}
+    return {
+        "last": None,
+        "bank": [],
+        "place": place,
+        "factors": itertools.count(1),
+        "array": np.zeros(1),
+        **loose(),
+    }
+
+
+def loose() -> dict[str, Any]:
+    """Weights of an architecture, as searches keep them."""
+    return {"weights": [torch.ones(2, requires_grad=True)]}
 
 
 class Block(nn.Module):
@@ -130,8 +142,9 @@ def assert_is_the_model(model: nn.Module, net: detachnet.DetachableNet, seed: in
 def assert_nothing_stays() -> None:
     """No patch outlives a trace."""
     for owner, name, _ in _REPLACED:
-        assert not getattr(vars(owner)[name], "__module__", "").startswith("detachnet"), name
-        assert "listening" not in repr(vars(owner)[name])
+        now = vars(owner).get(name)
+        assert not getattr(now, "__module__", "").startswith("detachnet"), name
+        assert "listening" not in repr(now)
     assert torch.is_grad_enabled()
     detachnet.make_detachable(models.Plain(), ["pool"], (3, 8, 8), check="none")
 
@@ -285,6 +298,21 @@ def by_layout(module: Any, x: Tensor) -> Tensor:
     return h
 
 
+def by_stride(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if x.stride(1) == 1 else 1)
+    return h
+
+
+def by_what_is_frozen(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (1 if any(p.requires_grad for p in module.parameters()) else 2)
+    return h
+
+
+def weighed(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * module.weights[0].softmax(0)[0]
+    return h
+
+
 # State.
 
 
@@ -414,6 +442,9 @@ KEPT: dict[Run, str] = {
     by_identity: "a decision by what .dtype is, not by ==",
     by_lookup: "a decision by what .dtype is, not by ==",
     by_layout: "a decision by .is_contiguous",
+    by_stride: "a decision by .stride",
+    by_what_is_frozen: "a question about .requires_grad",
+    weighed: "a tensor that takes a gradient and is no nn.Parameter",
     assigned: "'mean' assigned",
     in_place: "'mean' changed in place",
     replaced: ".data of a tensor assigned",
@@ -437,7 +468,7 @@ KEPT: dict[Run, str] = {
 
 REFUSED = {
     *(in_half_precision, layer_drop, numpy_noise, drawn_outside, by_device, by_place, by_gradient, by_history),
-    *(assigned, in_place, replaced, averaged, own_python, own_numpy, number_taken_out),
+    *(assigned, in_place, replaced, averaged, own_python, own_numpy, number_taken_out, by_what_is_frozen, weighed),
     *(counted, left_in_a_list, left_in_an_object, left_in_itself, given_one_by_one, in_an_array, seeded_anew),
     *(
         by_autocast,
@@ -453,7 +484,7 @@ REFUSED = {
 """What is refused in the model's own forward, which cannot be kept whole."""
 LATER = {kept_for_the_next, first_pass_only, kept_in_a_place}
 """What is refused there because a second pass is another."""
-TOLD = {saved_on_cpu, checkpointed, checkpointed_anew, by_layout}
+TOLD = {saved_on_cpu, checkpointed, checkpointed_anew, by_layout, by_stride}
 """What is left out there, and told in a hint."""
 
 
@@ -1341,3 +1372,32 @@ def test_isinstance_in_a_function_of_another_file(monkeypatch: pytest.MonkeyPatc
     x = torch.randn(2, *SIZE)
     torch.testing.assert_close(net(x), net.base(x))
     assert "isinstance" not in vars(elsewhere)
+
+
+def test_a_decision_by_values_inside_a_try_is_none_of_a_traces() -> None:
+    class Tried(Net):
+        def forward(self, x: Tensor) -> Any:
+            try:
+                raw = bool((x > 100).any())
+            except Exception:
+                raw = False
+            return super().forward(x / 255 if raw else x)
+
+    with pytest.raises(detachnet.TraceError, match=r"needs values that are not there[\s\S]*\.any\(\)"):
+        detachnet.make_detachable(Tried(nn.Identity()), ["a"], SIZE)
+
+
+def test_features_left_for_a_loss_outside_are_told_of() -> None:
+    """Of a model that has run before, too, in which others are found."""
+
+    class Leaving(Net):
+        def forward(self, x: Tensor) -> Any:
+            self.left = {"a": self.a(x)}
+            return self.fc(self.c(self.middle(self.b(self.left["a"]))).mean((2, 3)))
+
+    model = Leaving(nn.Identity())
+    model(torch.randn(2, *SIZE))
+    hints = detachnet.make_detachable(model, ["b"], SIZE).plan.hints
+    assert any(
+        hint.startswith("the family does without what is left in 'left' at test_whole.py") for hint in hints
+    )
