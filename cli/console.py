@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import typer
+from rich.cells import cell_len
 
 from detachnet.errors import DetachNetError, TrainingError, one_line
 
@@ -80,23 +83,90 @@ def show_error(error: DetachNetError, label: str = "Error") -> None:
 
 
 def show(table: Table) -> None:
-    """Print a table and its notes; where there is little room, names of columns take several lines."""
-    from rich.table import Table as Grid
+    """Print a table and its notes, and nothing of it is cropped where there is little room.
 
+    Names of columns and text wrap; where that is not enough, each row is a block with a line for each column.
+    """
     out = console()
-    narrow = max(map(len, table.lines()), default=0) > out.width
-    grid = Grid(header_style="dim", box=None, pad_edge=False, padding=(0, 1, 0, 0) if narrow else (0, 1))
-    for i, name in enumerate(table.header):
-        words = name.replace(" ", "\n") if narrow else name
-        justify: Literal["left", "right"] = "left" if i < table.left else "right"
-        grid.add_column(words, justify=justify, no_wrap=i != table.left - 1 or i == 0, overflow="fold")
-    for row in table.rows:
-        grid.add_row(*map(_escape, row))
+    lines = table.lines()
+    fits = max(map(cell_len, lines), default=0) <= out.width
+    wrapped = table if fits else _wrapped(table, out.width)
     out.print(f"\n[bold]{_escape(table.title)}[/]", soft_wrap=True)
-    out.print(grid)
+    if wrapped is None:
+        _show_blocks(table, out)
+    else:
+        _show_grid(wrapped, out, gap=2 if fits else 1)
     for line in table.notes:
         word, colon, rest = line.partition(":")
         out.print(f"[yellow]{_escape(word)}{colon}[/]{_escape(rest)}", soft_wrap=True)
+
+
+def _show_grid(table: Table, out: Console, gap: int) -> None:
+    """Print a table that fits."""
+    from rich.table import Table as Grid
+
+    grid = Grid(header_style="dim", box=None, pad_edge=False, padding=(0, gap, 0, 0))
+    for i, name in enumerate(table.header):
+        grid.add_column(name, justify="left" if i < table.left else "right", no_wrap=True)
+    for row in table.rows:
+        grid.add_row(*map(_escape, row))
+    out.print(grid)
+
+
+def _show_blocks(table: Table, out: Console) -> None:
+    """Print the rows below each other, each with the names of its columns."""
+    from rich.table import Table as Grid
+
+    for name, *cells in table.rows:
+        out.print(_escape(name), overflow="fold")
+        grid = Grid(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for column, cell in zip(table.header[1:], cells, strict=True):
+            if cell:
+                grid.add_row(f"  {column}", _escape(cell))
+        out.print(grid)
+
+
+def _wrapped(table: Table, room: int) -> Table | None:
+    """A table whose columns of text, but the first, take several lines; None where that does not make it fit.
+
+    They break at spaces; if they must, behind the colons of spans, too.
+    """
+    header = tuple(name.replace(" ", "\n") for name in table.header)
+    columns = list(zip(header, *table.rows, strict=True))
+    for at in (r"\s*\S+", r"\s*:?[^\s:]+:?"):
+        widest = [max(map(_width, column)) for column in columns]
+        least = [
+            max(cell_len(part.strip()) for cell in column for part in re.findall(at, cell) or [""])
+            if 0 < i < table.left
+            else widest[i]
+            for i, column in enumerate(columns)
+        ]
+        spare = room - sum(least) - len(columns) + 1
+        if spare < 0:
+            continue
+        wanted = [most - few for most, few in zip(widest, least, strict=True)]
+        given = [want if sum(wanted) <= spare else want * spare // sum(wanted) for want in wanted]
+        widths = [few + more for few, more in zip(least, given, strict=True)]
+        rows = tuple(tuple(_filled(c, w, at) for c, w in zip(row, widths, strict=True)) for row in table.rows)
+        return replace(table, header=header, rows=rows)
+    return None
+
+
+def _filled(text: str, width: int, at: str) -> str:
+    """A text in lines that are no longer than a width, of the parts that a pattern finds."""
+    lines = [""]
+    for part in re.findall(at, text):
+        if cell_len(lines[-1] + part) > width and lines[-1]:
+            lines.append("")
+        lines[-1] += part if lines[-1] else part.lstrip()
+    return "\n".join(lines)
+
+
+def _width(text: str) -> int:
+    """The width of the longest line."""
+    return max(map(cell_len, text.split("\n")))
 
 
 def note(text: str) -> None:

@@ -20,16 +20,49 @@ ROWS = (
 
 @pytest.mark.parametrize("width", [80, 160])
 def test_a_table_loses_no_digits(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = io.StringIO()
-    monkeypatch.setattr(console, "console", lambda: Console(file=out, width=width, highlight=False))
-    console.show(Table(HEADER, ROWS, "measured"))
-    lines = out.getvalue().splitlines()
+    lines = _shown(Table(HEADER, ROWS, "measured"), width, monkeypatch)
     assert max(map(len, lines)) <= width
     for row in ROWS:
         (shown,) = [line for line in lines if line.startswith(row[0])]
         assert shown.split() == " ".join(row).split()
-    assert "…" not in out.getvalue()
     assert (len(lines) == 5) == (width == 160)  # an empty line, the title, the header in one line or in two
+
+
+SPANS = "features.16:features.22, features.26:features.32, features.39:features.42"
+PLANS = {
+    80: ("sub1  features.16:features.22, –, –    152.8 M  49 % 115.0 M", "      features.39:features.42\n"),
+    60: ("sub1", "  left out    features.16:features.22,", "  bridges     –, –", "  MACs        152.8 M"),
+}
+
+
+@pytest.mark.parametrize("width", PLANS)
+@pytest.mark.parametrize("models", [2, 5])
+def test_a_plan_with_long_spans_loses_nothing(width: int, models: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = ("model", "left out", "bridges", "MACs", "of base", "shared", "parameters", "own")
+    figures = ("152.8 M", "49 %", "115.0 M", "6.5 M", "3.1 k")
+    rows = [("base", "", "", "313.2 M", "100 %", "", "14.7 M", "")]
+    rows += [(f"sub{i}", SPANS, "–, –", *figures) for i in range(models - 1)]
+    shown = _shown(Table(header, tuple(rows), notes=("checked: all",), left=3), width, monkeypatch)
+    assert max(map(len, shown)) <= width
+    text = "\n".join(shown).replace("sub0", "sub1")
+    assert all(line in text for line in PLANS[width])
+    assert all(text.count(part) >= models - 1 for part in (*figures, *SPANS.split(", ")))
+    assert sum(line.startswith("sub") for line in shown) == models - 1
+
+
+def test_the_spans_ends_part_at_their_colon_where_room_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = _shown(
+        Table(("model", "left out", "MACs"), (("sub0", ":features.6:b", "1.0 M"),), left=2), 24, monkeypatch
+    )
+    assert [line.split() for line in shown[-2:]] == [["sub0", ":features.6:", "1.0", "M"], ["b"]]
+
+
+def _shown(table: Table, width: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines on a terminal."""
+    out = io.StringIO()
+    monkeypatch.setattr(console, "console", lambda: Console(file=out, width=width, highlight=False))
+    console.show(table)
+    return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
 def test_what_the_library_says_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
