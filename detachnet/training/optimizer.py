@@ -14,7 +14,6 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from detachnet.errors import RecipeError
 from detachnet.losses import MultiModelLoss
 from detachnet.training.recipe import Recipe
 
@@ -38,13 +37,7 @@ def make_loss(recipe: Recipe) -> MultiModelLoss:
 def make_optimizer(
     recipe: Recipe, net: nn.Module, parameters: Sequence[nn.Parameter], fused: bool
 ) -> torch.optim.Optimizer:
-    """The recipe's optimizer of a network's `parameters`; `fused` makes one kernel of its updates.
-
-    Raises:
-        RecipeError: There is nothing to train.
-    """
-    if not parameters:
-        raise RecipeError("train.freeze_base leaves nothing to train: no step-down has weights")
+    """The recipe's optimizer of a network's `parameters`; `fused` makes one kernel of its updates."""
     table = recipe.optimizer
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         _groups(recipe, net, parameters) if table.norm_bias_lr != 1 else parameters,

@@ -16,9 +16,10 @@ from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.making import make_detachable
 from detachnet.surgery.modules import evaluating
 from detachnet.surgery.ownership import HEADS, NORMS
-from detachnet.surgery.plan import DetachPlan, ModelPlan
+from detachnet.surgery.plan import BASE, DetachPlan, ModelPlan
 from detachnet.surgery.routes import SubModel, folder
 from detachnet.surgery.stepdown import Stem
+from detachnet.text import number_of
 from detachnet.training.data import Source
 from detachnet.training.recipe import Recipe
 from detachnet.training.tables import FilesTable
@@ -127,7 +128,7 @@ def starting_family(
         like: The plan in that checkpoint.
 
     Raises:
-        RecipeError: Its outputs are not those of the classes.
+        RecipeError: Its outputs are not those of the classes, or nothing is left to train.
         CheckpointError: It cannot start from `train.init`.
     """
     on_cuda = device.type == "cuda"
@@ -135,8 +136,7 @@ def starting_family(
     if several and on_cuda:
         net = convert_sync_batchnorm(net)  # timm's, which keeps the activations of its norms
     net.facts = net.facts.updated(data=source.info)
-    if isinstance(recipe.data, FilesTable):
-        check_classes(net)
+    check_classes(net, takes_num_classes(recipe.model.name, recipe.folder))
     if recipe.train.freeze_base and not recipe.train.init and (layers := new_layers(net.base)):
         raise RecipeError(
             f"train.freeze_base would keep {layers[0]!r} untrained, which the published weights do not fit",
@@ -159,11 +159,40 @@ def starting_family(
     for name, parameter in net.named_parameters():
         frozen = recipe.train.freeze_base and name.startswith("base.")
         parameter.requires_grad_(parameter.requires_grad and name in trained and not frozen)
+    _check_trains(net, recipe)
     return net
 
 
-def check_classes(net: DetachableNet) -> None:
+def _check_trains(net: DetachableNet, recipe: Recipe) -> None:
+    """Refuse a training that would change nothing.
+
+    Raises:
+        RecipeError: No parameter takes a gradient.
+    """
+    if any(parameter.requires_grad for parameter in net.parameters()):
+        return
+    if not recipe.train.freeze_base:
+        raise RecipeError(
+            f"there is nothing to train: no parameter of {', '.join(recipe.models)} takes a gradient",
+            hint="parameter.requires_grad_(True) in the function that makes the model",
+        )
+    if recipe.models == (BASE,):
+        raise RecipeError(
+            "train.freeze_base leaves nothing to train: the base-model stays as it is, and no other is trained",
+            hint="--set train.freeze_base=false, or sub-models in [family] and among train.models",
+        )
+    raise RecipeError(
+        "train.freeze_base leaves nothing to train: all layers with weights are the base-model's",
+        hint="--set train.freeze_base=false, or family.head = 'private': sub-models get a last layer of their own",
+    )
+
+
+def check_classes(net: DetachableNet, takes_number: bool = True) -> None:
     """Refuse a family that does not have one output for each class of its data.
+
+    Args:
+        net: The family; outputs other than `(B, N)` are not judged.
+        takes_number: Whether its model has an argument `num_classes`.
 
     Raises:
         RecipeError: It has more or fewer.
@@ -171,11 +200,13 @@ def check_classes(net: DetachableNet) -> None:
     if (data := net.facts.data) is None:
         return
     with evaluating(net), torch.no_grad():
-        outputs = logits(net(torch.zeros(1, *net.plan.input_size))).shape[-1]
-    if outputs != (count := len(data.classes)):
+        out = logits(net(torch.zeros(1, *net.plan.input_size)))
+    if out.dim() == 2 and (outputs := out.shape[1]) != (count := len(data.classes)):
         raise RecipeError(
-            f"the model has {outputs} outputs, but {data.name} has {count} classes",
-            hint=f"--set model.kwargs.num_classes={count}",
+            f"the model has {number_of(outputs, 'output')}, but {data.name} has {count} classes",
+            hint=f"--set model.kwargs.num_classes={count}"
+            if takes_number
+            else f"a last layer of {count} outputs in the function that makes the model",
         )
 
 

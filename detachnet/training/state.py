@@ -157,11 +157,7 @@ def fuses(recipe: Recipe, device: torch.device) -> bool:
 
 
 def new_state(recipe: Recipe, net: DetachableNet, device: torch.device) -> RunState:
-    """The state before the first step.
-
-    Raises:
-        RecipeError: There is nothing to train.
-    """
+    """The state before the first step."""
     parameters = net.parameters_of(recipe.models)
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
     optimizer = make_optimizer(recipe, net, trained, fused=fuses(recipe, device))

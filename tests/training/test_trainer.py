@@ -23,6 +23,7 @@ from detachnet.surgery.enlarging import enlarged
 from detachnet.surgery.layout import image_layout
 from detachnet.training import trainer
 from detachnet.training.optimizer import make_loss, make_optimizer
+from detachnet.training.preview import preview
 from detachnet.training.recipe import load_recipe
 from detachnet.training.start import build_family, start_from
 from detachnet.training.step import TrainingStep
@@ -36,6 +37,9 @@ pytestmark = pytest.mark.usefixtures("little_data")
 
 STEPS = 8
 """Per epoch."""
+
+
+SHARED = ("family.cuts=[]", 'family.models.late.drop=["features.16:features.22"]', "family.norm=shared")
 
 
 @pytest.fixture(scope="module")
@@ -388,10 +392,26 @@ def test_another_precision_in_the_same_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_nothing_left_to_train(base_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(detachnet.RecipeError, match="freeze_base leaves nothing to train"):
-        train(
-            recipe("train.freeze_base=true", f"train.init={base_file}", 'train.models=["base"]'), tmp_path / "run"
-        )
+    options = ["train.freeze_base=true", f"train.init={base_file}"]
+    for chosen, said in (
+        (recipe(*options, 'train.models=["base"]'), "the base-model stays as it is, and no other is trained"),
+        (recipe(*options, *SHARED), "all layers with weights are the base-model's"),
+    ):
+        for run in (preview, lambda chosen: train(chosen, tmp_path / "run")):
+            with pytest.raises(detachnet.RecipeError, match=f"freeze_base leaves nothing to train: {said}"):
+                run(chosen)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outputs", [7, 20])
+def test_outputs_that_are_not_those_of_the_classes(outputs: int, tmp_path: Path) -> None:
+    chosen = recipe(f"model.kwargs.num_classes={outputs}")
+    said = f"the model has {outputs} outputs, but cifar10-mini has 10 classes\n.*--set model.kwargs.num_classes=10"
+    for run in (preview, lambda chosen: train(chosen, tmp_path / "run")):
+        with pytest.raises(detachnet.RecipeError, match=said):
+            run(chosen)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
