@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import friendly, print_json, progress, show
+from detachnet.errors import CheckpointError
+
+from .console import friendly, note, print_json, progress, show
 from .opening import all_test_images, fastest_device, known_root, open_family
 from .options import AsJson, Checkpoint, DataRoot, Download, ModelFile
+
+if TYPE_CHECKING:
+    from detachnet.surgery.detachable import DetachableNet
 
 
 @friendly
@@ -17,10 +23,17 @@ def evaluate(
     data_root: DataRoot = None,
     data: Annotated[str | None, typer.Option(help="Another data set than the one it was trained on.")] = None,
     download: Download = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also write the family to this new file, which says it.")
+    ] = None,
     as_json: AsJson = False,
     model_file: ModelFile = None,
 ) -> None:
     """Measure the test accuracy of each trained model of a family."""
+    if out is not None and data is not None:
+        raise typer.BadParameter("a file says the accuracy on its own data set: not with --data", param_hint="-o")
+    if out is not None and out.exists():
+        raise CheckpointError(f"{out} exists already", hint="name a new file, or remove this one")
     from detachnet.evaluation import evaluate as score
     from detachnet.memory import keep_freed
     from detachnet.text import Table, si
@@ -32,6 +45,8 @@ def evaluate(
     images, count = all_test_images(net, known_root(checkpoint, data_root), download, device, data)
     with progress():
         scores = score(net, images, device)
+    if out is not None:
+        _write(net, out, {model: score["accuracy"] for model, score in scores.items()}, count)
     rows: list[dict[str, Any]] = [
         {
             "model": model,
@@ -57,3 +72,14 @@ def evaluate(
     )
     header = ("model", "MACs", "parameters", "test accuracy", "test loss")
     show(Table(header, cells, f"{path} on {name}, n = {count}"))
+    if out is not None:
+        note(f"\nSaved in {out}.")
+
+
+def _write(net: DetachableNet, out: Path, accuracy: dict[str, float], num_test: int) -> None:
+    """The family with what was measured."""
+    from detachnet.checkpoint.saving import save
+
+    data = net.facts.known_data.model_copy(update={"num_test": num_test})
+    net.facts = net.facts.updated(accuracy=accuracy, data=data)
+    save(net, out)

@@ -217,7 +217,8 @@ class DeadlineRunner:
 
     Raises:
         BudgetError: Even the fastest of the models needs longer, at the 99th percentile and without a queue.
-        MeasurementError: Latencies or accuracies are not known, or an argument is no number.
+        MeasurementError: Latencies or accuracies are not known, an argument is no number, or `models` no list of
+            models.
 
     Examples:
         >>> with DeadlineRunner(family, target_ms=20) as runner:
@@ -405,13 +406,15 @@ class _Request:
 
 def _ladder(family: Family, models: Sequence[str] | None) -> list[str]:
     """The models from the most accurate to the fastest, without those another one beats in both."""
+    if models is not None and (isinstance(models, str) or not models or len(set(models)) < len(models)):
+        raise MeasurementError(
+            f"models={models!r}: give a list of models, each once", hint=f"models={list(family.accuracy)}, or none"
+        )
     for name in models or ():
         if name not in family.accuracy:
             family.latency_s(name)  # names an unknown model
             raise MeasurementError(f"it is not known how accurate {name} is")
-    names = list(models or family.accuracy)
-    if not names:
-        raise MeasurementError(f"{family.path} does not say how accurate its models are")
+    names = list(models or family.known_accuracy())
     names.sort(key=lambda name: (-family.accuracy[name], family.latency_s(name)[0]))
     ladder: list[str] = []
     for name in names:

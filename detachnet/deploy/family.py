@@ -61,7 +61,8 @@ class Family:
         self.path, self.profile = Path(path), measured
         self.names, self.input_size, self.data = backend.names, backend.input_size, backend.data
         self._backend = backend
-        self._is_of_the_zoo = not isinstance(backend, TorchBackend) or backend.net.source is not None
+        is_of_the_zoo = not isinstance(backend, TorchBackend) or backend.net.source is not None
+        self._model_file = "" if is_of_the_zoo else " --model-file FILE.py:FUNCTION"
         costs = [backend.costs(name) for name in backend.names]
         self.macs = {cost.model: cost.macs for cost in costs}
         self.accuracy = {cost.model: cost.accuracy for cost in costs if cost.accuracy is not None}
@@ -129,13 +130,31 @@ class Family:
         given = {"latency_ms": latency_ms, "macs": macs, "memory_mb": memory_mb, "accuracy": accuracy}
         limits = {name: value for name, value in given.items() if value is not None}
         check(limits)
-        if not self.accuracy:
-            raise MeasurementError(
-                f"{self.path} does not say how accurate its models are",
-                hint="train writes it; of your own: net.facts = net.facts.updated(accuracy={'base': 0.9, …})",
-            )
+        accuracy_of = self.known_accuracy()
         needs_latency = latency_ms is not None or set(limits) == {"accuracy"}
-        return choose([self._candidate(n, needs_latency, memory_mb is not None) for n in self.accuracy], limits)
+        return choose([self._candidate(n, needs_latency, memory_mb is not None) for n in accuracy_of], limits)
+
+    def known_accuracy(self) -> dict[str, float]:
+        """`accuracy`, where it is known of a model.
+
+        Raises:
+            MeasurementError: It is of none, with what measures it.
+        """
+        if self.accuracy:
+            return self.accuracy
+        said = f"{self.path} does not say how accurate its models are"
+        if self.data is None:
+            raise MeasurementError(
+                said, hint="net.facts = net.facts.updated(accuracy={'base': 0.9, …}), then save"
+            )
+        is_export = self.path.is_dir()
+        family, new = "RUN" if is_export else self.path, f"measured.safetensors{self._model_file}"
+        then = f"export {new} -o measured" if is_export else f"profile {new}"
+        raise MeasurementError(
+            said,
+            what="they were not measured on test images; a training with data.holdout measures on others",
+            hint=f"detachnet evaluate {family} -o {new} && detachnet {then}",
+        )
 
     def run(self, image: Picture, model: str | None = None, budget_ms: float | None = None) -> Answer:
         """Run one model.
@@ -191,8 +210,9 @@ class Family:
     def _measured(self) -> Profile:
         """The profile, if it is of this device."""
         device = self._backend.device.type
-        of = "" if self._is_of_the_zoo else " --model-file FILE.py:FUNCTION"
-        command = f"detachnet profile {self.path}{of}" + ("" if device == "cpu" else f" --device {device}")
+        command = f"detachnet profile {self.path}{self._model_file}" + (
+            "" if device == "cpu" else f" --device {device}"
+        )
         if self.profile is None:
             raise MeasurementError(f"{self.path} was not measured on a device yet", hint=command)
         measured = self.profile.rows[0].device.partition(":")[0]

@@ -48,7 +48,11 @@ def test_train_evaluate_resume(tmp_path: Path) -> None:
     scores = {row["model"]: row["test_accuracy"] for row in json.loads(out)["models"]}
     rows = json.loads((tmp_path / "runs/quickstart/metrics.jsonl").read_text())
     assert scores == rows["test_accuracy"]
-    assert "n = 100" in run("evaluate", "runs/quickstart/best.safetensors")[1]
+    assert "n = 100" in run("evaluate", "runs/quickstart/best.safetensors", "-o", "measured.safetensors")[1]
+    measured = detachnet.load("measured.safetensors").facts
+    assert measured.known_data.num_test == 100
+    assert measured.accuracy == detachnet.load("runs/quickstart/best.safetensors").facts.accuracy
+    assert "exists already" in run("evaluate", "runs/quickstart", "-o", "measured.safetensors")[1]
 
 
 @pytest.mark.slow

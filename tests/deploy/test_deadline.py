@@ -241,6 +241,9 @@ def test_models_it_may_use(family: Family) -> None:
         assert runner.submit(torch.zeros(3, 32, 32)).result(10).model == "sub1"
     with pytest.raises(detachnet.CutError, match="no model is called 'sub9'"):
         DeadlineRunner(family, target_ms=1000, models=["sub9"])
+    for wrong in ([], ["sub1", "sub1"], "sub1"):
+        with pytest.raises(detachnet.MeasurementError, match="give a list of models, each once"):
+            DeadlineRunner(family, target_ms=1000, models=wrong)
     del family.accuracy["sub1"]
     with pytest.raises(detachnet.MeasurementError, match="it is not known how accurate sub1 is"):
         DeadlineRunner(family, target_ms=1000, models=["sub1"])

@@ -120,6 +120,8 @@ def test_models_of_unknown_accuracy_are_not_chosen(net: detachnet.DetachableNet)
     other.facts = other.facts.updated(accuracy={})
     with pytest.raises(detachnet.MeasurementError, match="f does not say how accurate its models are"):
         Family(TorchBackend(other), "f", profile_of(other)).choose(latency_ms=100)
+    with pytest.raises(detachnet.MeasurementError, match=r"data.holdout[\s\S]*detachnet evaluate f -o measured"):
+        Family(TorchBackend(other), "f", profile_of(other)).choose(latency_ms=100)
 
 
 def test_peak_memory_that_was_not_measured(net: detachnet.DetachableNet) -> None:
