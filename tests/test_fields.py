@@ -33,6 +33,18 @@ DATA = {"name": "x", "classes": ("a", "b"), "mean": (0.0,), "std": (1.0,)}
         ),
         (lambda: detachnet.SubModel(drop="a:b"), detachnet.CutError, r"not a string: write drop=\['a:b'\]"),
         (lambda: detachnet.SubModel(drop=[1]), detachnet.CutError, r"SubModel\(drop.0=1\): it must be a text"),
+        (lambda: detachnet.SubModel(width="0.5"), detachnet.WidthError, "width='0.5'.: it must be a number or"),
+        (lambda: detachnet.SubModel(width=True), detachnet.WidthError, "width=True.: it must be a number or"),
+        (
+            lambda: detachnet.SubModel(width={"a": "0.5"}),
+            detachnet.WidthError,
+            "width={'a': '0.5'}.: it must be a number",
+        ),
+        (
+            lambda: detachnet.SubModel(drop=["a:b"], filters="important"),
+            detachnet.CutError,
+            "says which filters stay, but all do",
+        ),
         (lambda: detachnet.SubModel(), detachnet.CutError, "this is the base-model: a sub-model is SubModel"),
         (
             lambda: detachnet.SubModel(width="x"),

@@ -49,6 +49,8 @@ def save(net: DetachableNet, path: str | Path, which: str | None = None, *, own:
     if header.source is None:
         why = "" if own else _unlike_timms(net.base)
         logger.info("%s: loading it needs the model: load(path, model=%s(...))%s", path, net.plan.model, why)
+    if which in net.names and which not in net.facts.models(net.names):
+        logger.warning("%s is written as it was made: it was not trained", which)
     if which is None:
         write_file(path, _with_answer(header, net, net.base), net.state_dict(), {})
     else:

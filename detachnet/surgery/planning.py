@@ -255,8 +255,11 @@ def _chosen(traced: TracedModel, cuts: Cuts, entry: str | Stem) -> dict[str, str
         cuts = 2
     if isinstance(cuts, str):
         raise CutError(f"cuts is a list of names, not a string: write cuts=[{cuts!r}]", hint="or cuts='auto'")
-    if not isinstance(cuts, Mapping | Sequence | int):
-        raise CutError(f"cuts={cuts!r}: give a list of names, a dict, a number of sub-models, or shares of MACs")
+    if not isinstance(cuts, Mapping | Sequence | int) or isinstance(cuts, bool):
+        raise CutError(
+            f"cuts={cuts!r}: give a list of names, a dict, a number of sub-models, or shares of MACs",
+            hint="cuts='auto', cuts=2, cuts=[0.7, 0.4]; detachnet.find_cuts(model) lists the names",
+        )
     if isinstance(cuts, int):
         if cuts < 1:
             raise CutError(f"cuts={cuts}: a family has at least one sub-model")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from detachnet.errors import CutError, WidthError
 from detachnet.fields import Fields
@@ -21,6 +21,8 @@ from detachnet.surgery.graph import TracedGraph
 STEPDOWNS = "stepdowns"
 BRIDGES = "bridges"
 Filters = Literal["first", "important"]
+Number = Annotated[float, Field(strict=True)]
+"""No text and no truth value that could be read as one."""
 HALF = "half_"
 MOST_CHOSEN = 16
 """Sub-models that are chosen for a network, at most."""
@@ -53,7 +55,7 @@ class SubModel(Fields):
     refused_as = {"": CutError, "width": WidthError, "filters": WidthError}
 
     drop: tuple[str, ...] = ()
-    width: float | dict[str, float] = 1.0
+    width: Number | dict[str, Number] = 1.0
     filters: Filters = "first"
     _kept: dict[str, int | str] = PrivateAttr(default_factory=dict)
 
@@ -101,6 +103,11 @@ class SubModel(Fields):
         if not self.drop and not self.is_narrow:
             raise ValueError(
                 "this is the base-model: a sub-model is SubModel(drop=['a:b', …]) or SubModel(width=0.5)"
+            )
+        if self.filters != "first" and not self.is_narrow:
+            raise ValueError(
+                f"filters={self.filters!r} says which filters stay, but all do: it is for a width, "
+                f"SubModel(width=0.5, filters={self.filters!r})"
             )
         return self
 

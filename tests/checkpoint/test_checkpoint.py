@@ -297,10 +297,13 @@ def test_unwritable_folder(net: detachnet.DetachableNet, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", "sub0", "sub1"])
-def test_one_model_alone(net: detachnet.DetachableNet, tmp_path: Path, name: str) -> None:
+def test_one_model_alone(
+    net: detachnet.DetachableNet, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     net.facts = net.facts.updated(accuracy={"base": 0.5, "sub1": 0.25}, trained=("base", "sub1"))
     path = tmp_path / "alone.safetensors"
     detachnet.save(net, path, which=name)
+    assert ("sub0 is written as it was made: it was not trained" in caplog.text) == (name == "sub0")
     alone = detachnet.load(path)
     assert not any(module.training for module in alone.modules())
     assert torch.equal(alone(IMAGES), net(IMAGES, which=name))

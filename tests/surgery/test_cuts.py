@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -83,11 +85,13 @@ def test_crossed_cut_names_the_crossing_node() -> None:
         (["fc"], "that is the output"),
         (["x"], "that is the image itself|no node has that name"),
         ([3], "a cut is the name of a node, not 3"),
+        (True, "cuts=True: give a list of names, a dict, a number of sub-models"),
+        ([True], "a cut is the name of a node, not True"),
     ],
 )
-def test_wrong_cuts(cuts: list[str], message: str) -> None:
+def test_wrong_cuts(cuts: Any, message: str) -> None:
     with pytest.raises(detachnet.CutError, match=message):
-        cut(models.Plain(), *cuts)
+        detachnet.make_detachable(models.Plain(), cuts, (3, 8, 8))
 
 
 def test_wrong_order_shows_the_right_one() -> None:
