@@ -12,6 +12,7 @@ import typer
 from detachnet.errors import RecipeError
 
 from .console import friendly, note, show
+from .options import DataRoot, Download
 
 BUDGET = "0.7,0.4"
 
@@ -31,10 +32,13 @@ def init(
         typer.Option(metavar="N|SHARES", help="Sub-models: how many, or shares of the MACs such as 0.7,0.4."),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels of the sides of an image; what the model declares, else 224.")
+        int | None,
+        typer.Option(min=1, help="Of image files: pixels of the sides; what the model declares, else 224."),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 30,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from published weights.")] = False,
+    data_root: DataRoot = None,
+    download: Download = False,
 ) -> None:
     """Write a recipe for your model and your images, with comments; what is not given is asked in a terminal."""
     if out.exists():
@@ -52,22 +56,40 @@ def init(
     from detachnet.training.trainer import open_source
 
     images = find_data(data)
+    _check(model, images.name, image_size, pretrained)
+    root = images.root or data_root
     options: dict[str, Any] = {
         "image_size": image_size or _declared(model),
         "epochs": epochs,
         "pretrained": pretrained,
     }
     first = parse_text(draft(model, images, 2, shares, **options), out)
-    num_train = open_source(first, images.root, download=False).num_train
+    num_train = open_source(first, root, download).num_train
     text = draft(model, images, num_train, shares, **options)
-    seen = preview(parse_text(text, out), images.root)
+    seen = preview(parse_text(text, out), root)
     replace_file(out, text.encode())
     replace_file(out.with_name(SCHEMA), recipe_schema().encode())
     show(seen.plan.table)
     note(f"\n{seen.data.name}: {num_train} training images, {len(seen.data.classes)} classes")
     note(f"Written: {out}, and {out.with_name(SCHEMA)} for editors. Look at it, then train:")
-    where = ["--data-root", str(images.root)] if images.root else []
+    where = ["--data-root", str(root)] if root else []
     note(f"  {shlex.join(['detachnet', 'train', str(out), *where])}")
+
+
+def _check(model: str, data: str, image_size: int | None, pretrained: bool) -> None:
+    """Refuse options that would say nothing about such a model or such images."""
+    from detachnet.data.datasets import is_files
+
+    if image_size is not None and not is_files(data):
+        raise RecipeError(
+            f"--image-size {image_size}: the images of {data} have a size of their own, which is taken",
+            hint="leave --image-size out; a folder or a CSV file of images is brought to a size",
+        )
+    if pretrained and model.startswith("detachnet:"):
+        raise RecipeError(
+            f"--pretrained: there are no published weights for {model}",
+            hint="leave --pretrained out, or --model timm:NAME or torchvision:NAME",
+        )
 
 
 def asks() -> bool:

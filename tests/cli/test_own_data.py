@@ -135,6 +135,11 @@ def test_init_asks_for_what_is_missing(here: Path, monkeypatch: pytest.MonkeyPat
         ("--data cifar10-mini --budget 0.4,0.7", "--budget 0.4,0.7: write shares"),
         ("--data cifar10-mini --budget 0", "--budget 0: write shares"),
         ("--data cifar10-mini --budget few", "--budget few: write shares"),
+        ("--data cifar10-mini --budget 2 --image-size 64", "images of cifar10-mini have a size of their own"),
+        (
+            "--data cifar10-mini --budget 2 --pretrained --model detachnet:resnet_cifar",
+            "there are no published weights for detachnet:resnet_cifar",
+        ),
     ],
 )
 def test_init_refuses(here: Path, options: str, said: str) -> None:
