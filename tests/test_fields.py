@@ -45,6 +45,12 @@ DATA = {"name": "x", "classes": ("a", "b"), "mean": (0.0,), "std": (1.0,)}
             detachnet.CutError,
             "says which filters stay, but all do",
         ),
+        (lambda: detachnet.train("r.toml"), detachnet.RecipeError, r"train\(detachnet.load_recipe\('r.toml'\)\)"),
+        (
+            lambda: detachnet.load_recipe("quickstart", "train.epochs=1"),
+            detachnet.RecipeError,
+            r"overrides is a list, not a text[\s\S]*\['train.epochs=1'\]",
+        ),
         (lambda: detachnet.SubModel(), detachnet.CutError, "this is the base-model: a sub-model is SubModel"),
         (
             lambda: detachnet.SubModel(width="x"),

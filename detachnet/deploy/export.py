@@ -155,6 +155,13 @@ def _check(net: DetachableNet, format: Format, precision: Precision, int8: _Spli
     if legs and (format != "onnx" or int8 is not None):
         raise ExportError("legs are written for the format 'onnx' only, and not in int8")
     if int8 is not None:
+        if not (
+            isinstance(int8, tuple | list) and len(int8) == 2 and all(isinstance(split, Split) for split in int8)
+        ):
+            raise ExportError(
+                "int8 is a training and a test split, to calibrate and to measure with",
+                hint="export(net, folder, int8=detachnet.load_data('cifar10'))",
+            )
         _ = net.facts.known_data  # of which the calibration images are
 
 

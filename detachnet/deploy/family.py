@@ -249,6 +249,11 @@ class Family:
                 raise DataError(
                     f"{self.path} does not say how pictures are normalized", hint="give a normalized tensor"
                 )
+            if not (isinstance(image, str | Path | Image.Image) or hasattr(image, "read")):
+                raise DataError(
+                    f"an image is a normalized tensor, a picture or its file, not a {type(image).__name__}",
+                    hint="of an array: Image.fromarray(array) of pixels, torch.from_numpy(array) if normalized",
+                )
             return to_tensor(read_image(image), self.data, self.input_size)
         if tuple(image.shape[-len(self.input_size) :]) != self.input_size or image.ndim > 1 + len(self.input_size):
             raise DataError(

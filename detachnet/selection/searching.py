@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any, get_args
 
@@ -98,6 +99,8 @@ def search(
         ('base', 'macs60', 'macs30')
     """
     net = family_in(net)
+    if isinstance(budgets, Real):
+        raise BudgetError(f"budgets={budgets!r}: give a list of budgets", hint=f"search(net, data, [{budgets!r}])")
     stopwatch = _stopwatch(by, runtime, threads, net)
     if not len(data):
         raise DataError("there are no held-out images to search with", hint="keep some from the training images")

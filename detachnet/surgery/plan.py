@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import computed_field, model_validator
 
+from detachnet.errors import CutError, nearest
 from detachnet.fields import Fields
 from detachnet.surgery.figures import drawn
 from detachnet.surgery.routes import (
@@ -154,6 +155,13 @@ class DetachPlan(Fields):
         return tuple(model.name for model in self.models)
 
     def __getitem__(self, name: str) -> ModelPlan:
+        if name not in self.names:
+            known = ", ".join(self.names)
+            raise CutError(
+                f"the plan has no model {name!r}",
+                hint=f"the models are {known}",
+                nearest=nearest(str(name), self.names),
+            )
         return next(model for model in self.models if model.name == name)
 
     @property

@@ -145,6 +145,10 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_text(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """`load_recipe` of what is, or will be, in a file."""
+    if isinstance(overrides, str):
+        raise RecipeError(
+            f"overrides is a list, not a text: {overrides!r}", hint=f"load_recipe({path.name!r}, [{overrides!r}])"
+        )
     try:
         tables = _parse_toml(text)
     except ValueError as error:

@@ -116,6 +116,10 @@ def train(
         >>> result = detachnet.train(detachnet.load_recipe("quickstart"))
         >>> net = detachnet.load(result.folder.best)
     """
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"train takes a recipe, not {recipe!r}", hint=f"detachnet.train(detachnet.load_recipe({recipe!r}))"
+        )
     if max_minutes is not None and not max_minutes >= 0:
         raise RecipeError(f"max_minutes is a number of minutes, not {max_minutes}")
     keep_freed()

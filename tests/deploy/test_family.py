@@ -112,6 +112,13 @@ def test_of_equally_accurate_models_the_cheaper() -> None:
     assert choose([Candidate("large", 0.8, 100), Candidate("small", 0.8, 10)], {}) == "small"
 
 
+def test_an_array_is_no_image(family: Family, net: detachnet.DetachableNet) -> None:
+    with pytest.raises(detachnet.DataError, match=r"not a ndarray[\s\S]*torch.from_numpy"):
+        family.run(torch.zeros(3, 32, 32).numpy())
+    with pytest.raises(detachnet.CutError, match=r"the plan has no model 'sub9'[\s\S]*the models are base, sub0"):
+        net.plan["sub9"]
+
+
 @pytest.mark.slow
 def test_models_of_unknown_accuracy_are_not_chosen(net: detachnet.DetachableNet) -> None:
     other = make()
