@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,8 @@ def predict(
     model_file: ModelFile = None,
 ) -> None:
     """Say what is on pictures. Those that cannot be read are named and skipped, and the exit code is then 1."""
+    if budget_ms is not None and not 0 < budget_ms < math.inf:
+        raise typer.BadParameter(f"{budget_ms:g} is no positive number of ms", param_hint="--budget-ms")
     if model is not None and budget_ms is not None:
         raise typer.BadParameter("name the model or give a budget, not both", param_hint="--budget-ms")
     path, net = open_family(checkpoint, model_file)

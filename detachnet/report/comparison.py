@@ -95,6 +95,9 @@ def compare(paths: Sequence[str | Path]) -> list[Entry]:
     Raises:
         CheckpointError: A folder holds no finished run, is given twice, or was measured on other images.
     """
+    for i, path in enumerate(paths):
+        if Path(path).resolve() in [Path(other).resolve() for other in paths[:i]]:
+            raise CheckpointError(f"{path} is given twice", hint="name each run once")
     experiments = _experiments([RunFolder(path) for path in paths])
     return [
         _entry_of(experiment, i, experiments)

@@ -24,6 +24,11 @@ def find_recipe(name: str | Path) -> Path:
     path = Path(name)
     if os.path.isfile(path):
         return path
+    if (path / "recipe.toml").is_file():
+        raise RecipeError(
+            f"{path} is the folder of a run, not a recipe",
+            hint=f"to go on with it: detachnet train {path / 'recipe.toml'} --out {path} --resume",
+        )
     known = shipped_recipes()
     is_name = path.name == str(name) and path.suffix in ("", ".toml")
     if is_name and path.stem in known:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from detachnet.errors import CheckpointError, RecipeError
+from detachnet.errors import CheckpointError, RecipeError, TraceError
 from detachnet.losses import logits
 from detachnet.models import FromImages
 from detachnet.surgery.detachable import DetachableNet
@@ -45,7 +48,29 @@ def decided(recipe: Recipe, source: Source) -> Recipe:
     if "num_classes" not in model.kwargs and follows and takes_num_classes(model.name, recipe.folder):
         kwargs = model.kwargs | {"num_classes": len(info.classes)}
         recipe = recipe.model_copy(update={"model": model.model_copy(update={"kwargs": kwargs})})
-    return with_routes(recipe, source.input_size)
+    with _taking_in(source):
+        return with_routes(recipe, source.input_size)
+
+
+@contextmanager
+def _taking_in(source: Source) -> Iterator[None]:
+    """A model that takes in images of other channels is refused in the words of the recipe.
+
+    Raises:
+        RecipeError: In the place of what tracing it raises then.
+    """
+    try:
+        yield
+    except TraceError as error:
+        found = re.search(r"to have (\d+) channels, but got (\d+) channels", str(error))
+        if found is None or int(found[2]) != source.input_size[0]:
+            raise
+        raise RecipeError(
+            f"the images of {source.info.name} have {number_of(int(found[2]), 'channel')}, "
+            f"the model takes {found[1]}",
+            what=error.summary,
+            hint=f"other images in data.name, or a model for them: timm's have model.kwargs.in_chans={found[2]}",
+        ) from error
 
 
 def with_routes(recipe: Recipe, input_size: tuple[int, ...]) -> Recipe:
@@ -132,7 +157,8 @@ def starting_family(
         CheckpointError: It cannot start from `train.init`.
     """
     on_cuda = device.type == "cuda"
-    net = build_family(recipe, source.input_size, like)
+    with _taking_in(source):
+        net = build_family(recipe, source.input_size, like)
     if several and on_cuda:
         net = convert_sync_batchnorm(net)  # timm's, which keeps the activations of its norms
     net.facts = net.facts.updated(data=source.info)

@@ -90,6 +90,8 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     ("args", "message"),
     [
         (["train", "quickstar"], "there is no recipe quickstar"),
+        (["compare", "runs/a", "runs/../runs/a"], "runs/../runs/a is given twice"),
+        (["predict", "runs/a", "x.jpg", "--budget-ms", "0"], "0 is no positive number of ms"),
         (["train", "quickstart", "--set", "train.epoch=3"], "unknown key 'epoch' in [train]"),
         (["train", "quickstart", "--set", "model.name=timm:resnet"], "unknown model 'timm:resnet'"),
         (

@@ -133,8 +133,10 @@ def test_other_recipes_keep_names_of_their_own(tmp_path: Path) -> None:
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a-0", ACCURACY)
-    with pytest.raises(detachnet.CheckpointError, match="is the second run of seed 0 of a"):
+    with pytest.raises(detachnet.CheckpointError, match="a-0 is given twice"):
         compare([run, run])
+    with pytest.raises(detachnet.CheckpointError, match="a-1 is the second run of seed 0 of a"):
+        compare([run, make_run(tmp_path / "a-1", ACCURACY)])
     held_out = make_run(tmp_path / "b-0", ACCURACY, "data.holdout=500")
     with pytest.raises(detachnet.CheckpointError, match="others on held-out training images"):
         compare([run, held_out])

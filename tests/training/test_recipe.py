@@ -191,6 +191,10 @@ def test_no_toml_no_file_no_text(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(detachnet.RecipeError, match="cannot read the recipe"):
         load_recipe(tmp_path / "binary.toml")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.toml").touch()
+    with pytest.raises(detachnet.RecipeError, match=r"the folder of a run, not a recipe\n.*run/recipe.toml --out"):
+        load_recipe(tmp_path / "run")
     with pytest.raises(detachnet.RecipeError, match="there is no recipe"):
         load_recipe(tmp_path / "nothing.toml")
 

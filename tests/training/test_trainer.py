@@ -403,6 +403,16 @@ def test_nothing_left_to_train(base_file: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_images_of_other_channels_than_the_model_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    grey = tuple(Split(split.images[:, :1], split.labels, split.classes) for split in tenth())
+    monkeypatch.setattr("detachnet.training.trainer.load_data", lambda *_, **__: grey)
+    for chosen in (recipe(), recipe("family.cuts=2")):
+        with pytest.raises(
+            detachnet.RecipeError, match="images of cifar10-mini have 1 channel, the model takes 3"
+        ):
+            preview(chosen)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("outputs", [7, 20])
 def test_outputs_that_are_not_those_of_the_classes(outputs: int, tmp_path: Path) -> None:
