@@ -317,6 +317,9 @@ class Stub:
         self.now = 0.0
         self.accuracy = {"base": 0.9, "sub0": 0.8, "sub1": 0.6}
 
+    def known_accuracy(self) -> dict[str, float]:
+        return self.accuracy
+
     def latency_s(self, name: str) -> tuple[float, float]:
         return LATENCY_S[name]
 
