@@ -26,6 +26,7 @@ from detachnet.surgery.modules import (
     copies_of_computed_tensors,
     copy_model,
     parameters_in,
+    place_of_weight,
     put,
     random_states_kept,
     unwrap,
@@ -112,7 +113,8 @@ class DetachableNet(nn.Module):
         self._example, self._leaves = traced.eval.image.example(), traced.leaves
         self._lost, self._told_of_autocast = traced.lost, False
         self._asks_for_dtype = any(reason.what.endswith(".dtype") for reason in traced.lost)
-        self._dtype, self._follows_dtype = weight_of(self.base).dtype, True
+        self._follows_dtype, self._weight = True, place_of_weight(self.base)
+        self._dtype = self._weight[0].get(self._weight[1], self._example).dtype
         self._modal = [(path, self.base.get_submodule(path)) for path in traced.modal]
         self._filled = traced.filled
         self._of_width = view_sources(narrowing or Narrowing(traced), self.plan, self._statistics)

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from detachnet.surgery.generators import generators_kept, generators_of
 from detachnet.surgery.graph import TracedGraph
-from detachnet.surgery.modules import copies_of_computed_tensors
+from detachnet.surgery.modules import copies_of_computed_tensors, place_of_weight
 from detachnet.surgery.outside import Outside
 from detachnet.surgery.state import Readings
 from detachnet.surgery.structure import Structure
@@ -40,7 +40,8 @@ def twin(net: DetachableNet, memo: dict[int, Any]) -> DetachableNet:
         shared, _read=Readings(), _modal=[], _others=same, _follows_dtype=net._asks_for_dtype
     )  # nothing changes while a copy runs
     both: dict[str, Any] = copy.deepcopy({"_modules": net._modules, "_buffers": net._buffers}, memo)
-    vars(made).update(both, _structure=Structure(both["_modules"]["base"], {}, ()))
+    base = both["_modules"]["base"]
+    vars(made).update(both, _structure=Structure(base, {}, ()), _weight=place_of_weight(base))
     return made
 
 

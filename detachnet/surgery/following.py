@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from detachnet.errors import DetachNetError, StepDownError, WidthError
 from detachnet.surgery.analysis import CutAnalysis
-from detachnet.surgery.modules import weight_of
 from detachnet.surgery.own_layers import copied_parts, put_own_layers
 from detachnet.surgery.planning import recounted
 from detachnet.surgery.proof import UnlikeError, prove
@@ -132,14 +132,12 @@ def _check_spans(net: DetachableNet, changed: str) -> None:
 
 def _has_another_dtype(net: DetachableNet) -> bool:
     """Whether the weights have another dtype than the family was traced in; autocast is told, once."""
-    if (
-        net._asks_for_dtype
-        and not net._told_of_autocast
-        and torch.is_autocast_enabled(weight_of(net.base).device.type)
-    ):
+    held, name = net._weight
+    like: Tensor = held.get(name, net._example)
+    is_told = net._told_of_autocast or not net._asks_for_dtype
+    if not is_told and torch.is_autocast_enabled(like.device.type):
         net._told_of_autocast = True
         logger.warning("%s decides by a dtype: inside autocast its family may not", net.plan.model)
-    like = weight_of(net.base)
     return like.dtype != net._dtype and like.is_floating_point()
 
 

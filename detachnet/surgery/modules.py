@@ -61,6 +61,13 @@ def weight_of(model: nn.Module) -> Tensor:
     return next(floating, next(model.parameters(), torch.empty(0)))
 
 
+def place_of_weight(model: nn.Module) -> tuple[dict[str, Any], str]:
+    """Where that weight is, to ask for its type in little time; an empty place where there is none."""
+    like = weight_of(model)
+    every = ((module._parameters, name) for module in model.modules() for name in module._parameters)
+    return next(((held, name) for held, name in every if held[name] is like), ({}, ""))
+
+
 def in_precision(model: AnyModule, dtype: torch.dtype) -> AnyModule:
     """A model with its floating-point tensors in some type, in place; complex ones as precise."""
     kinds = {torch.float64: torch.complex128, torch.float32: torch.complex64}
