@@ -63,7 +63,7 @@ def load(
     """
     _check_given(path, model)
     header, tensors = read(path)
-    leaves = Leaves(tuple(leaf_modules), tuple(leaf_functions))
+    leaves = Leaves.given(leaf_modules, leaf_functions)
     if header.detached is None:
         return build(header, tensors, path, model, stepdown, leaves)
     return _build_detached(header, header.detached, tensors, path, model, stepdown, leaves)

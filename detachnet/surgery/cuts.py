@@ -209,7 +209,7 @@ def find_cuts(
         >>> [point.name for point in detachnet.find_cuts(torchvision.models.resnet18())][-4:]
         ['layer3', 'layer4.0', 'layer4', 'avgpool']
     """
-    leaves = Leaves(tuple(leaf_modules), tuple(leaf_functions))
+    leaves = Leaves.given(leaf_modules, leaf_functions)
     traced = trace(unwrap(model), input_size, example_input, leaves)
     while soft := [path for path, why in traced.whole.items() if is_soft(why)]:  # opened where a cut is inside
         traced = trace(unwrap(model), input_size, example_input, leaves := leaves.opening(soft[0]))

@@ -118,7 +118,7 @@ def make_detachable(
         with torch.random.fork_rng(devices=[]):
             return make_plan(traced, chosen, norm, stepdown, head, narrowing)
 
-    leaves = Leaves(tuple(leaf_modules), tuple(leaf_functions))
+    leaves = Leaves.given(leaf_modules, leaf_functions)
     with torch.inference_mode(False), generators_kept(generators_of(model)), Outside(model).kept():
         return _family(model, traced, planned, leaves, check)
 

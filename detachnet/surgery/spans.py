@@ -119,5 +119,5 @@ def find_spans(
         >>> [span.name for span in detachnet.find_spans(torchvision.models.resnet18()) if span.bridge is None][-2:]
         ['layer3.0:layer3.1', 'layer4.0:layer4.1']
     """
-    leaves = Leaves(tuple(leaf_modules), tuple(leaf_functions))
+    leaves = Leaves.given(leaf_modules, leaf_functions)
     return span_points(trace(unwrap(model), input_size, example_input, leaves))

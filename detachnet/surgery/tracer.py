@@ -23,6 +23,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from detachnet.errors import TraceError
 from detachnet.surgery.batches import OtherBatches
 from detachnet.surgery.listening import answer_isinstance, watching
 from detachnet.surgery.modules import attribute, inner_model, random_states_kept
@@ -68,6 +69,19 @@ class Leaves:
     def __post_init__(self) -> None:
         kept = tuple(f for f in self.functions if not isinstance(f, torch.jit.ScriptFunction))
         object.__setattr__(self, "functions", kept)  # script functions are kept whole anyway
+
+    @classmethod
+    def given(cls, modules: Iterable[type[nn.Module] | str], functions: Iterable[Callable[..., Any]]) -> Leaves:
+        """What a user gives.
+
+        Raises:
+            TraceError: One in the place of a list.
+        """
+        for name, value in (("leaf_modules", modules), ("leaf_functions", functions)):
+            if isinstance(value, str) or callable(value):
+                said = repr(value) if isinstance(value, str) else getattr(value, "__name__", repr(value))
+                raise TraceError(f"{name} is a list, not {said}", hint=f"{name}=[{said}]")
+        return cls(tuple(modules), tuple(functions))
 
     def with_paths(self, paths: Iterable[str]) -> Leaves:
         """These, and some single modules."""

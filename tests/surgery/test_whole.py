@@ -970,6 +970,8 @@ def test_an_image_by_its_name() -> None:
     [
         ({"leaf_modules": [nn.ReLU()]}, r"ReLU\(\) cannot be kept whole"),
         ({"leaf_functions": ["x"]}, "'x' cannot be kept whole"),
+        ({"leaf_modules": "middle"}, r"leaf_modules is a list, not 'middle'[\s\S]*leaf_modules=\['middle'\]"),
+        ({"leaf_modules": nn.ReLU}, r"leaf_modules is a list, not ReLU[\s\S]*leaf_modules=\[ReLU\]"),
         ({"example_input": np.zeros((2, 3, 16, 16))}, "example_input is a batch of images, a tensor, not ndarray"),
     ],
 )

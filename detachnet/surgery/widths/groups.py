@@ -312,5 +312,5 @@ def find_widths(
         >>> [(group.name, group.channels) for group in detachnet.find_widths(torchvision.models.resnet18())][:3]
         [('conv1', 64), ('layer1.0.conv1', 64), ('layer1.1.conv1', 64)]
     """
-    leaves = Leaves(tuple(leaf_modules), tuple(leaf_functions))
+    leaves = Leaves.given(leaf_modules, leaf_functions)
     return width_groups(find_channels(trace(unwrap(model), input_size, example_input, leaves)))
