@@ -96,6 +96,7 @@ class DetachableNet(nn.Module):
         self.facts = Facts()
         self._active = BASE
         self._statistics = find_statistics(traced.train, base) if plan.norm == "private" else {}
+        self._kinds: dict[str, str] = {}
         self._others: dict[bool, frozenset[str]] = {False: frozenset(), True: frozenset()}
         self.check: Check = "none"
         self._attach(traced, narrowing)
@@ -103,7 +104,7 @@ class DetachableNet(nn.Module):
         like = weight_of(base)
         for path, module in bridges.items():
             put(self, path, module.to(like.device, like.dtype).train(base.training))
-        put_own_layers(self, self._of_width, self._statistics)
+        put_own_layers(self, self._of_width, self._statistics, self._kinds)
         self._count_own_params()
         self.training = base.training
         self._copied = list(copied_parts(self, self._of_width, self._statistics))
@@ -462,7 +463,7 @@ class DetachableNet(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._attach(self.retraced())
-        put_own_layers(self, self._of_width, self._statistics)
+        put_own_layers(self, self._of_width, self._statistics, self._kinds)
         self._copied = list(copied_parts(self, self._of_width, self._statistics))
 
     def retraced(self) -> TracedModel:

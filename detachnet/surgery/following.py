@@ -73,7 +73,7 @@ def _renew(net: DetachableNet, changed: str) -> None:
     net._attach(traced)
     _note_whole(net, traced.whole)
     _check_spans(net, changed)
-    put_own_layers(net, net._of_width, net._statistics, anew=True)
+    put_own_layers(net, net._of_width, net._statistics, net._kinds, anew=True)
     net._copied = list(copied_parts(net, net._of_width, net._statistics))
     if changed:
         graphs = {name: (both[False].traced, both[False].routes) for name, both in net._of_width.items()}

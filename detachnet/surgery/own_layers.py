@@ -22,13 +22,16 @@ Sources = Mapping[str, Mapping[bool, ViewSource]]
 """Model → what the views of each mode are made from."""
 
 
-def put_own_layers(net: nn.Module, sources: Sources, statistics: Statistics, *, anew: bool = False) -> None:
+def put_own_layers(
+    net: nn.Module, sources: Sources, statistics: Statistics, kinds: dict[str, str], *, anew: bool = False
+) -> None:
     """Give each sub-model copies of the layers that are its own, those that it has not yet.
 
     Args:
         net: The family.
         sources: Of its models.
         statistics: Of the base-model's layers.
+        kinds: Place of a copy → the classes of what it was copied from, which are noted there.
         anew: Whether the base-model may have other layers now than those that were copied.
     """
     wanted = {
@@ -46,6 +49,7 @@ def put_own_layers(net: nn.Module, sources: Sources, statistics: Statistics, *, 
         if target in there and not anew:
             continue
         layer = net.get_submodule(f"{BASE}.{path}")
+        before, kinds[target] = kinds.get(target), _classes(layer)
         own = (
             own_statistics(layer, statistics.get(path, ()))
             if place == NORMS
@@ -55,9 +59,10 @@ def put_own_layers(net: nn.Module, sources: Sources, statistics: Statistics, *, 
         own = sources[name][mode].own_layer(path, own)
         if target not in there:
             put(net, target, own)
-        elif _shapes(own) != _shapes(there[target]):
+        elif (other := _shapes(own) != _shapes(there[target])) or before not in (None, kinds[target]):
             put(net, target, own)
-            logger.warning("%s gets a copy of the new %r: its own had other shapes", name, path)
+            what = "had other shapes" if other else "was of another class"
+            logger.warning("%s gets a copy of the new %r: its own %s", name, path, what)
 
 
 def _own_layers(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -67,6 +72,11 @@ def _own_layers(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             parent = net.get_submodule(path.rpartition(".")[0])
             if isinstance(parent, Folder) and not isinstance(module, Folder):
                 yield path, module
+
+
+def _classes(layer: nn.Module) -> str:
+    """Of a layer and what is in it."""
+    return " ".join(f"{type(part).__module__}.{type(part).__qualname__}" for part in layer.modules())
 
 
 def _shapes(layer: nn.Module) -> dict[str, torch.Size]:

@@ -80,6 +80,31 @@ def test_a_private_head_follows_what_a_loop_schedules() -> None:
         torch.testing.assert_close(after[name], 64 * before[name])
 
 
+class Louder(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 5 * super().forward(x)
+
+
+def test_a_layer_of_another_class_is_every_models(caplog: pytest.LogCaptureFixture) -> None:
+    """Of the same shapes: what a sub-model has of its own is a copy of what is there now."""
+    model, x = models.Around(nn.BatchNorm2d(8)), torch.randn(4, *SIZE)
+    net = detachnet.make_detachable(model, ["a"], SIZE, head="private").eval()
+    net(x, which="all")
+    net.base.fc, net.base.mid = Scaled(16, 5), Louder(8).eval()
+    joint = net(x, which="all")
+    torch.testing.assert_close(joint["base"], net.base(x))
+    torch.testing.assert_close(joint["sub0"], net.detach("sub0")(x))
+    own = [type(part) for place in (net.norms, net.heads) for part in place.modules()]
+    assert Scaled in own
+    assert Louder in own
+    assert "sub0 gets a copy of the new 'fc': its own was of another class" in caplog.text
+    caplog.clear()
+    net.heads.sub0.fc = nn.Linear(16, 5)  # type: ignore[union-attr]  # which a user may put there
+    net.base.fc.scale = 2.0
+    net(x, which="all")
+    assert type(net.heads.sub0.fc) is nn.Linear  # type: ignore[union-attr]
+
+
 class Standardized(nn.Conv2d):
     """A convolution of a user's with a gain."""
 
