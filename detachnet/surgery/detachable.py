@@ -456,7 +456,7 @@ class DetachableNet(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["_views"], state["_sources"], state["_of_width"], state["_legs"], state["_read"], state["_modal"]
-        del state["_structure"], state["_copied"]
+        del state["_structure"], state["_copied"], state["_weight"]
         state["_modules"] = {name: part for name, part in self._modules.items() if name != SLICES}
         return state
 
