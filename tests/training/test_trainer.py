@@ -589,11 +589,11 @@ def test_what_saving_would_refuse_is_refused_before_the_first_step(
 ) -> None:
     def changed(*args: object) -> detachnet.DetachableNet:
         net = build_family(*args)  # type: ignore[arg-type]
-        net.base.features[0].stride = (2, 2)  # type: ignore[index, union-attr]
+        net.base.features[1].eps = 0.1  # type: ignore[index, union-attr]
         return net
 
     monkeypatch.setattr("detachnet.training.start.build_family", changed)
-    with pytest.raises(detachnet.CheckpointError, match=r"was changed afterwards[\s\S]*stride of 'features.0'"):
+    with pytest.raises(detachnet.CheckpointError, match=r"was changed afterwards[\s\S]*eps of 'features.1'"):
         train(recipe(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
