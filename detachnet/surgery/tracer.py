@@ -217,7 +217,7 @@ class Tracer(fx.Tracer):
         if isinstance(a, torch.Generator):
             self.watch.note("random numbers of its own", decides=True)
         elif isinstance(a, torch.Tensor) and a.requires_grad and not isinstance(a, nn.Parameter):
-            self.watch.note("a tensor that takes a gradient and is no nn.Parameter", decides=True)
+            self.watch.takes_gradient()
         elif self._is_of_the_twin(a):
             made = "a tensor made of weights, or on their device, as no trace holds it"
             said = "a question about the device of a weight" if isinstance(a, torch.device) else made

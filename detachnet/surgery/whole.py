@@ -266,6 +266,15 @@ class Watch:
         elif name == "dtype" and _compares_dtypes(code):
             self.cannot_tell(name)
 
+    def takes_gradient(self) -> None:
+        """A tensor that takes a gradient and is no parameter is an argument; checkpointing has one of its own."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+            if frame.f_code.co_filename == checkpoint.__file__:
+                return
+            frame = frame.f_back
+        self.note("a tensor that takes a gradient and is no nn.Parameter", decides=True)
+
     def cannot_tell(self, name: str) -> None:
         """A decision is made by what a traced value stands for in a way that no traced value answers."""
         self.note(f"a decision by what .{name} is, not by ==", decides=True)
