@@ -182,8 +182,8 @@ class CutAnalysis:
             modules = dict(traced.root.base.named_modules())
             inside = [valid for valid in valid_names if valid.startswith(f"{name}.")] if name in modules else []
             if node is None and name in modules:
-                what = "there is such a module, but it is not called, or returns no single tensor"
-                what = "there is such a module, but only what is in it is called" if inside else what
+                why = "only what is in it is called" if inside else "it is not called, or returns no single tensor"
+                what = f"there is such a module, but {why}"
             raise CutError(
                 f"cannot cut {model} at {name!r}: no node has that name",
                 what=what,

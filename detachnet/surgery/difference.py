@@ -36,9 +36,8 @@ def twin(net: DetachableNet, memo: dict[int, Any]) -> DetachableNet:
     made: DetachableNet = type(net).__new__(type(net))
     shared = {name: value for name, value in vars(net).items() if name not in ("_modules", "_buffers")}
     same = {False: frozenset[str](), True: frozenset[str]()}
-    vars(made).update(
-        shared, _read=Readings(), _modal=[], _others=same, _follows_dtype=net._asks_for_dtype
-    )  # nothing changes while a copy runs
+    vars(made).update(shared, _read=Readings(), _modal=[], _others=same)  # nothing changes while a copy runs
+    made._follows_dtype = net._asks_for_dtype  # but for the precision that it is compared in
     both: dict[str, Any] = copy.deepcopy({"_modules": net._modules, "_buffers": net._buffers}, memo)
     base = both["_modules"]["base"]
     vars(made).update(both, _structure=Structure(base, {}, ()), _weight=place_of_weight(base))

@@ -197,8 +197,10 @@ class _Finder:
 
     def _hooks_of(self, node: fx.Node) -> str:
         """The hooks of a layer that a node calls, in words."""
-        target = f"{node.target}." if node.op == "call_module" else "-"
-        return next((reason.what for path, reason in self.hooks.items() if f"{path}.".startswith(target)), "")
+        if node.op != "call_module":
+            return ""
+        inside = (reason for path, reason in self.hooks.items() if f"{path}.".startswith(f"{node.target}."))
+        return next((reason.what for reason in inside), "")
 
     def _signature(self, node: fx.Node) -> str:
         """What an operation's verdict depends on; empty where that is more than text can say."""

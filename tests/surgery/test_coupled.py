@@ -217,7 +217,7 @@ def centered(module: nn.Module, given: object, out: Tensor) -> Tensor:
     return out - out.mean(0, keepdim=True)
 
 
-def halved(module: nn.Module, given: object, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def of_norm_one(module: nn.Module, given: object, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(gradient / gradient.norm() for gradient in gradients)
 
 
@@ -228,10 +228,10 @@ def test_what_hooks_of_layers_join(kind: str, when: str) -> None:
 
     def hook(model: nn.Module) -> None:
         conv: nn.Module = model.conv2  # type: ignore[assignment]
-        conv.register_forward_hook(centered)  # type: ignore[arg-type]
-        if kind == "backward":
-            conv._forward_hooks.clear()
-            conv.register_full_backward_hook(halved)  # type: ignore[arg-type]
+        if kind == "forward":
+            conv.register_forward_hook(centered)  # type: ignore[arg-type]
+        else:
+            conv.register_full_backward_hook(of_norm_one)  # type: ignore[arg-type]
 
     model = Mixed().double()
     if when == "before":
