@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def _shapes(layer: nn.Module) -> dict[str, torch.Size]:
     return {name: t.shape for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
 
 
-def copied_parts(net: nn.Module, sources: Sources, statistics: Statistics) -> Iterator[Copied]:
+def copied_parts(net: nn.Module, sources: Sources, statistics: Statistics) -> Iterator[Follower]:
     """What of the sub-models' own norms and heads is to follow the base-model's layers.
 
     Args:
@@ -92,13 +93,54 @@ def copied_parts(net: nn.Module, sources: Sources, statistics: Statistics) -> It
         sources: Of its models.
         statistics: Of the base-model's layers.
     """
+    norms = dict[_BatchNorm, list[nn.Module]]()
     for name in sources:
         for path, place in sources[name][False].private.get(name, {}).items():
             keeps = statistics.get(path, ())
             theirs = dict(net.get_submodule(f"{BASE}.{path}").named_modules())
             for inner, part in net.get_submodule(f"{place}.{folder(name)}.{path}").named_modules():
-                if part is not theirs.get(inner, part) and not isinstance(part, _BatchNorm):
-                    yield Copied(theirs[inner], part, place == HEADS or inner in keeps)
+                original = theirs.get(inner, part)
+                if part is not original and isinstance(original, _BatchNorm):
+                    norms.setdefault(original, []).append(part)
+                elif part is not original:
+                    yield Copied(original, part, place == HEADS or inner in keeps)
+    yield CopiedNorms(norms)
+
+
+class Follower(Protocol):
+    """What has copies of the base-model's layers."""
+
+    def passed(self) -> None:
+        """A pass is done."""
+
+    def follow(self) -> None:
+        """Give the copies what the originals hold now."""
+
+
+class CopiedNorms:
+    """Batch norms that sub-models have copies of: their `eps` and `momentum` may be set at any time.
+
+    Args:
+        norms: The base-model's, and the copies of each.
+    """
+
+    def __init__(self, norms: Mapping[_BatchNorm, Sequence[nn.Module]]) -> None:
+        self._norms = [(norm, norm.eps, norm.momentum) for norm in norms]
+        self._copies = norms
+
+    def passed(self) -> None:
+        """A pass is done: it has changed neither number."""
+
+    def follow(self) -> None:
+        """Give the copies what the base-model's norms have now, but for those that were set otherwise."""
+        if all(norm.eps == eps and norm.momentum == momentum for norm, eps, momentum in self._norms):
+            return
+        for norm, *seen in self._norms:
+            for name, before in zip(("eps", "momentum"), seen, strict=True):
+                for copied in self._copies[norm]:
+                    if getattr(copied, name) == before:
+                        setattr(copied, name, getattr(norm, name))
+        self._norms = [(norm, norm.eps, norm.momentum) for norm in self._copies]
 
 
 class Copied:

@@ -237,6 +237,20 @@ def test_norms_that_are_fused(use: str, tmp_path: Any, caplog: pytest.LogCapture
         torch.testing.assert_close(detachnet.load(tmp_path / "fused", model=model)(x), before)
 
 
+def test_sub_models_own_batch_norms_have_the_numbers_that_the_models_are_given() -> None:
+    net, x = detachnet.make_detachable(models.Around(nn.BatchNorm2d(8)), ["a"], SIZE), torch.randn(4, *SIZE)
+    own = net.norms.get_submodule("sub0.mid")
+    for model, eps, momentum in ((net, 0.1, 0.5), (copy.deepcopy(net), 0.2, None)):
+        model.base.mid.eps, model.base.mid.momentum = eps, momentum
+        model(x, which="sub0")
+        theirs = model.norms.get_submodule("sub0.mid")
+        assert (theirs.eps, theirs.momentum) == (eps, momentum)
+    assert (own.eps, own.momentum) == (0.1, 0.5)
+    own.eps, net.base.mid.eps = 0.3, 0.4
+    net(x, which="sub0")
+    assert own.eps == 0.3, "one that was set otherwise was changed, too"
+
+
 class Frozen(models.Around):
     """A norm that stays in evaluation mode, as detectors have them."""
 
