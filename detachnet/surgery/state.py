@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from types import FunctionType
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
 from detachnet.surgery.contents import PLAIN, content, mark_of
-from detachnet.surgery.variables import held
+from detachnet.surgery.variables import CALLED, called_by, held
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Reading:
     def is_fixed(self) -> bool:
         """Whether what it was cannot become something else itself."""
         parts = self.value if isinstance(self.value, tuple) else (self.value,)
-        return all(isinstance(part, PLAIN) or type(part) is FunctionType for part in parts)
+        return all(isinstance(part, PLAIN) or type(part) in CALLED for part in parts)
 
     @property
     def has_changed(self) -> bool:
@@ -110,7 +110,7 @@ class Readings:
 
 
 def _which_function(value: Any) -> Any:
-    return id(value) if isinstance(value, FunctionType) else None
+    return id(value) if type(value) in CALLED else None
 
 
 def _without_numbers(held_there: Any) -> Any:
@@ -121,8 +121,8 @@ def _without_numbers(held_there: Any) -> Any:
 
 
 def readings(module: nn.Module, names: Collection[str]) -> Iterator[Reading]:
-    """What a module holds under some names, and what its methods read outside of it."""
-    for place, name, value in held(module):
+    """What a module holds under some names, and what its methods read and call outside of it."""
+    for place, name, value in chain(held(module), called_by(module)):
         if name in names or place is not vars(module):
             yield Reading(place, name, value, content(value, mark_of))
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import cache, cached_property, lru_cache, partial
 from inspect import ismodule
 from pathlib import Path
-from types import CellType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from detachnet.surgery.contents import (
 
 OF_MODULES = {*vars(nn.Module()), "_is_full_backward_hook"}
 """What every module has."""
+CALLED = (type, FunctionType, BuiltinFunctionType)
 _LIBRARIES = ("timm", "torchvision")
 
 
@@ -43,6 +44,13 @@ def held(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
         for kind in (base, *filter(_is_users_class, vars(base).values())):
             space = _ClassSpace(kind)
             yield from [(space, name, value) for name, value in vars(kind).items() if is_variable(name, value)]
+
+
+def called_by(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+    """Place, name and value of the functions and classes that a module's methods name, outside of it."""
+    if not type(module).__module__.startswith("torch."):
+        every = (named for function in functions_of(module) for named in _named(function))
+        yield from [named for named in every if type(named[2]) in CALLED]
 
 
 def functions_of(module: nn.Module) -> list[FunctionType]:

@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -138,6 +139,45 @@ def test_code_that_is_loaded_anew_is_followed(monkeypatch: pytest.MonkeyPatch) -
     net, x = detachnet.make_detachable(models.Around(Replaced()), ASKED, SIZE).eval(), torch.randn(4, *SIZE)
     monkeypatch.setattr(Replaced, "forward", lambda self, h: 5 * self.conv(h))
     torch.testing.assert_close(net(x), net.base(x))
+
+
+activation = nn.functional.relu
+
+
+class Shaping:
+    """What a project keeps its choices in."""
+
+    norm = staticmethod(torch.tanh)
+
+
+def shaped(h: Tensor) -> Tensor:
+    return activation(h + 1)
+
+
+class Calling(nn.Module):
+    """Calls functions that variables outside of it hold."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = shaped(Shaping.norm(h))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "other"),
+    [
+        (sys.modules[__name__], "activation", nn.functional.silu),
+        (sys.modules[__name__], "shaped", torch.sigmoid),
+        (Shaping, "norm", staticmethod(lambda h: 2 * h)),
+    ],
+)
+def test_a_function_in_the_place_of_another_is_followed(
+    owner: Any, name: str, other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x = detachnet.make_detachable(models.Around(Calling()), ASKED, SIZE).eval(), torch.randn(4, *SIZE)
+    before = net(x)
+    monkeypatch.setattr(owner, name, other)
+    torch.testing.assert_close(net(x), net.base(x))
+    assert not torch.allclose(net(x), before)
 
 
 class Switched(nn.Module):
