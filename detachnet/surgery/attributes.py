@@ -12,8 +12,8 @@ from torch import fx, nn
 from detachnet.surgery.variables import functions_of, names_in
 
 
-def attributes_read(opened: Mapping[str, nn.Module], written: set[str]) -> dict[str, frozenset[str]]:
-    """Path of an opened module → the names in its methods, of what a trace holds as it was.
+def attributes_read(opened: Mapping[str, nn.Module], written: Mapping[str, set[str]]) -> dict[str, frozenset[str]]:
+    """Path of an opened module → the names in its methods, of what a trace holds as it was; not those it writes.
 
     Of methods that no forward pass names, nothing is read, unless something is asked for by a name that is made.
     """
@@ -27,8 +27,8 @@ def attributes_read(opened: Mapping[str, nn.Module], written: set[str]) -> dict[
         found |= pending
         names = {name for named in methods.values() for key in pending & named.keys() for name in named[key]}
         pending = names - found
-    read = frozenset((every if found & _BY_NAME else found) - written - {"training"})
-    return dict.fromkeys(opened, read)
+    read = frozenset((every if found & _BY_NAME else found) - {"training"})
+    return {path: read - written[path] if written.get(path) else read for path in opened}
 
 
 _BY_NAME = {"getattr", "hasattr", "getattribute", "__getattr__", "__dict__", "vars", "attrgetter", "methodcaller"}

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.optim import Optimizer
 
 PLAIN = (int, float, complex, str, bytes, type(None))
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
@@ -37,6 +38,7 @@ OPAQUE = (*sys.stdlib_module_names, "torch", "numpy", "detachnet")
 """Packages whose objects hold nothing that counts here, generators of random numbers and containers apart."""
 _HOLDERS = (SimpleNamespace, Namespace, UserDict, UserList, ChainMap, local)
 """What of them holds what a user puts there."""
+_SINGLETONS = (torch.dtype, torch.memory_format, torch.layout)
 _COMMON = (random._inst, np.random.mtrand._rand)
 """What `from random import random` and NumPy's functions are methods of."""
 TRACED = "a traced value"
@@ -71,8 +73,13 @@ def content(  # noqa: PLR0911  # one for each kind
         return None  # a pass sets one for its own time; marks, of before and after it, tell what it leaves
     if isinstance(value, SINGLE) and not is_bound(value):
         return mark(value) if mark else None
+    if isinstance(value, Optimizer):  # its rates; weights are looked after by others
+        rates = [pair for group in value.param_groups for pair in group.items() if pair[0] != "params"]
+        return tuple((key, content(part, mark, seen)) for key, part in rates)
     parts = parts_of(value)
-    if parts is None or id(value) in seen or len(seen) > DEEPEST:
+    if parts is None:
+        return _text_of(value)
+    if id(value) in seen or len(seen) > DEEPEST:
         return None
     seen.add(id(value))
     if (
@@ -93,6 +100,17 @@ def content(  # noqa: PLR0911  # one for each kind
     if len(inner) > MOST:
         return len(inner)
     return tuple((key, content(part, mark, seen)) for key, part in inner)
+
+
+def _text_of(value: Any) -> str | None:
+    """How something without parts that never becomes another is written, such as a dtype, a date or a fraction."""
+    kind: Any = type(value)
+    is_value = kind.__hash__ not in (None, object.__hash__) or isinstance(value, _SINGLETONS)
+    if not is_value or kind.__repr__ is object.__repr__:
+        return None
+    with suppress(Exception):  # whatever an object of any class raises
+        return repr(value)
+    return None
 
 
 def _of_class(value: Any) -> list[tuple[str, Any]]:
@@ -129,7 +147,7 @@ def parts_of(value: Any) -> list[tuple[str, Any]] | None:  # noqa: PLR0911  # on
     if isinstance(value, SINGLE) or ismodule(value):
         return None
     if isinstance(value, dict | MappingProxyType):
-        return [(str(key), part) for key, part in value.items()]
+        return [*((str(key), part) for key, part in value.items()), *_beside_items(value)]
     if isinstance(value, ContextVar):
         return [(value.name, value.get(None))]
     if isinstance(value, weakref.ref):
@@ -137,7 +155,7 @@ def parts_of(value: Any) -> list[tuple[str, Any]] | None:  # noqa: PLR0911  # on
     if isinstance(value, slice | range):
         return [("", part) for part in (value.start, value.stop, value.step)]
     if isinstance(value, list | tuple | set | frozenset | deque):
-        return [("", part) for part in value]
+        return [*(("", part) for part in value), *_beside_items(value)]
     if isinstance(value, Iterator):
         return _rest_of(value)
     if isinstance(value, partial):
@@ -149,6 +167,13 @@ def parts_of(value: Any) -> list[tuple[str, Any]] | None:  # noqa: PLR0911  # on
         return None
     own = [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
     return [*getattr(value, "__dict__", {}).items(), *own]
+
+
+def _beside_items(container: Any) -> list[tuple[str, Any]]:
+    """The attributes of a container of a user's class, where they are not its items again."""
+    is_users = type(container).__module__.partition(".")[0] not in OPAQUE
+    own = getattr(container, "__dict__", None) if is_users else None
+    return [] if own is None or own is container else list(own.items())
 
 
 def is_variable(name: str, value: Any) -> bool:

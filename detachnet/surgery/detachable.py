@@ -100,7 +100,7 @@ class DetachableNet(nn.Module):
         self._others: dict[bool, frozenset[str]] = {False: frozenset(), True: frozenset()}
         self.check: Check = "none"
         self._attach(traced, narrowing)
-        self._proven = {way_of(self)}
+        self._proven, self._varied = frozenset({way_of(self)}), frozenset[str]()
         like = weight_of(base)
         for path, module in bridges.items():
             put(self, path, module.to(like.device, like.dtype).train(base.training))
@@ -154,7 +154,7 @@ class DetachableNet(nn.Module):
             for graph in (traced.eval, *self.all_traced(training=False))
         ]
         opened = {path.removeprefix(PREFIX) for layers in narrower for path in whole - layers}
-        return attributes_read({path: self.base.get_submodule(path) for path in sorted(opened)}, set())
+        return attributes_read({path: self.base.get_submodule(path) for path in sorted(opened)}, {})
 
     def traced(self, training: bool) -> TracedGraph:
         """The base-model's graph in training or in evaluation mode."""

@@ -193,7 +193,8 @@ class _Finder:
             return False
         module = self.net.get_submodule(str(node.target))
         plain = type(module).__module__ in _ROWWISE and not isinstance(module, nn.MultiheadAttention)
-        return plain and not hasattr(module, "dim") and not (module._forward_hooks or module._forward_pre_hooks)
+        is_changed = bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        return plain and not hasattr(module, "dim") and not is_changed
 
     def _hooks_of(self, node: fx.Node) -> str:
         """The hooks of a layer that a node calls, in words."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,27 +43,27 @@ def follow(net: DetachableNet) -> None:
         logger.warning("%s is traced again: another mode of %s", net.plan.model, names)
     if other or changed or moved or (net._follows_dtype and _has_another_dtype(net)):
         with torch.inference_mode(False):
-            _trace_again(net, other)
+            _trace_again(net, other, {reading.name for reading in changed})
 
 
-def _trace_again(net: DetachableNet, changed: str) -> None:
+def _trace_again(net: DetachableNet, changed: str, varied: Collection[str]) -> None:
     """Make the family anew, in place; with a module kept whole where that turns out to be needed."""
     before = net._structure, net._read
     try:
-        _renew(net, changed)
+        _renew(net, changed, varied)
     except UnlikeError as error:
         net._structure, net._read = before  # so that the next pass is refused, too
         if not error.owner or error.owner in net._leaves.paths:
             raise
         net._leaves = net._leaves.with_paths([error.owner])
         _note_whole(net, {error.owner: error.said})
-        _trace_again(net, changed)
+        _trace_again(net, changed, varied)
     except DetachNetError as error:
         net._structure, net._read = before
         raise _no_longer_narrow(error, changed) if isinstance(error, WidthError) else error from None
 
 
-def _renew(net: DetachableNet, changed: str) -> None:
+def _renew(net: DetachableNet, changed: str, varied: Collection[str]) -> None:
     """Trace, and compare; the plan is of what is there now.
 
     Raises:
@@ -79,7 +79,7 @@ def _renew(net: DetachableNet, changed: str) -> None:
         graphs = {name: (both[False].traced, both[False].routes) for name, both in net._of_width.items()}
         net.plan = recounted(net.plan, graphs)
         net._count_own_params()
-    _prove_again(net, changed)
+    _prove_again(net, changed, varied)
 
 
 def _note_whole(net: DetachableNet, found: Mapping[str, str]) -> None:
@@ -97,19 +97,22 @@ def way_of(net: DetachableNet) -> int:
     return hash((net._read.choices, *((node.op, str(node.target)) for graph in graphs for node in graph)))
 
 
-def _prove_again(net: DetachableNet, changed: str) -> None:
+def _prove_again(net: DetachableNet, changed: str, varied: Collection[str]) -> None:
     """Compare the family with its model where that goes another way than any that was compared; tell of hints.
+
+    So it is when some number varies for the first time: until then it may have been one that changes nothing.
 
     Raises:
         TraceError: They differ.
     """
     way = way_of(net)
-    if net.check == "none" or (way in net._proven and not changed):
+    is_known = way in net._proven and net._varied.issuperset(varied)
+    if net.check == "none" or (is_known and not changed):
         return
     for hint in prove(net, net.check).hints:
         if hint not in net.plan.hints:
             logger.warning("%s: %s", net.plan.model, hint)
-    net._proven = net._proven | {way}
+    net._proven, net._varied = net._proven | {way}, net._varied.union(varied)
 
 
 def _check_spans(net: DetachableNet, changed: str) -> None:

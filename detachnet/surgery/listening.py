@@ -31,6 +31,8 @@ _LIBRARIES = (
     str(Path(__file__).parents[1]),
 )
 """What may ask what is switched on without deciding anything by it."""
+_CASTS = "decorate_fwd"
+"""What `torch.amp.custom_fwd` makes of a forward, which asks for autocast."""
 _OF_PROCESSES = ("is_initialized", "get_world_size", "get_rank") if torch.distributed.is_available() else ()
 _QUESTIONS = (
     *((torch, name) for name in ("is_autocast_enabled", "is_grad_enabled", "is_inference_mode_enabled")),
@@ -138,7 +140,9 @@ def _noted_question(original: Callable[..., Any]) -> Callable[..., Any]:
     """A question about what is switched on around the model, where a model asks it."""
 
     def ask(*args: Any, **kwargs: Any) -> Any:
-        if (watch := _current()) and not sys._getframe(1).f_code.co_filename.startswith(_LIBRARIES):
+        code = sys._getframe(1).f_code
+        is_libraries = code.co_filename.startswith(_LIBRARIES) and code.co_name != _CASTS
+        if (watch := _current()) and not is_libraries:
             watch.note(f"a question about {original.__name__}", decides=True)
         return original(*args, **kwargs)
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from detachnet.surgery.contents import PLAIN, content, mark_of
-from detachnet.surgery.variables import CALLED, called_by, held
+from detachnet.surgery.contents import PLAIN, content, mark_of, own_bases
+from detachnet.surgery.variables import CALLED, ClassSpace, called_by, held
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
@@ -128,7 +128,11 @@ def readings(module: nn.Module, names: Collection[str]) -> Iterator[Reading]:
 
 
 def own_readings(module: nn.Module, names: Collection[str]) -> Iterator[Reading]:
-    """What a module itself holds under some names."""
-    held_there = vars(module)
+    """What a module itself holds under some names, and what its class does where it holds nothing."""
+    places: list[Any] = [vars(module), *map(ClassSpace, own_bases(type(module)))]
     for name in names:
-        yield Reading(held_there, name, held_there[name], content(held_there[name], mark_of))
+        for place in places:
+            value = place.get(name)
+            yield Reading(place, name, value, content(value, mark_of))
+            if value is not None:
+                break

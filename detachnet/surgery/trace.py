@@ -22,6 +22,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from detachnet.errors import TraceError, nearest
 from detachnet.surgery.attributes import attributes_read
+from detachnet.surgery.contents import is_variable, own_bases
 from detachnet.surgery.generators import generators_kept, generators_of
 from detachnet.surgery.graph import Root, TracedGraph, TracedModel, UnrunnableError, writes_in_place
 from detachnet.surgery.modules import copy_model, meta_twin, random_states_kept, weight_of
@@ -118,6 +119,8 @@ def _traced(
         with outside.kept():
             graph = _trace_root(tracer, root)
             filled |= tracer.watch.filled()
+        if training:  # what answers need not be computed for in evaluation is left out there
+            tracer.watch.called_for_effect(root)
         found |= {path: str(reason) for path, reason in tracer.watch.found.items()}
         if graph is not None:
             graphs[training] = TracedGraph(root, graph, _flatten(tracer.calls), image, tracer.calls)
@@ -130,8 +133,8 @@ def _traced(
     outer = outermost(whole)
     for made in graphs.values():
         made.whole = outer
-    written = {name for tracer in tracers for name in tracer.watch.written}
     opened = {path: module for tracer in tracers for path, module in tracer.watch.opened.items()}
+    written = {path: {name for t in tracers for name in t.watch.written_to(path)} for path in opened}
     asked = _asked(model, tracers)
     return TracedModel(
         *(graphs[True], graphs[False], constants, type(model).__name__, leaves),
@@ -163,7 +166,8 @@ def _read_of_layers(
     for path, (module, names) in asked.items():
         is_users = not type(module).__module__.startswith("torch.")
         if not (isinstance(module, torch.jit.ScriptModule) or (is_users and path in opened)):
-            held = names & vars(module).keys() - {*OF_MODULES, "forward"}
+            of_class = {n for kind in own_bases(type(module)) for n, v in vars(kind).items() if is_variable(n, v)}
+            held = names & (vars(module).keys() | of_class) - {*OF_MODULES, "forward"}
             found[path] = frozenset(name for name in held if is_users or name[:1] != "_")
     return found
 

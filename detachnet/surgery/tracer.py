@@ -27,6 +27,7 @@ from detachnet.errors import TraceError
 from detachnet.surgery.batches import OtherBatches
 from detachnet.surgery.listening import answer_isinstance, watching
 from detachnet.surgery.modules import attribute, inner_model, random_states_kept
+from detachnet.surgery.variables import is_users
 from detachnet.surgery.whole import Watch
 
 PREFIX = "base."
@@ -175,6 +176,8 @@ class Tracer(fx.Tracer):
         self.stack.pop()
         if isinstance(out, fx.Proxy):
             self._name(path, out.node)
+            if out.node.target == path and is_users(type(m).__module__):
+                self.watch.calls(out.node, path.removeprefix(PREFIX))
         return out
 
     def _opened(self, m: nn.Module, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -271,6 +274,7 @@ class Tracer(fx.Tracer):
             values = self._values(node)
             follows = not (self._elsewhere.is_as_long(node) if length_only else self._elsewhere.is_same(node))
             values = (len(values[0]), len(values[1])) if length_only else values
+            self.watch.asks_shape_of(node)
         except Exception:  # whatever an operation raises where there are shapes only
             return False, None
         finally:

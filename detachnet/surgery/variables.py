@@ -28,7 +28,7 @@ from detachnet.surgery.contents import (
 
 OF_MODULES = {*vars(nn.Module()), "_is_full_backward_hook"}
 """What every module has."""
-CALLED = (type, FunctionType, BuiltinFunctionType)
+CALLED = (type, FunctionType, BuiltinFunctionType, staticmethod)
 _LIBRARIES = ("timm", "torchvision")
 
 
@@ -42,8 +42,9 @@ def held(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
         yield from _outside(function)
     for base in own_bases(type(module)):
         for kind in (base, *filter(_is_users_class, vars(base).values())):
-            space = _ClassSpace(kind)
-            yield from [(space, name, value) for name, value in vars(kind).items() if is_variable(name, value)]
+            space = ClassSpace(kind)
+            every = [(space, name, value) for name, value in vars(kind).items()]
+            yield from [named for named in every if is_variable(*named[1:]) or isinstance(named[2], Tensor)]
 
 
 def called_by(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
@@ -143,9 +144,20 @@ def _called(function: FunctionType) -> tuple[FunctionType, ...]:
         current = pending.pop()
         if current not in found:
             found[current] = None
-            named = [function for _, _, value in _named(current) for function in _functions_in(value)]
+            named = [f for _, _, value in _named(current) for f in _functions_of(value, current.__module__)]
             pending += [function for function in named if is_users(function.__module__)]
     return tuple(found)
+
+
+def _functions_of(value: Any, reader: str | None) -> Iterator[FunctionType]:
+    """The functions that a value is, or that are in a container, and the methods of a user's object."""
+    items = list(value.values()) if isinstance(value, dict) else value
+    for part in items[:MOST] if isinstance(items, list | tuple) else [value]:
+        yield from _functions_in(part)
+        kind: Any = type(part)
+        if not isinstance(part, SINGLE) and _is_near(kind, reader):
+            for base in own_bases(kind):
+                yield from [f for name, m in vars(base).items() if name != "__init__" for f in _functions_in(m)]
 
 
 class _Cell:
@@ -159,7 +171,7 @@ class _Cell:
         return self.owner.cell_contents
 
 
-class _ClassSpace:
+class ClassSpace:
     """What a class has in its own namespace, likewise."""
 
     def __init__(self, kind: type) -> None:
@@ -199,10 +211,18 @@ def _named(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
             if _is_environment(value, names):
                 yield _Environment(), "os.environ", dict(os.environ)
             yield from _below(value, names, seen, function.__module__)
+        for imported in _imported(name, function.__globals__.get("__package__")):
+            yield from _below(imported, names, seen, function.__module__)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # an empty one
             yield _Cell(cell), name, cell.cell_contents
             yield from _below(cell.cell_contents, names, seen, function.__module__)
+
+
+def _imported(name: str, package: str | None) -> list[Any]:
+    """The modules that code which imports a name itself may mean, where these are loaded by now."""
+    every = [sys.modules.get(known) for known in (name, f"{package}.{name}".rstrip("."))]
+    return [module for module in every if module is not None]
 
 
 def _below(
@@ -251,7 +271,7 @@ def space_of(value: Any) -> Any:
     """The namespace of a user's module or class that code names, whose variables it may read; else None."""
     if ismodule(value):
         return vars(value) if is_users(value.__name__) else None
-    return _ClassSpace(value) if isinstance(value, type) and is_users(value.__module__) else None
+    return ClassSpace(value) if isinstance(value, type) and is_users(value.__module__) else None
 
 
 def _outside(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:

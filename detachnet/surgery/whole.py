@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from detachnet.surgery.attributes import names_read
 from detachnet.surgery.contents import TRACED
 from detachnet.surgery.generators import drawn_from
 from detachnet.surgery.state import marks_of, state_of
+from detachnet.surgery.variables import is_users
 
 if TYPE_CHECKING:
     from detachnet.surgery.tracer import Tracer
@@ -125,8 +127,11 @@ class Watch:
         hooks: Path of a module → its hooks, which are lost if it is opened.
         closely: Whether functions that draw random numbers are listened for, which takes time.
         moved: Whether a random state has moved, by this thread or another.
+        called: Node that calls a layer of a user's class → the path of what calls it, and that as a reason.
+        shaping: Nodes that give shapes which were asked for.
         drawn: The state of torch's random numbers before a function of torch that may draw some.
-        written: Names of the attributes that forward passes assign.
+        written: Of each module that passes assign attributes of, by its id, their names: what is there before does
+            not matter, or is another matter.
         opened: Path of each module whose forward was traced → the module.
         asked: Of each module that was asked for attributes, by its id, their names.
         marks: Path of each → what it held before, with a mark for each tensor.
@@ -140,10 +145,12 @@ class Watch:
     marks: dict[str, dict[str, Any]] = field(default_factory=dict)
     lost: list[Reason] = field(default_factory=list)
     hooks: dict[str, Reason] = field(default_factory=dict)
-    written: set[str] = field(default_factory=set)
+    written: dict[int, set[str]] = field(default_factory=dict)
     closely: bool = False
     moved: bool = False
     drawn: bytes = b""
+    shaping: set[fx.Node] = field(default_factory=set)
+    called: dict[fx.Node, tuple[str, Reason]] = field(default_factory=dict)
     frames: list[_Frame] = field(default_factory=list)
 
     @contextmanager
@@ -165,12 +172,26 @@ class Watch:
     def note(self, what: str, where: str | None = None, **kinds: bool) -> None:
         """The module whose forward is running does something that would be lost."""
         if self.frames and not self.tracer.probing:
-            path, where = self.frames[-1].path, source_line() if where is None else where
-            reason = Reason(what, where, **kinds)
-            if path and not (reason.is_soft and path in self.stay_open):
-                self.found.setdefault(path, reason)
-            elif reason.what not in [before.what for before in self.lost]:
-                self.lost.append(reason)
+            reason = Reason(what, source_line() if where is None else where, **kinds)
+            self._keep(self.frames[-1].path, reason)
+
+    def _keep(self, path: str, reason: Reason) -> None:
+        """Keep a module whole, or note what of the model's own forward is lost."""
+        if path and not (reason.is_soft and path in self.stay_open):
+            self.found.setdefault(path, reason)
+        elif reason.what not in [before.what for before in self.lost]:
+            self.lost.append(reason)
+
+    def calls(self, node: fx.Node, path: str) -> None:
+        """The forward that is running calls a layer of a user's class."""
+        reason = Reason(f"a call of {path!r} for its effect", source_line(), counts=True)
+        self.called[node] = self.frames[-1].path, reason
+
+    def called_for_effect(self, root: nn.Module) -> None:
+        """Keep whole what calls layers whose result nothing takes, though they leave something, or may refuse."""
+        for node, (path, reason) in self.called.items():
+            if not node.users and _has_effect(type(root.get_submodule(str(node.target))).forward):
+                self._keep(path, reason)
 
     def step(self) -> None:
         """An operation is about to become a node: in the contexts its module began in?"""
@@ -266,6 +287,18 @@ class Watch:
         elif name == "dtype" and _compares_dtypes(code):
             self.cannot_tell(name)
 
+    def asks_shape_of(self, node: fx.Node) -> None:
+        """A shape is asked for, which layers give by attributes of theirs: later, another one."""
+        pending = [node]
+        while pending:
+            current = pending.pop()
+            if current not in self.shaping:
+                self.shaping.add(current)
+                pending += current.all_input_nodes
+                if current.op == "call_module":
+                    layer = self.tracer.root.get_submodule(str(current.target))
+                    self.asked.setdefault(id(layer), set()).update(_shaping(layer))
+
     def takes_gradient(self) -> None:
         """A tensor that takes a gradient and is no parameter is an argument; checkpointing has one of its own."""
         frame: FrameType | None = sys._getframe(1)
@@ -299,7 +332,8 @@ class Watch:
         if not self.frames or self.tracer.probing or name.startswith("_forward"):
             return
         before = vars(module).get(name)
-        self.written.add(name)
+        if not (name in self.asked.get(id(module), ()) and _is_plain(value) and value == before):
+            self.written.setdefault(id(module), set()).add(name)
         traced = isinstance(value, fx.Proxy)
         held = name in module._buffers or isinstance(before, torch.Tensor)
         if held and (traced or isinstance(value, torch.Tensor)):
@@ -308,6 +342,10 @@ class Watch:
                 raise LostError(f"{name!r} is assigned")
         elif _is_plain(value) and _is_plain(before) and name != "training" and value != before:
             self.note(f"{name!r} changed", counts=True)
+
+    def written_to(self, path: str) -> set[str]:
+        """The names of an opened module's attributes that passes assign."""
+        return self.written.get(id(self.opened.get(path)), set())
 
     def writes(self, changed: object) -> None:
         """A node changes one of its arguments in place: a buffer of the module whose forward is running?"""
@@ -352,6 +390,29 @@ def _random() -> tuple[object, ...]:
     """The random states, in the order of `_RANDOM`."""
     numpy = np.random.get_state(legacy=False)["state"]
     return random.getstate(), (numpy["key"].tobytes(), numpy["pos"]), torch.get_rng_state().numpy().tobytes()
+
+
+def _shaping(layer: nn.Module) -> set[str]:
+    """The names of a layer's attributes that the shape of what it gives may follow from; not of what it counts."""
+    if not is_users(type(layer).__module__):
+        return {"kernel_size", "stride", "padding", "dilation", "output_size", "size", "scale_factor", "ceil_mode"}
+    plain = {name for name, value in vars(layer).items() if isinstance(value, int | float | tuple)}
+    stored = {step.argval for step in _steps(type(layer).forward) if step.opname == "STORE_ATTR"}
+    return plain & names_read(layer) - {"training", *stored}
+
+
+def _steps(forward: Any) -> list[dis.Instruction]:
+    """Of a function of Python."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return list(dis.get_instructions(code)) if code else []
+
+
+@lru_cache
+def _has_effect(forward: Any) -> bool:
+    """Whether code assigns an attribute or an item, raises, or calls something for no result."""
+    steps = [step.opname for step in _steps(forward)]
+    calls = any(one.startswith("CALL") and two == "POP_TOP" for one, two in pairwise(steps))
+    return calls or not {"STORE_ATTR", "STORE_SUBSCR", "RAISE_VARARGS"}.isdisjoint(steps)
 
 
 @lru_cache

@@ -5,6 +5,8 @@ import datetime
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -154,7 +156,15 @@ def shaped(h: Tensor) -> Tensor:
     return activation(h + 1)
 
 
-class Calling(nn.Module):
+class Opened(nn.Module):
+    """Has a layer, so that its forward is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Identity()
+
+
+class Calling(Opened):
     """Calls functions that variables outside of it hold."""
 
     def forward(self, h: Tensor) -> Tensor:
@@ -178,6 +188,202 @@ def test_a_function_in_the_place_of_another_is_followed(
     monkeypatch.setattr(owner, name, other)
     torch.testing.assert_close(net(x), net.base(x))
     assert not torch.allclose(net(x), before)
+
+
+RATE = 1.0
+PRESENT = sys.modules[__name__]
+
+
+def rate() -> float:
+    return RATE
+
+
+class Held:
+    """A global object, whose method reads a global."""
+
+    def rate(self) -> float:
+        return RATE
+
+
+class Named(dict):  # type: ignore[type-arg]
+    """A dict with attributes."""
+
+    rate = 1.0
+
+
+@dataclass
+class Config:
+    """What a library's model is made by."""
+
+    dtype: torch.dtype = torch.float64
+
+
+HELD, REGISTRY = Held(), {"rate": rate}
+
+
+class Level(nn.Module):
+    """A layer whose class has what its parent reads."""
+
+    level = 1.0
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h.relu()
+
+
+class Reading(nn.Module):
+    """Reads all of that, and imports what it reads."""
+
+    table = torch.ones(1).double()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.config, self.named, self.share = Level(), Config(), Named(), {"of": Decimal(1)}
+        self.optimizer = [torch.optim.SGD([torch.zeros(1)], lr=1.0)]
+
+    def forward(self, h: Tensor) -> Tensor:
+        from tests.surgery import test_attributes as here
+
+        h = self.act(h.to(self.config.dtype).double()) * self.act.level * self.table * here.RATE
+        rates = self.named.rate * float(self.share["of"]) * self.optimizer[0].param_groups[0]["lr"]
+        return h * REGISTRY["rate"]() * HELD.rate() * rates
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch, mid: patch.setattr(PRESENT, "RATE", 5.0),
+        lambda patch, mid: setattr(mid.act, "level", 5.0),
+        lambda patch, mid: patch.setattr(Level, "level", 5.0),
+        lambda patch, mid: patch.setattr(Reading, "table", 5 * Reading.table),
+        lambda patch, mid: setattr(mid.config, "dtype", torch.bfloat16),
+        lambda patch, mid: setattr(mid.named, "rate", 5.0),
+        lambda patch, mid: mid.share.update(of=Decimal(5)),
+        lambda patch, mid: mid.optimizer[0].param_groups[0].update(lr=5.0),
+    ],
+)
+def test_what_is_read_from_afar_is_followed(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = detachnet.make_detachable(models.Around(Reading()).double(), ASKED, SIZE).eval()
+    x = torch.randn(4, *SIZE).double()
+    before = net(x)
+    change(monkeypatch, net.base.mid)
+    torch.testing.assert_close(net(x), net.base(x))
+    assert not torch.equal(net(x), before)
+
+
+class Imports(Opened):
+    """Imports in its forward what nothing else of its file names."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        from tests.surgery.test_attributes import RATE as factor
+
+        return h * factor
+
+
+class Calls(Opened):
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * (REGISTRY["rate"]() if self.of == "registry" else HELD.rate())
+
+
+@pytest.mark.parametrize("mid", [Imports(), Calls("registry"), Calls("object")], ids=lambda mid: str(mid))
+def test_each_way_to_a_global_is_followed(mid: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = detachnet.make_detachable(models.Around(mid), ASKED, SIZE).eval(), torch.randn(4, *SIZE)
+    before = net(x)
+    monkeypatch.setattr(PRESENT, "RATE", 5.0)
+    torch.testing.assert_close(net(x), net.base(x))
+    assert not torch.equal(net(x), before)
+
+
+class Floored(Opened):
+    """Has a floor for what a training loop schedules, which it reads and then writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.training:
+            self.scale = max(0.1, self.scale)
+        return h * self.scale
+
+
+class Leaves(Opened):
+    """Writes an attribute that another class reads under the same name."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.scale = h.mean()
+        return h
+
+
+@pytest.mark.parametrize("mid", [Floored(), nn.Sequential(Leaves(), Floored())], ids=["own", "other"])
+def test_a_name_that_is_written_is_followed_where_it_is_read_first(mid: Any) -> None:
+    net, x = detachnet.make_detachable(models.Around(mid), ["a"], SIZE), torch.randn(4, *SIZE)
+    floored = next(module for module in net.base.modules() if isinstance(module, Floored))
+    for mode in (True, False):
+        net.train(mode)(x)
+        floored.scale = 5.0 + mode
+        torch.testing.assert_close(net(x), net.base(x))
+
+
+class Slim(nn.Module):
+    """A layer that gives as many channels as it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.channels = nn.Parameter(torch.randn(8, 8, 1, 1)), 4
+
+    def forward(self, h: Tensor) -> Tensor:
+        return nn.functional.conv2d(h, self.weight[: self.channels])
+
+
+class Shaped(nn.Module):
+    """Decides by the shapes that its layers give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slim, self.pool = Slim(), nn.AdaptiveAvgPool2d(4)
+
+    def forward(self, h: Tensor) -> Any:
+        parts, pooled = self.slim(h), self.pool(h)
+        return h * (3 if pooled.shape[2] > 2 else 1) + sum(parts[:, i : i + 1] for i in range(parts.shape[1]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mid: setattr(mid.slim, "channels", 8),
+        lambda mid: setattr(mid.slim, "channels", 2),
+        lambda mid: setattr(mid.pool, "output_size", 2),
+    ],
+)
+def test_what_layers_give_another_shape_by_is_followed(change: Any) -> None:
+    net, x = detachnet.make_detachable(models.Around(Shaped()), ["a"], SIZE).eval(), torch.randn(4, *SIZE)
+    before = net(x)
+    change(net.base.mid)
+    torch.testing.assert_close(net(x), net.base(x))
+    assert not torch.allclose(net(x), before)
+
+
+class Hidden(Opened):
+    """Goes another way while it is traced, which a gain of one does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = 1.0
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * (self.gain if type(h) is Tensor else 1.0)
+
+
+def test_a_number_that_varies_for_the_first_time_is_compared() -> None:
+    net, x = detachnet.make_detachable(models.Around(Hidden()), ["a"], SIZE).eval(), torch.randn(4, *SIZE)
+    assert not net.plan.whole
+    net.base.mid.gain = 5.0
+    torch.testing.assert_close(net(x), net.base(x))
+    assert net.plan.whole.keys() == {"mid"}
 
 
 class Switched(nn.Module):
