@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detachnet.errors import ModelError
+from detachnet.surgery.contents import GENERATORS, MOST, SINGLE, content, parts_of
+from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.whole import hooked
 from detachnet.zoo import ModelSource, create_model
 
+_DEEPEST = 8
+"""Objects inside of one another that are looked into."""
 _NOT_THE_NETWORK = {"training", "detachnet_source", "detachnet_new", "pretrained_cfg", "default_cfg"}
 """Attributes that say where a model comes from, or its mode."""
 
@@ -25,6 +30,11 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(
         json.dumps({path: layers[path] | hooks.get(path, {}) for path in layers}).encode()
     ).hexdigest()
+
+
+def of_entries(net: DetachableNet) -> str:
+    """The same hash over what sub-models take in images, and features, through."""
+    return fingerprint(nn.ModuleList([net.stepdowns, net.bridges]))
 
 
 def difference_from_source(model: nn.Module, source: ModelSource) -> str:
@@ -83,17 +93,29 @@ def _layer(module: nn.Module) -> dict[str, str]:
     return {"class": type(module).__qualname__, **attributes, **shapes}
 
 
-def _said(value: Any) -> str:
-    """A plain value as text; a function or an object by the name of what it is; nothing of tensors."""
+def _said(value: Any, around: tuple[int, ...] = ()) -> str:
+    """A plain value as text, an object by what it holds, a function by its name; nothing of tensors."""
+    if isinstance(value, Tensor):
+        return ""
     if value is None or isinstance(value, bool | int | float | str | torch.Size | torch.dtype):
         return repr(value)
+    kind = type(value).__qualname__
+    is_deep = id(value) in around or len(around) > _DEEPEST
+    if is_deep or isinstance(value, (*SINGLE, *GENERATORS, Iterator)):
+        return str(getattr(value, "__qualname__", kind))
+    return _said_of_parts(value, kind, (*around, id(value)))
+
+
+def _said_of_parts(value: Any, kind: str, around: tuple[int, ...]) -> str:
+    """A container, or an object by the name of its class and what it holds."""
     if isinstance(value, tuple | list | set | frozenset):
-        return f"({', '.join(_said(item) for item in value)})"
+        items = [_said(item, around) for item in value]
+        return f"({', '.join(sorted(items) if isinstance(value, set | frozenset) else items)})"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {_said(item)}' for key, item in value.items())}}}"
-    if isinstance(value, torch.Tensor):
-        return ""
-    return str(getattr(value, "__qualname__", type(value).__qualname__))
+        return f"{{{', '.join(f'{key}: {_said(item, around)}' for key, item in value.items())}}}"
+    if (parts := parts_of(value)) is None:
+        return str(content(value) or kind)
+    return f"{kind}({', '.join(f'{name}={_said(part, around)}' for name, part in parts[:MOST])})"
 
 
 def unstored(model: nn.Module) -> dict[str, tuple[float, float]]:
@@ -107,7 +129,7 @@ def unstored(model: nn.Module) -> dict[str, tuple[float, float]]:
         buffers = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
         plain = {} if module._forward_pre_hooks else vars(module)  # which compute weights from what is stored
         for name, value in {**buffers, **plain}.items():
-            if isinstance(value, torch.Tensor) and value.numel() and not (value.is_meta or value.is_complex()):
+            if isinstance(value, Tensor) and value.numel() and not (value.is_meta or value.is_complex()):
                 numbers = value.detach().double().cpu().flatten()
                 weighed = numbers * torch.linspace(1, 2, len(numbers), dtype=torch.double)
                 both = float(numbers.abs().mean()), float(weighed.mean())

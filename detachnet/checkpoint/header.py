@@ -67,6 +67,8 @@ class Header(BaseModel):
             whole family.
         training: Present in the files a training goes on from.
         fingerprint: Of the base-model's layers; empty in files from before it was kept.
+        entries: The same of a user's own step-downs; empty where there are none.
+        input_dtype: Of images that are no floating-point numbers, which the family was made for; else empty.
         unstored: Tensors that no file holds (buffers that are not persistent, plain attributes) → their size and a
             number that tells one from another.
         answer: What the base-model, or the one model of the file, answers to one image (`checkpoint.answer`); None
@@ -87,6 +89,8 @@ class Header(BaseModel):
     detached: str | None = None
     training: TrainingState | None = None
     fingerprint: str = ""
+    entries: str = ""
+    input_dtype: Literal["", "uint8", "int8", "int16", "int32", "int64"] = ""
     extra_state: dict[str, Any] = {}
     unstored: dict[str, tuple[float, float]] = {}
     answer: tuple[float, float] | None = None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from detachnet.checkpoint.answer import answer, is_alike, is_asked
 from detachnet.checkpoint.content import LIVE, TRAINER, read, without_prefix
-from detachnet.checkpoint.fingerprint import fingerprint, unstored
+from detachnet.checkpoint.fingerprint import fingerprint, of_entries, unstored
 from detachnet.checkpoint.header import Header
 from detachnet.errors import CheckpointError, DetachNetError, ModelError, TraceError, one_line
 from detachnet.memory import Bounded, Brief, TooMuchError
@@ -111,7 +111,7 @@ def build(
     with _bounded_by(tensors, path, model):
         base = _base(header, path, model, stepdown, tensors)
         with _fits(base, path):
-            net = _family(header, base, stepdown, leaves)
+            net = _family(header, path, base, stepdown, leaves)
             _check_plan(header, net.plan, own=model is not None)
     with _fits(base, path):
         load_weights(net, header, tensors)
@@ -136,7 +136,7 @@ def _build_detached(
     with _bounded_by(tensors, path, model or sketch):
         base = _base(header, path, model, stepdown, {})
         with _fits(base, path):
-            net = _family(header, base, stepdown, leaves)
+            net = _family(header, path, base, stepdown, leaves)
             _check_plan(header, net.plan, own=model is not None)
             module = net.detach(name)
     with _fits(base, path):
@@ -237,19 +237,31 @@ def _warn_of_answers(header: Header, net: DetachableNet, model: nn.Module, path:
         )
 
 
-def _family(header: Header, base: nn.Module, stepdown: StepDownBuilder | None, leaves: Leaves) -> DetachableNet:
+def _example(header: Header) -> Tensor | None:
+    """Images like those that a family was made for, where these are no floating-point numbers."""
+    if not header.input_dtype:
+        return None
+    return torch.zeros(2, *header.plan.input_size, dtype=getattr(torch, header.input_dtype))
+
+
+def _family(
+    header: Header, path: str | Path, base: nn.Module, stepdown: StepDownBuilder | None, leaves: Leaves
+) -> DetachableNet:
     """The family a header describes, with weights to be replaced."""
     net = make_detachable(
         base,
         {m.name: m.asked for m in header.plan.models[1:]},
-        header.plan.input_size,
+        None if header.input_dtype else header.plan.input_size,
         norm=header.plan.norm,
         head=header.plan.head,
         stepdown=header.plan.entry if stepdown is None else stepdown,
         leaf_modules=leaves.with_paths(header.plan.whole).modules,
         leaf_functions=leaves.functions,
         check="none",
+        example_input=_example(header),
     )
+    if header.entries not in ("", of_entries(net)):
+        logger.warning("%s was made with another step-down: its layers had other classes or attributes", path)
     said = {name: getattr(header.plan, name) for name in ("checked", "hints", "whole")}
     net.plan = net.plan.model_copy(update=said)
     net.check = "full"
@@ -318,7 +330,7 @@ def _sketch(header: Header, name: str, tensors: Mapping[str, Tensor], path: str 
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             with _brief(tensors):
                 base = create_model(header.source.name, **header.source.kwargs)
-            module = _family(header, base, None, NO_LEAVES).detach(name)
+            module = _family(header, path, base, None, NO_LEAVES).detach(name)
     except (DetachNetError, NotImplementedError, RuntimeError) as error:
         if isinstance(error.__cause__, TooMuchError):
             raise error.__cause__ from None

@@ -14,9 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.checkpoint.answer import answer, is_asked
 from detachnet.checkpoint.content import split_state, write_file
-from detachnet.checkpoint.fingerprint import difference_from_source, fingerprint, unstored
+from detachnet.checkpoint.fingerprint import difference_from_source, fingerprint, of_entries, unstored
 from detachnet.checkpoint.header import Header, Source, TrainingState
 from detachnet.errors import CheckpointError, ModelError, one_line
+from detachnet.surgery.contents import PLAIN
 from detachnet.surgery.detachable import DetachableNet, family_in
 from detachnet.surgery.plan import BASE
 from detachnet.surgery.whole import hooked
@@ -102,8 +103,9 @@ def _check_norms(net: DetachableNet) -> None:
     for path, norm in net.norms.named_modules():
         if isinstance(norm, _BatchNorm):
             like = net.base.get_submodule(path.partition(".")[2])
-            for name in ("eps", "momentum", "affine", "track_running_stats"):
-                if getattr(norm, name) != getattr(like, name):
+            plain = [name for name, value in vars(norm).items() if isinstance(value, PLAIN)]
+            for name in [name for name in plain if name[:1] != "_" and name != "training"]:
+                if getattr(norm, name) != getattr(like, name, None):
                     raise CheckpointError(
                         f"{name} of net.norms.{path} is {getattr(norm, name)}, that of the base-model's norm "
                         f"{getattr(like, name)}: a file has one for both",
@@ -138,6 +140,10 @@ def _header(net: DetachableNet, own: bool = False) -> Header:
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     said: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "fingerprint": fingerprint(net.base)}
     said["unstored"] = unstored(net.base)
+    if net.plan.entry == "custom":
+        said["entries"] = of_entries(net)
+    if not net.input_dtype.is_floating_point:
+        said["input_dtype"] = str(net.input_dtype).removeprefix("torch.")
     try:
         return Header(source=source, plan=net.plan, **said, **dict(net.facts))
     except ValidationError as error:

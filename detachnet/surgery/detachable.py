@@ -175,6 +175,11 @@ class DetachableNet(nn.Module):
         return model_source(self.base)
 
     @property
+    def input_dtype(self) -> torch.dtype:
+        """Of the images that the family was made for; of floating-point numbers, its weights have theirs."""
+        return self._example.dtype
+
+    @property
     def active(self) -> str:
         """The model `net(x)` runs. Setting it copies nothing and needs no data."""
         return self._active

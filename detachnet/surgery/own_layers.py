@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from detachnet.surgery.contents import PLAIN
 from detachnet.surgery.modules import Folder, put, with_leaves
 from detachnet.surgery.ownership import HEADS, NORMS, ViewSource
 from detachnet.surgery.plan import BASE
 from detachnet.surgery.routes import folder
 from detachnet.surgery.state import Reading, readings
 from detachnet.surgery.statistics import Statistics, own_statistics
+from detachnet.surgery.variables import CALLED, OF_MODULES
 
 logger = logging.getLogger("detachnet")
 Sources = Mapping[str, Mapping[bool, ViewSource]]
@@ -93,7 +95,7 @@ def copied_parts(net: nn.Module, sources: Sources, statistics: Statistics) -> It
         sources: Of its models.
         statistics: Of the base-model's layers.
     """
-    norms = dict[_BatchNorm, list[nn.Module]]()
+    norms = dict[nn.Module, list[nn.Module]]()
     for name in sources:
         for path, place in sources[name][False].private.get(name, {}).items():
             keeps = statistics.get(path, ())
@@ -102,9 +104,15 @@ def copied_parts(net: nn.Module, sources: Sources, statistics: Statistics) -> It
                 original = theirs.get(inner, part)
                 if part is not original and isinstance(original, _BatchNorm):
                     norms.setdefault(original, []).append(part)
-                elif part is not original:
+                if part is not original and not _is_plain_norm(original):
                     yield Copied(original, part, place == HEADS or inner in keeps)
     yield CopiedNorms(norms)
+
+
+def _is_plain_norm(layer: nn.Module) -> bool:
+    """Whether a layer is a batch norm that holds nothing but numbers, tensors and parts."""
+    held = (value for name, value in vars(layer).items() if name not in OF_MODULES)
+    return isinstance(layer, _BatchNorm) and all(isinstance(value, PLAIN + CALLED) for value in held)
 
 
 class Follower(Protocol):
@@ -118,29 +126,44 @@ class Follower(Protocol):
 
 
 class CopiedNorms:
-    """Batch norms that sub-models have copies of: their `eps` and `momentum` may be set at any time.
+    """Batch norms that sub-models have copies of: their numbers, such as `momentum`, may be set at any time.
 
     Args:
         norms: The base-model's, and the copies of each.
     """
 
-    def __init__(self, norms: Mapping[_BatchNorm, Sequence[nn.Module]]) -> None:
-        self._norms = [(norm, norm.eps, norm.momentum) for norm in norms]
-        self._copies = norms
+    def __init__(self, norms: Mapping[nn.Module, Sequence[nn.Module]]) -> None:
+        self._norms = norms
+        self._looks = [look for norm in norms for look in _looks_at(norm, norms[norm])]
 
     def passed(self) -> None:
-        """A pass is done: it has changed neither number."""
+        """A pass is done; what it counts, each has of its own."""
 
     def follow(self) -> None:
-        """Give the copies what the base-model's norms have now, but for those that were set otherwise."""
-        if all(norm.eps == eps and norm.momentum == momentum for norm, eps, momentum in self._norms):
+        """Give the copies what the base-model's norms have now, but for what was set otherwise in them."""
+        if all(held.get(name) is value for held, name, value, _ in self._looks):
             return
-        for norm, *seen in self._norms:
-            for name, before in zip(("eps", "momentum"), seen, strict=True):
-                for copied in self._copies[norm]:
-                    if getattr(copied, name) == before:
-                        setattr(copied, name, getattr(norm, name))
-        self._norms = [(norm, norm.eps, norm.momentum) for norm in self._copies]
+        for held, name, value, copies in self._looks:
+            for copied in copies if name in held else ():
+                if copied.get(name) == value:
+                    copied[name] = held[name]
+        self._looks = [look for norm in self._norms for look in _looks_at(norm, self._norms[norm])]
+
+
+def _looks_at(norm: nn.Module, copies: Sequence[nn.Module]) -> Iterator[_Look]:
+    """What of a norm is looked at before each pass: numbers, functions, and the parts that its copies share."""
+    for name, value in vars(norm).items():
+        if name not in _OF_NORMS and isinstance(value, PLAIN + CALLED):
+            yield vars(norm), name, value, [vars(copied) for copied in copies]
+    for name, part in norm._modules.items():
+        if part is not None and (shared := [c._modules for c in copies if c._modules.get(name) is part]):
+            yield norm._modules, name, part, shared
+
+
+_Look = tuple[dict[str, Any], str, Any, list[dict[str, Any]]]
+"""Where something is, its name, what it was, and where copies have it."""
+_OF_NORMS = {*OF_MODULES, "num_features", "affine", "track_running_stats"}
+"""What every batch norm has, and never another one."""
 
 
 class Copied:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,13 +15,16 @@ from detachnet.surgery.detachable import DetachableNet, family_in
 from detachnet.surgery.routes import folder
 from detachnet.text import by
 
+logger = logging.getLogger("detachnet")
+
 
 def recalibrate(net: DetachableNet, batches: Iterable[Tensor | Sequence[Tensor]]) -> DetachableNet:
     """Measure the batch norms' statistics anew, for each model alone.
 
     Shared batch norms (the paper's) keep one mean and variance for models whose features differ, and fit none of
     them. The copy this returns has private norms: the same weights, and statistics averaged over `batches`. Norms
-    that are frozen (in evaluation mode while the family trains) are measured like all others.
+    that are frozen (in evaluation mode while the family trains) are measured like all others; statistics that
+    layers of other classes keep are not, which is logged.
 
     Args:
         net: A family; it is not changed.
@@ -37,6 +41,9 @@ def recalibrate(net: DetachableNet, batches: Iterable[Tensor | Sequence[Tensor]]
     Source: precise batch norm, arXiv 2105.07576, section 3; for sub-networks arXiv 1903.05134, section 3.
     """
     fresh = family_in(net).with_private_norms().eval()
+    if others := [path for path, parts in fresh._statistics.items() if parts]:
+        named = ", ".join(map(repr, others[:4])) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+        logger.warning("the statistics of %s stay as they are: only batch norms are measured", named)
     measure_statistics(fresh, batches, fresh.names, own=False)
     fresh.facts = fresh.facts.updated(accuracy={})
     return fresh

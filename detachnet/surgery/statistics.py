@@ -21,6 +21,8 @@ from detachnet.surgery.tracer import PREFIX, Spec
 
 IMAGES = 2
 """That a layer is run on: norms need more than one, and memory is taken for them."""
+PASSES = 3
+"""So many: some begin after a few."""
 Statistics = Mapping[str, tuple[str, ...]]
 """Path of a layer in the base-model → paths in it of the parts that keep statistics, batch norms not counted."""
 
@@ -53,22 +55,20 @@ def _values_of_few(traced: TracedGraph) -> Mapping[fx.Node, Any]:
 
 
 def _could_keep(layer: nn.Module) -> bool:
-    """Whether a layer on a real device has floating-point buffers of its own that are no batch norm's."""
-    buffers = [
-        buffer
-        for part in layer.modules()
-        if not isinstance(part, _BatchNorm)
-        for buffer in part._buffers.values()
-        if buffer is not None
-    ]
-    return any(buffer.is_floating_point() and not buffer.is_meta for buffer in buffers)
+    """Whether a layer on a real device has floating-point tensors of its own that no optimizer changes."""
+    parts = [part for part in layer.modules() if not isinstance(part, _BatchNorm)]
+    users = [part for part in parts if not type(part).__module__.startswith("torch.")]
+    frozen = [p for part in users for p in part._parameters.values() if p is not None and not p.requires_grad]
+    buffers = [buffer for part in parts for buffer in part._buffers.values() if buffer is not None]
+    return any(tensor.is_floating_point() and not tensor.is_meta for tensor in [*buffers, *frozen])
 
 
 def _parts_with_statistics(
     traced: TracedGraph, values: Mapping[fx.Node, Any], node: fx.Node, layer: nn.Module
 ) -> tuple[str, ...]:
     """The parts of one layer whose buffers come to depend on what the layer sees; none if it cannot be run."""
-    like = next((b for b in layer.buffers() if b.is_floating_point()), torch.empty(0))
+    every = [*layer.buffers(), *layer.parameters()]
+    like = next((t for t in every if t.is_floating_point()), torch.empty(0))
     meta = traced.module.get_submodule(str(node.target))
     try:
         with random_states_kept(like.device), torch.no_grad():
@@ -89,7 +89,7 @@ def _parts_with_statistics(
 def _buffers_after(
     values: Mapping[fx.Node, Any], node: fx.Node, layer: nn.Module, meta: nn.Module, like: Tensor, seed: int
 ) -> dict[str, Tensor]:
-    """A copy's floating-point buffers after one pass in the graph's mode on random values."""
+    """What no optimizer changes in a copy, after passes in the graph's mode on random values."""
     torch.manual_seed(seed)
 
     def value(leaf: fx.Node) -> Any:
@@ -104,8 +104,10 @@ def _buffers_after(
     copied = silence_hooks(copy_model(layer))
     for (_, part), (_, original) in zip(copied.named_modules(), meta.named_modules(), strict=True):
         part.training = original.training
-    copied(*fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value))
-    return {name: buffer for name, buffer in copied.named_buffers() if buffer.is_floating_point()}
+    for _ in range(PASSES):
+        copied(*fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value))
+    frozen = [(name, parameter) for name, parameter in copied.named_parameters() if not parameter.requires_grad]
+    return {name: tensor for name, tensor in [*copied.named_buffers(), *frozen] if tensor.is_floating_point()}
 
 
 def own_statistics(layer: nn.Module, parts: tuple[str, ...] = ()) -> nn.Module:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -32,6 +34,7 @@ def net() -> detachnet.DetachableNet:
 
 
 IMAGES = torch.randn(2, 3, 32, 32)
+SIZE = (3, 16, 16)
 
 
 def assert_same(
@@ -546,21 +549,29 @@ class Slope:
 
 
 class Leaky(nn.Module):
-    """A slope that no fingerprint sees, kept in one of four ways."""
+    """A slope that is kept in one of several ways; a fingerprint does not see the first two."""
 
     def __init__(self, way: str, slope: float) -> None:
         super().__init__()
-        self.way, self._slope, self.held = way, slope, Slope(slope)
-        self.partial = partial(F.leaky_relu, negative_slope=slope)
-        self.function = lambda x: F.leaky_relu(x, slope)
+        kept: dict[str, Any] = {
+            "private": slope,
+            "function": lambda x: F.leaky_relu(x, slope),
+            "partial": partial(F.leaky_relu, negative_slope=slope),
+            "field": Slope(slope),
+            "space": SimpleNamespace(slope=Slope(slope)),
+        }
+        self.way, self._kept = way, kept[way]
+        if way not in ("private", "function"):
+            self.held = kept[way]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.way in ("partial", "function"):
-            return getattr(self, self.way)(x)  # type: ignore[no-any-return]
-        return F.leaky_relu(x, self._slope if self.way == "private" else self.held.negative)
+        if callable(self._kept):
+            return self._kept(x)  # type: ignore[no-any-return]
+        slope = getattr(self._kept, "slope", self._kept)
+        return F.leaky_relu(x, getattr(slope, "negative", slope))
 
 
-@pytest.mark.parametrize("way", ["private", "partial", "function", "field"])
+@pytest.mark.parametrize("way", ["private", "function", "partial", "field", "space"])
 @pytest.mark.parametrize("which", [None, "sub0"])
 def test_loading_says_when_the_same_layers_answer_otherwise(
     way: str, which: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -573,7 +584,42 @@ def test_loading_says_when_the_same_layers_answer_otherwise(
     detachnet.load(tmp_path / "one", model=built(0.1))
     assert not warnings_in(caplog)
     detachnet.load(tmp_path / "one", model=built(0.2))
-    assert f"{which or 'Around'} answers otherwise than when it was written, with the same weights" in caplog.text
+    seen = way not in ("private", "function")
+    assert f"{which or 'Around'} answers otherwise than when it was written, with the same" in caplog.text or seen
+    assert ("layers had other classes, attributes" in caplog.text) == seen
+
+
+def test_loading_says_when_a_step_down_of_ones_own_is_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def entry(image: Any, feature: Any, act: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(image[0], feature[0], 2, 2), act)
+
+    net = detachnet.make_detachable(
+        models.Around(nn.Identity()), ["a"], SIZE, stepdown=lambda i, f: entry(i, f, nn.ReLU())
+    )
+    detachnet.save(net, path := tmp_path / "own")
+    detachnet.load(path, models.Around(nn.Identity()), stepdown=lambda i, f: entry(i, f, nn.ReLU()))
+    assert not warnings_in(caplog)
+    detachnet.load(path, models.Around(nn.Identity()), stepdown=lambda i, f: entry(i, f, nn.SiLU()))
+    assert f"{path} was made with another step-down: its layers had other classes" in caplog.text
+
+
+class Bytes(models.Around):
+    """Takes images of bytes, or of numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = super().forward(x.float() / 255 if x.dtype == torch.uint8 else x)
+        return logits
+
+
+@pytest.mark.parametrize("which", [None, "sub0"])
+def test_a_family_of_images_of_bytes_comes_back(tmp_path: Path, which: str | None) -> None:
+    x = torch.randint(0, 256, (2, *SIZE), dtype=torch.uint8)
+    net = detachnet.make_detachable(Bytes(nn.Identity()), ["a"], example_input=x).eval()
+    detachnet.save(net, tmp_path / "own", which)
+    again = detachnet.load(tmp_path / "own", Bytes(nn.Identity()))
+    torch.testing.assert_close(again(x) if which else again(x, which="sub0"), net(x, which="sub0"))
 
 
 class Counting(nn.Module):

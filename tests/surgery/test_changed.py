@@ -251,6 +251,45 @@ def test_sub_models_own_batch_norms_have_the_numbers_that_the_models_are_given()
     assert own.eps == 0.3, "one that was set otherwise was changed, too"
 
 
+class Active(nn.BatchNorm2d):
+    """A batch norm with a way, a rate and an activation of its own, as AdvProp's and timm's are."""
+
+    def __init__(self, rates: Any) -> None:
+        super().__init__(8)
+        self.way, self.rates, self.act = "up", rates, nn.LeakyReLU(0.01)
+        nn.init.constant_(self.bias, -0.5)  # so that the activation has something to do
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(super().forward(x)) * self.rates["x"]
+        return x if self.way == "up" else -x
+
+
+@pytest.mark.parametrize("sub", [{"behind": "a"}, {"narrow": SubModel(width=0.5)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda norm: setattr(norm, "way", "down"),
+        lambda norm: setattr(norm, "act", nn.LeakyReLU(0.9)),
+        lambda norm: setattr(norm.act, "negative_slope", 0.9),
+        lambda norm: norm.rates.update(x=3.0),
+        lambda norm: setattr(norm, "rates", {"x": 3.0}),
+        lambda norm: setattr(norm, "eps", 0.5),
+    ],
+)
+def test_own_batch_norms_of_a_users_class_are_what_the_model_s_are(change: Any, sub: Any) -> None:
+    """Each sub-model is what it is in a family that is made of the changed model."""
+    model, x = models.Around(nn.Sequential(Active({"x": 1.0}), nn.Conv2d(8, 8, 1))), torch.randn(4, *SIZE)
+    net = detachnet.make_detachable(model, sub, SIZE).eval()
+    before = net(x, which="all")
+    change(net.base.mid[0])
+    after = net(x, which="all")
+    fresh = detachnet.make_detachable(copy.deepcopy(net.base), sub, SIZE).eval()
+    fresh.load_state_dict(net.state_dict())
+    for name, output in fresh(x, which="all").items():
+        torch.testing.assert_close(after[name], output)
+        assert not torch.allclose(after[name], before[name])
+
+
 class Frozen(models.Around):
     """A norm that stays in evaluation mode, as detectors have them."""
 
@@ -325,3 +364,30 @@ def test_what_passes_count_is_each_models_own_and_what_a_loop_schedules_is_every
             torch.testing.assert_close(separate(x, which=name), output)
     sub = net.norms.get_submodule("sub0.mid")
     assert (sub.steps, sub.count, sub.gain) == (net.base.mid.steps, net.base.mid.count, 0.5) == (3, 3, 0.5)
+
+
+class OfParameters(nn.Module):
+    """Keeps its mean as a parameter without gradients, and begins after a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(8), requires_grad=False)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.passes += 1
+            if self.passes > 1:
+                with torch.no_grad():
+                    self.mean.lerp_(x.mean((0, 2, 3)), 0.5)
+        return x - self.mean[:, None, None]
+
+
+def test_statistics_that_begin_later_or_are_parameters_are_each_models_own() -> None:
+    net, x = detachnet.make_detachable(models.Around(OfParameters()), ["a"], SIZE).train(), torch.randn(4, *SIZE)
+    alone = copy.deepcopy(net.base)
+    for _ in range(4):
+        net(x, which="all")
+        alone(x)
+    torch.testing.assert_close(net.base.mid.mean, alone.mid.mean)
+    assert not torch.allclose(net.norms.get_submodule("sub0.mid").mean, alone.mid.mean)

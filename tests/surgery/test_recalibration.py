@@ -136,3 +136,10 @@ def test_a_head_that_holds_a_norm_is_kept_whole() -> None:
     fresh = recalibrate(net, [torch.randn(4, 3, 8, 8)])
     assert len(list(fresh.heads.parameters())) == len(list(net.heads.parameters())) == 4
     assert not {p.data_ptr() for p in fresh.heads.parameters()} & {p.data_ptr() for p in fresh.base.parameters()}
+
+
+def test_statistics_of_other_layers_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = models.Around(nn.InstanceNorm2d(8, track_running_stats=True))
+    family = detachnet.make_detachable(model, ["a"], (3, 16, 16), norm="shared")
+    detachnet.recalibrate(family, [torch.randn(4, 3, 16, 16)])
+    assert "the statistics of 'mid' stay as they are: only batch norms are measured" in caplog.text
