@@ -198,8 +198,11 @@ class Copied:
     def follow(self) -> None:
         """Give the copy what the original holds now, where that has changed since the last pass."""
         if changed := [reading for reading in self._read if reading.has_changed]:
-            for reading in changed:
-                setattr(self.copied, reading.name, reading.now)
+            for name in [reading.name for reading in changed]:
+                if name in vars(self.original):
+                    setattr(self.copied, name, vars(self.original)[name])
+                else:
+                    vars(self.copied).pop(name, None)
             self._read = list(self._readings())
         for kind, seen in zip(self._tensors, self._seen, strict=True):
             theirs, mine = getattr(self.original, kind), getattr(self.copied, kind)

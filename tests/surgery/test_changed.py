@@ -391,3 +391,31 @@ def test_statistics_that_begin_later_or_are_parameters_are_each_models_own() -> 
         alone(x)
     torch.testing.assert_close(net.base.mid.mean, alone.mid.mean)
     assert not torch.allclose(net.norms.get_submodule("sub0.mid").mean, alone.mid.mean)
+
+
+class Caching(nn.Module):
+    """Makes a table in its first pass, and keeps statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.passes = nn.BatchNorm2d(8), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        if not hasattr(self, "table"):
+            self.table = torch.full((8, 1, 1), float(self.passes))
+        return self.norm(x) + self.table
+
+
+def test_what_is_deleted_in_the_model_is_gone_in_its_copies() -> None:
+    net, x = detachnet.make_detachable(models.Around(Caching()), ["a"], SIZE), torch.randn(4, *SIZE)
+    assert net.plan.whole.keys() == {"mid"}
+    for _ in range(2):
+        net.base(x)
+        net(x, which="all")
+    sub = net.norms.get_submodule("sub0.mid")
+    del net.base.mid.table
+    net(x, which="sub0")
+    assert "table" not in vars(net.base.mid)
+    assert "table" in vars(sub)
+    torch.testing.assert_close(sub.table, torch.full((8, 1, 1), float(sub.passes)))
