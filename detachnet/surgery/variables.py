@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import os
 import sys
 from collections.abc import Collection, Iterator
@@ -204,8 +205,9 @@ class _Defaults:
 def _named(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
     """The variables outside of a function that its code names: where they are, and what they are now."""
     names, seen = names_in(function), set[int]()
+    variables = _globals_in(function) if is_users(function.__module__) else frozenset(names)
     for name in names:
-        if name in function.__globals__:
+        if name in variables and name in function.__globals__:
             value = function.__globals__[name]
             yield function.__globals__, name, value
             if _is_environment(value, names):
@@ -307,11 +309,21 @@ def is_users(module: str | None) -> bool:
 
 
 @lru_cache(maxsize=1024)
+def _globals_in(function: FunctionType) -> frozenset[str]:
+    """The names of the global variables in a function's code; others are names of attributes."""
+    steps = (step for code in _codes_in(function) for step in dis.get_instructions(code))
+    return frozenset(step.argval for step in steps if step.opname.endswith(("_GLOBAL", "_NAME")))
+
+
+@lru_cache(maxsize=1024)
 def names_in(function: FunctionType) -> tuple[str, ...]:
     """The names in a function's code and in that of functions inside of it."""
-    names, pending = dict[str, None](), [function.__code__]
+    return tuple(dict.fromkeys(name for code in _codes_in(function) for name in code.co_names))
+
+
+def _codes_in(function: FunctionType) -> Iterator[CodeType]:
+    """A function's code, and that of functions inside of it."""
+    pending = [function.__code__]
     while pending:
-        code = pending.pop()
-        names |= dict.fromkeys(code.co_names)
+        yield (code := pending.pop())
         pending += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return tuple(names)

@@ -297,6 +297,19 @@ def test_each_way_to_a_global_is_followed(mid: nn.Module, monkeypatch: pytest.Mo
     assert not torch.equal(net(x), before)
 
 
+gain = 1.0
+
+
+def test_a_variable_that_has_the_name_of_an_attribute_is_none_of_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As variables of a notebook may."""
+    net, x = detachnet.make_detachable(models.Around(Hidden()), ["a"], SIZE).eval(), torch.randn(4, *SIZE)
+    monkeypatch.setattr(PRESENT, "gain", 5.0)
+    net(x)
+    assert "traced again" not in caplog.text
+
+
 class Floored(Opened):
     """Has a floor for what a training loop schedules, which it reads and then writes."""
 
