@@ -276,7 +276,7 @@ class Active(nn.BatchNorm2d):
         lambda norm: setattr(norm, "eps", 0.5),
     ],
 )
-def test_own_batch_norms_of_a_users_class_are_what_the_model_s_are(change: Any, sub: Any) -> None:
+def test_own_batch_norms_follow_whatever_their_class(change: Any, sub: Any) -> None:
     """Each sub-model is what it is in a family that is made of the changed model."""
     model, x = models.Around(nn.Sequential(Active({"x": 1.0}), nn.Conv2d(8, 8, 1))), torch.randn(4, *SIZE)
     net = detachnet.make_detachable(model, sub, SIZE).eval()

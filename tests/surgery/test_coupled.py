@@ -1,6 +1,7 @@
 """What joins the images of a batch is found by running it; joint passes equal separate ones whatever it is."""
 
 import copy
+import types
 from collections.abc import Callable
 
 import pytest
@@ -219,6 +220,21 @@ def centered(module: nn.Module, given: object, out: Tensor) -> Tensor:
 
 def of_norm_one(module: nn.Module, given: object, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(gradient / gradient.norm() for gradient in gradients)
+
+
+def test_what_another_forward_of_a_layer_joins() -> None:
+    """Of a class that treats each image by itself."""
+    model = Mixed().double()
+
+    def forward(self: nn.Conv2d, x: Tensor) -> Tensor:
+        out = self._conv_forward(x, self.weight, self.bias)
+        return nn.functional.dropout(out - out.mean(0, keepdim=True), 1e-9, self.training)
+
+    model.conv2.forward = types.MethodType(forward, model.conv2)  # type: ignore[method-assign]
+    net = detachnet.make_detachable(model, ["conv1"], (3, 8, 8)).train()
+    images = torch.randn(4, 3, 8, 8, dtype=torch.double)
+    for name, output in net(images, which="all").items():
+        torch.testing.assert_close(output, net(images, which=name))
 
 
 @pytest.mark.parametrize("when", ["before", "later"])

@@ -1403,3 +1403,99 @@ def test_features_left_for_a_loss_outside_are_told_of() -> None:
     assert any(
         hint.startswith("the family does without what is left in 'left' at test_whole.py") for hint in hints
     )
+
+
+class Penalty(nn.Module):
+    """A layer that leaves a loss, and refuses what is not finite."""
+
+    def forward(self, x: Tensor) -> None:
+        if not x.isfinite().all():
+            raise ValueError("not finite")
+        self.loss = x.square().mean()
+
+
+class Kept(nn.Module):
+    """A layer that keeps what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.mean())
+        return x
+
+
+class Calling(nn.Module):
+    """Calls a layer for its effect, or for nothing."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.layer = nn.Conv2d(8, 8, 1), layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.layer(x)
+        return x
+
+
+@pytest.mark.parametrize(("layer", "left"), [(Penalty(), "loss"), (Kept(), "seen")], ids=["penalty", "kept"])
+def test_a_layer_called_for_its_effect_is_called(layer: nn.Module, left: str) -> None:
+    net, x = (
+        detachnet.make_detachable(models.Around(Calling(layer)), ["a"], (3, 16, 16)),
+        torch.randn(4, 3, 16, 16),
+    )
+    assert net.plan.whole["mid"].startswith("a call of 'mid.layer' for its effect at test_whole.py:")
+    net(x)
+    assert getattr(net.base.mid.layer, left)
+    if left == "loss":
+        with pytest.raises(ValueError, match="not finite"):
+            net(x * float("nan"))
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_layer_called_for_nothing_is_left_out() -> None:
+    assert not detachnet.make_detachable(models.Around(Calling(Doubled())), ["a"], (3, 16, 16)).plan.whole
+
+
+def test_a_call_for_its_effect_in_the_models_own_forward_is_named() -> None:
+    class Model(models.Around):
+        def __init__(self) -> None:
+            super().__init__(nn.Identity())
+            self.kept = Kept()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept(x)
+            return super().forward(x)
+
+    plan = detachnet.make_detachable(Model(), ["a"], (3, 16, 16)).plan
+    assert any(
+        hint.startswith("the family does without a call of 'kept' for its effect at ") for hint in plan.hints
+    )
+
+
+class Exact(nn.Module):
+    """Runs in single precision inside autocast, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return out
+
+
+def test_a_forward_with_a_precision_of_its_own_in_autocast() -> None:
+    net, x = (
+        detachnet.make_detachable(models.Around(Exact()), ["a"], (3, 16, 16)).eval(),
+        torch.randn(4, 3, 16, 16),
+    )
+    assert net.plan.whole.keys() == {"mid"}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(net(x), net.base(x), rtol=0, atol=0)
