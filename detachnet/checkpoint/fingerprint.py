@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 import torch
@@ -99,6 +100,8 @@ def _said(value: Any, around: tuple[int, ...] = ()) -> str:
         return ""
     if value is None or isinstance(value, bool | int | float | str | torch.Size | torch.dtype):
         return repr(value)
+    if isinstance(value, Enum):
+        return str(value)
     kind = type(value).__qualname__
     is_deep = id(value) in around or len(around) > _DEEPEST
     if is_deep or isinstance(value, (*SINGLE, *GENERATORS, Iterator)):

@@ -90,7 +90,7 @@ class Header(BaseModel):
     training: TrainingState | None = None
     fingerprint: str = ""
     entries: str = ""
-    input_dtype: Literal["", "uint8", "int8", "int16", "int32", "int64"] = ""
+    input_dtype: Literal["", "bool", "uint8", "int8", "int16", "int32", "int64", "complex64", "complex128"] = ""
     extra_state: dict[str, Any] = {}
     unstored: dict[str, tuple[float, float]] = {}
     answer: tuple[float, float] | None = None

@@ -108,7 +108,7 @@ def _check_norms(net: DetachableNet) -> None:
                 if getattr(norm, name) != getattr(like, name, None):
                     raise CheckpointError(
                         f"{name} of net.norms.{path} is {getattr(norm, name)}, that of the base-model's norm "
-                        f"{getattr(like, name)}: a file has one for both",
+                        f"{getattr(like, name, None)}: a file has one for both",
                         hint="set it for all norms alike: net.modules() has them",
                     )
 

@@ -119,7 +119,7 @@ def _traced(
         with outside.kept():
             graph = _trace_root(tracer, root)
             filled |= tracer.watch.filled()
-        if training:  # what answers need not be computed for in evaluation is left out there
+        if training and graph is not None:  # what answers need not be computed for in evaluation is left out there
             tracer.watch.called_for_effect(root)
         found |= {path: str(reason) for path, reason in tracer.watch.found.items()}
         if graph is not None:

@@ -145,12 +145,12 @@ def _called(function: FunctionType) -> tuple[FunctionType, ...]:
         current = pending.pop()
         if current not in found:
             found[current] = None
-            named = [f for _, _, value in _named(current) for f in _functions_of(value, current.__module__)]
+            named = [f for _, _, value in _named(current) for f in _functions_held_by(value, current.__module__)]
             pending += [function for function in named if is_users(function.__module__)]
     return tuple(found)
 
 
-def _functions_of(value: Any, reader: str | None) -> Iterator[FunctionType]:
+def _functions_held_by(value: Any, reader: str | None) -> Iterator[FunctionType]:
     """The functions that a value is, or that are in a container, and the methods of a user's object."""
     items = list(value.values()) if isinstance(value, dict) else value
     for part in items[:MOST] if isinstance(items, list | tuple) else [value]:

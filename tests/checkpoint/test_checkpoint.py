@@ -1,8 +1,11 @@
+import copy
 import json
 import logging
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ from torch import nn
 import detachnet
 from detachnet.checkpoint import content
 from detachnet.checkpoint.answer import answer, is_asked
+from detachnet.checkpoint.fingerprint import fingerprint
 from detachnet.checkpoint.loading import load_family
 from detachnet.checkpoint.saving import check_storable
 from detachnet.surgery.plan import Head, Norm
@@ -697,3 +701,22 @@ def test_a_large_model_is_not_asked(
     assert content.read(tmp_path / "unasked")[0].answer is None
     monkeypatch.setattr("detachnet.checkpoint.loading.answer", None)  # nothing may ask
     detachnet.load(tmp_path / "asked")
+
+
+class Kind(Enum):
+    ONE, TWO = 1, 2
+
+
+def test_a_fingerprint_of_what_objects_hold() -> None:
+    def of(value: object) -> str:
+        model = models.Plain()
+        model.held = value  # type: ignore[assignment]
+        return fingerprint(model)
+
+    alike = [Slope(0.1), SimpleNamespace(a=[Slope(0.1)]), {"b", "a", "c"}, Kind.ONE, Decimal("0.1"), Path("a")]
+    others = [Slope(0.2), SimpleNamespace(a=[Slope(0.2)]), {"b", "a", "d"}, Kind.TWO, Decimal("0.2"), Path("b")]
+    assert [of(copy.deepcopy(value)) for value in alike] == [of(value) for value in alike]
+    assert not {of(value) for value in alike} & {of(value) for value in others}
+    endless = SimpleNamespace()
+    endless.itself = endless
+    assert of(endless)
