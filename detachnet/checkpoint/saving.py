@@ -94,6 +94,10 @@ def check_storable(net: DetachableNet, own: bool = False) -> None:
         logger.warning("a file has no hooks: what loading gives is without those of %s; %s", names, _AS_OWN)
 
 
+_OF_NORMS = ["eps", "momentum", "affine", "track_running_stats"]
+"""What is compared of norms of different sizes."""
+
+
 def _check_norms(net: DetachableNet) -> None:
     """Refuse sub-models' norms that are set otherwise than the base-model's: loading makes them of those.
 
@@ -103,7 +107,10 @@ def _check_norms(net: DetachableNet) -> None:
     for path, norm in net.norms.named_modules():
         if isinstance(norm, _BatchNorm):
             like = net.base.get_submodule(path.partition(".")[2])
-            plain = [name for name, value in vars(norm).items() if isinstance(value, PLAIN)]
+            alike = norm.num_features == like.num_features  # else the others may follow from that
+            plain = (
+                [name for name, value in vars(norm).items() if isinstance(value, PLAIN)] if alike else _OF_NORMS
+            )
             for name in [name for name in plain if name[:1] != "_" and name != "training"]:
                 if getattr(norm, name) != getattr(like, name, None):
                     raise CheckpointError(

@@ -241,9 +241,9 @@ class Reading(nn.Module):
         self.optimizer = [torch.optim.SGD([torch.zeros(1)], lr=1.0)]
 
     def forward(self, h: Tensor) -> Tensor:
-        from tests.surgery import test_attributes as here
+        from tests import rates
 
-        h = self.act(h.to(self.config.dtype).double()) * self.act.level * self.table * here.RATE
+        h = self.act(h.to(self.config.dtype).double()) * self.act.level * self.table * rates.RATE
         rates = self.named.rate * float(self.share["of"]) * self.optimizer[0].param_groups[0]["lr"]
         return h * REGISTRY["rate"]() * HELD.rate() * rates
 
@@ -251,6 +251,7 @@ class Reading(nn.Module):
 @pytest.mark.parametrize(
     "change",
     [
+        lambda patch, mid: patch.setattr("tests.rates.RATE", 5.0),
         lambda patch, mid: patch.setattr(PRESENT, "RATE", 5.0),
         lambda patch, mid: setattr(mid.act, "level", 5.0),
         lambda patch, mid: patch.setattr(Level, "level", 5.0),
@@ -274,7 +275,7 @@ class Imports(Opened):
     """Imports in its forward what nothing else of its file names."""
 
     def forward(self, h: Tensor) -> Tensor:
-        from tests.surgery.test_attributes import RATE as factor
+        from tests.rates import RATE as factor
 
         return h * factor
 
@@ -293,6 +294,7 @@ def test_each_way_to_a_global_is_followed(mid: nn.Module, monkeypatch: pytest.Mo
     net, x = detachnet.make_detachable(models.Around(mid), ASKED, SIZE).eval(), torch.randn(4, *SIZE)
     before = net(x)
     monkeypatch.setattr(PRESENT, "RATE", 5.0)
+    monkeypatch.setattr("tests.rates.RATE", 5.0)
     torch.testing.assert_close(net(x), net.base(x))
     assert not torch.equal(net(x), before)
 

@@ -1,0 +1,3 @@
+"""What forward passes of tests import."""
+
+RATE = 1.0
