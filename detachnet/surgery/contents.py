@@ -171,8 +171,9 @@ def parts_of(value: Any) -> list[tuple[str, Any]] | None:  # noqa: PLR0911  # on
 
 def _beside_items(container: Any) -> list[tuple[str, Any]]:
     """The attributes of a container of a user's class, where they are not its items again."""
-    is_users = type(container).__module__.partition(".")[0] not in OPAQUE
-    own = getattr(container, "__dict__", None) if is_users else None
+    if type(container).__module__ == "builtins" or type(container).__module__.partition(".")[0] in OPAQUE:
+        return []
+    own = getattr(container, "__dict__", None)
     return [] if own is None or own is container else list(own.items())
 
 
