@@ -120,7 +120,7 @@ def _record_modules(
 
     copied = twin(net, copies_of_computed_tensors(net))
     for path, module in copied.base.named_modules():
-        if path:
+        if path and not isinstance(module, torch.jit.ScriptModule):  # those take no hooks
             module.register_forward_pre_hook(before(path))
             module.register_forward_hook(after(path))
     _seeded_run(copied, training, lambda: copied.base(images.clone()))

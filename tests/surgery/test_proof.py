@@ -806,3 +806,14 @@ class Late(nn.Module):
 
 def test_a_weight_that_the_first_pass_makes() -> None:
     assert "does not run here" not in detachnet.make_detachable(Net(Late()), ["a"], (3, 16, 16)).plan.checked
+
+
+def test_a_difference_beside_script_modules_is_refused_with_its_reason() -> None:
+    class Doubling(models.Around):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = super().forward(x)
+            return 2 * out if type(out) is Tensor else out
+
+    middle = torch.jit.script(nn.Conv2d(8, 8, 1))
+    with pytest.raises(detachnet.TraceError, match="the traced Doubling is not the model: in evaluation mode"):
+        detachnet.make_detachable(Doubling(middle), ["a"], (3, 16, 16))
