@@ -3,6 +3,7 @@
 modules, stepdown, norms, codegen, detached   layers, and modules that run without torch.fx
 variables, contents -> generators, state      what modules hold and read besides tensors, to be compared
 attributes                                    which of it a forward pass reads by which name
+bytecode                                      what a function does, as its steps tell
 outside                                       what else they reach, and how it is put back
 whole, listening                              what of a model is kept whole, and how that is noticed
 batches, tracer -> graph, settle -> trace     a model's forward pass as a graph, with all shapes known

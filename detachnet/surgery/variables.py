@@ -72,8 +72,7 @@ def functions_in(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
     """Name of an attribute → the functions that it is, or has."""
     for name, value in vars(module).items():
         if name not in OF_MODULES:
-            items = list(value.values()) if isinstance(value, dict) else value
-            for part in items[:MOST] if isinstance(items, list | tuple) else [value]:
+            for part in _items_of(value):
                 yield from [(name, function) for function in _functions_in(part)]
 
 
@@ -150,10 +149,15 @@ def _called(function: FunctionType) -> tuple[FunctionType, ...]:
     return tuple(found)
 
 
+def _items_of(value: Any) -> list[Any] | tuple[Any, ...]:
+    """What is in a container; a value itself where it is none."""
+    items = list(value.values()) if isinstance(value, dict) else value
+    return items[:MOST] if isinstance(items, list | tuple) else [value]
+
+
 def _functions_held_by(value: Any, reader: str | None) -> Iterator[FunctionType]:
     """The functions that a value is, or that are in a container, and the methods of a user's object."""
-    items = list(value.values()) if isinstance(value, dict) else value
-    for part in items[:MOST] if isinstance(items, list | tuple) else [value]:
+    for part in _items_of(value):
         yield from _functions_in(part)
         kind: Any = type(part)
         if not isinstance(part, SINGLE) and _is_near(kind, reader):

@@ -8,7 +8,6 @@ listens for that. The smallest module whose own forward does it stays one layer,
 from __future__ import annotations
 
 import contextlib
-import dis
 import inspect
 import random
 import re
@@ -16,10 +15,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +25,7 @@ from torch import fx, nn
 from torch.utils import checkpoint
 
 from detachnet.surgery.attributes import names_read
+from detachnet.surgery.bytecode import compares_dtypes, has_effect, steps_of
 from detachnet.surgery.contents import TRACED
 from detachnet.surgery.generators import drawn_from
 from detachnet.surgery.state import marks_of, state_of
@@ -190,7 +188,7 @@ class Watch:
     def called_for_effect(self, root: nn.Module) -> None:
         """Keep whole what calls layers whose result nothing takes, though they leave something, or may refuse."""
         for node, (path, reason) in self.called.items():
-            if not node.users and _has_effect(type(root.get_submodule(str(node.target))).forward):
+            if not node.users and has_effect(type(root.get_submodule(str(node.target))).forward):
                 self._keep(path, reason)
 
     def step(self) -> None:
@@ -284,7 +282,7 @@ class Watch:
             self.note("a hook of a tensor", decides=True)
         elif name == "backward":
             self.note("gradients of its own", decides=True)
-        elif name == "dtype" and _compares_dtypes(code):
+        elif name == "dtype" and compares_dtypes(code):
             self.cannot_tell(name)
 
     def asks_shape_of(self, node: fx.Node) -> None:
@@ -397,33 +395,8 @@ def _shaping(layer: nn.Module) -> set[str]:
     if not is_users(type(layer).__module__):
         return {"kernel_size", "stride", "padding", "dilation", "output_size", "size", "scale_factor", "ceil_mode"}
     plain = {name for name, value in vars(layer).items() if isinstance(value, int | float | tuple)}
-    stored = {step.argval for step in _steps(type(layer).forward) if step.opname == "STORE_ATTR"}
+    stored = {step.argval for step in steps_of(type(layer).forward) if step.opname == "STORE_ATTR"}
     return plain & names_read(layer) - {"training", *stored}
-
-
-def _steps(forward: Any) -> list[dis.Instruction]:
-    """Of a function of Python."""
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    return list(dis.get_instructions(code)) if code else []
-
-
-@lru_cache
-def _has_effect(forward: Any) -> bool:
-    """Whether code assigns an attribute or an item, raises, or calls something for no result."""
-    steps = [step.opname for step in _steps(forward)]
-    calls = any(one.startswith("CALL") and two == "POP_TOP" for one, two in pairwise(steps))
-    return calls or not {"STORE_ATTR", "STORE_SUBSCR", "RAISE_VARARGS"}.isdisjoint(steps)
-
-
-@lru_cache
-def _compares_dtypes(code: CodeType) -> bool:
-    """Whether code asks if something *is* a dtype, which no traced value can answer."""
-    steps = list(dis.get_instructions(code))
-    named = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)} | {"dtype"}
-    compared = (
-        [step.argval for step in steps[i - 3 : i]] for i, step in enumerate(steps) if step.opname == "IS_OP"
-    )
-    return any(before[-1] is not None and not named.isdisjoint(map(str, before)) for before in compared)
 
 
 def _is_plain(value: object) -> bool:

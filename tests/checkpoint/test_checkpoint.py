@@ -717,6 +717,8 @@ def test_a_fingerprint_of_what_objects_hold() -> None:
     others = [Slope(0.2), SimpleNamespace(a=[Slope(0.2)]), {"b", "a", "d"}, Kind.TWO, Decimal("0.2"), Path("b")]
     assert [of(copy.deepcopy(value)) for value in alike] == [of(value) for value in alike]
     assert not {of(value) for value in alike} & {of(value) for value in others}
+    assert list({0, 8}) != list({8, 0})
+    assert of({0, 8}) == of({8, 0})
     endless = SimpleNamespace()
     endless.itself = endless
     assert of(endless)
