@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test fast nightly coverage fuzz lint docs zoo zoo-sample study bench soak clean
+.PHONY: quickstart test fast nightly coverage fuzz lint docs zoo zoo-sample study results bench soak clean
 
 quickstart: .venv/package ## train a small family on embedded data, a few minutes on two cores
 	rm -rf runs/quickstart
@@ -41,6 +41,10 @@ zoo-sample: .venv/dev ## twenty-five of them, chosen at random; it prints the se
 
 study: .venv/dev ## docs/study.md's runs, some hours on two cores; DATA=folder of CIFAR-10
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/study.py --data-root $(DATA)
+
+results: .venv/dev ## figures and tables of README and docs anew, from benchmarks/results
+	$(BIN)/python scripts/figures.py
+	$(BIN)/python scripts/tables.py
 
 bench: .venv/dev .venv/peers/ready ## the quick benchmarks
 	$(BIN)/python benchmarks/surgery.py --quick

@@ -31,7 +31,7 @@ from datetime import date
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
@@ -74,6 +74,7 @@ class Row:
         test: Accuracy on the test images.
         effort: Trained images × multiply-accumulates over those of the base-model alone.
         on: What it was trained on.
+        leaves: Share of the test images that each exit answers; none where there is one.
     """
 
     run: str
@@ -83,6 +84,7 @@ class Row:
     test: float
     effort: float
     on: str
+    leaves: tuple[float, ...] = ()
 
 
 class Study:
@@ -163,10 +165,19 @@ class Study:
             scores.append(accuracy(logits, labels))
         return self.of(run, seed, count_macs(model, self.device), *scores, effort)
 
-    def of(self, run: str, seed: int, macs: float, held_out: float, test: float, effort: float) -> Row:
+    def of(
+        self,
+        run: str,
+        seed: int,
+        macs: float,
+        held_out: float,
+        test: float,
+        effort: float,
+        leaves: tuple[float, ...] = (),
+    ) -> Row:
         """A row of this device."""
         on = f"{hardware(self.device)['device']}, torch {versions('torch')['torch']}"
-        return Row(run, seed, macs, held_out, test, effort, on)
+        return Row(run, seed, macs, held_out, test, effort, on, leaves)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -186,9 +197,18 @@ def count_macs(model: Callable[[Tensor], Any], device: torch.device = CPU) -> in
 
 def pruned(study: Study, seed: int, share: float) -> Iterator[Row]:
     """The trained base-model, pruned to a share of its multiply-accumulates and trained on."""
+    model = study.base(seed).eval()
+    whole = count_macs(model)
+    prune(model, share)
+    macs = count_macs(model)
+    study.fit(model, seed, lr=study.lr)
+    yield study.row(f"pruned-{share:.0%}", seed, model, 1 + macs / whole)
+
+
+def prune(model: nn.Module, share: float) -> None:
+    """Leave a network no more than a share of its multiply-accumulates: the filters of the largest weights."""
     import torch_pruning as tp
 
-    model = study.base(seed).eval()
     whole = count_macs(model)
     heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
     pruner = tp.pruner.BasePruner(
@@ -201,9 +221,6 @@ def pruned(study: Study, seed: int, share: float) -> Iterator[Row]:
     )
     while count_macs(model) > share * whole:
         pruner.step()
-    macs = count_macs(model)
-    study.fit(model, seed, lr=study.lr)
-    yield study.row(f"pruned-{share:.0%}", seed, model, 1 + macs / whole)
 
 
 # Early exits.
@@ -211,13 +228,10 @@ def pruned(study: Study, seed: int, share: float) -> Iterator[Row]:
 
 def exits(study: Study, seed: int) -> Iterator[Row]:
     """A network that stops where it is sure enough, for several mean costs."""
-    from earlyon.models import custom_ee
     from earlyon.training.losses import weighted_multi_exit_loss
 
     torch.manual_seed(seed)
-    backbone = detachnet.create_model(study.recipe.model.name, **study.recipe.model.kwargs)
-    whole = count_macs(backbone.eval())
-    model = custom_ee(backbone, EXITS, num_classes=10, input_shape=(1, 3, 32, 32))
+    model, whole = with_exits(study.recipe)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         return weighted_multi_exit_loss(model(images, mode="training"), labels, model.config.loss_weights)
@@ -228,8 +242,17 @@ def exits(study: Study, seed: int) -> Iterator[Row]:
     held_out, test = (study.answers(run, split) for split in (study.held_out, study.test))
     for budget in BUDGETS:
         thresholds = best_thresholds(*held_out, costs, budget * whole)
-        rows = [routed(*images, costs, thresholds) for images in (held_out, test)]
-        yield study.of(f"exits-{budget:.0%}", seed, rows[1][1], rows[0][0], rows[1][0], effort=1.0)
+        known, new = (routed(*images, costs, thresholds) for images in (held_out, test))
+        yield study.of(f"exits-{budget:.0%}", seed, new.cost, known.accuracy, new.accuracy, 1.0, new.leaves)
+
+
+def with_exits(recipe: Recipe) -> tuple[Any, int]:
+    """earlyon's network of the study's base-model, untrained, and the base-model's multiply-accumulates."""
+    from earlyon.models import custom_ee
+
+    backbone = detachnet.create_model(recipe.model.name, **recipe.model.kwargs)
+    whole = count_macs(backbone.eval())
+    return custom_ee(backbone, EXITS, num_classes=10, input_shape=(1, 3, 32, 32)), whole
 
 
 def exit_costs(model: Any, count: int, device: torch.device = CPU) -> Iterator[float]:
@@ -237,18 +260,36 @@ def exit_costs(model: Any, count: int, device: torch.device = CPU) -> Iterator[f
     image = torch.zeros(1, 3, 32, 32, device=device)
     model(image, mode="inference")  # the first run also estimates costs, with runs of its own
     for index in range(count):
+        yield float(count_macs(leaving(model, index, count), device))
+
+
+def leaving(model: Any, index: int, count: int) -> Callable[[Tensor], Any]:
+    """A network whose images all leave at one exit, having asked those before it; with `count` at none."""
+
+    def run(image: Tensor) -> Any:
         model.config.confidence_thresholds = [0.0 if other == index else 1.0 for other in range(count)]
-        yield float(count_macs(partial(model, mode="inference"), device))
+        return model(image, mode="inference")
+
+    return run
+
+
+class Routed(NamedTuple):
+    """What images get that leave at the first exit that is sure enough: accuracy, mean cost, each exit's share."""
+
+    accuracy: float
+    cost: float
+    leaves: tuple[float, ...]
 
 
 def routed(
     outputs: Sequence[Tensor], labels: Tensor, costs: Sequence[float], thresholds: Sequence[float]
-) -> tuple[float, float]:
-    """Accuracy and mean cost where each image leaves at the first exit that is sure enough."""
+) -> Routed:
+    """Each image leaves at the first exit that is sure enough."""
     sure = [out.softmax(1).amax(1) >= threshold for out, threshold in zip(outputs, thresholds, strict=False)]
     left = torch.stack([*sure, torch.ones_like(labels, dtype=torch.bool)]).int().argmax(0)
     answer = torch.stack([out.argmax(1) for out in outputs]).gather(0, left[None])[0]
-    return (answer == labels).double().mean().item(), torch.tensor(costs)[left].mean().item()
+    right, shares = (answer == labels).double().mean().item(), left.bincount(minlength=len(costs)) / len(left)
+    return Routed(right, torch.tensor(costs)[left].mean().item(), tuple(shares.tolist()))
 
 
 def best_thresholds(
@@ -256,9 +297,11 @@ def best_thresholds(
 ) -> Sequence[float]:
     """The thresholds of the best accuracy within a mean cost, of all pairs of a grid; the cheapest if none is."""
     grid = [*(i / 20 for i in range(21)), 1.01]
-    tried = [(thresholds, *routed(outputs, labels, costs, thresholds)) for thresholds in product(grid, repeat=2)]
-    within = [t for t in tried if t[2] <= limit]
-    return max(within, key=lambda t: t[1])[0] if within else min(tried, key=lambda t: t[2])[0]
+    tried = {pair: routed(outputs, labels, costs, pair) for pair in product(grid, repeat=2)}
+    within = [pair for pair, found in tried.items() if found.cost <= limit]
+    if within:
+        return max(within, key=lambda pair: tried[pair].accuracy)
+    return min(tried, key=lambda pair: tried[pair].cost)
 
 
 # Small networks.
@@ -288,16 +331,17 @@ def mobilenet() -> nn.Module:
     return model
 
 
+SMALL: dict[str, Callable[[], nn.Module]] = {
+    "resnet20-half": partial(detachnet.create_model, "detachnet:resnet_cifar", width=0.5),
+    "shufflenet": shufflenet,
+    "resnet20": partial(detachnet.create_model, "detachnet:resnet_cifar"),
+    "mobilenet": mobilenet,
+}
 RUNS: dict[str, Callable[[Study, int], Iterator[Row]]] = {
     "pruned-40": partial(pruned, share=0.4),
     "pruned-26": partial(pruned, share=0.26),
     "exits": exits,
-    "resnet20-half": partial(
-        small, name="resnet20-half", make=partial(detachnet.create_model, "detachnet:resnet_cifar", width=0.5)
-    ),
-    "shufflenet": partial(small, name="shufflenet", make=shufflenet),
-    "resnet20": partial(small, name="resnet20", make=partial(detachnet.create_model, "detachnet:resnet_cifar")),
-    "mobilenet": partial(small, name="mobilenet", make=mobilenet),
+    **{name: partial(small, name=name, make=make) for name, make in SMALL.items()},
 }
 
 

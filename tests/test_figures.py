@@ -1,4 +1,4 @@
-"""The figures of README and docs are drawn from what is committed."""
+"""The figures and tables of README and docs are made from what is committed."""
 
 import re
 import runpy
@@ -21,3 +21,14 @@ def test_every_figure_is_drawn_anew(tmp_path: Path) -> None:
         )
         assert new == kept
         assert new
+
+
+def test_every_table_is_written_anew() -> None:
+    tables = runpy.run_path(str(ROOT / "scripts" / "tables.py"))
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in tables["PAGES"]]
+    assert sorted(re.findall(r"<!-- table: (.+) -->", "".join(pages))) == sorted(tables["TABLES"])
+    for page in pages:
+        assert tables["renewed"](page) == page
+        altered = re.sub(r"(<!-- table: .+ -->\n\n(?:\|.*\n)*?.*?)\d\.\d", r"\1x", page)
+        assert altered != page
+        assert tables["renewed"](altered) == page

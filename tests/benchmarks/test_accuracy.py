@@ -23,18 +23,18 @@ def outputs() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("thresholds", "right", "cost"),
+    ("thresholds", "right", "cost", "leaves"),
     [
-        ((1.01, 1.01), 1.0, 4.0),
-        ((0.9, 1.01), 1.0, (1 + 4 + 4 + 1) / 4),
-        ((0.9, 0.9), 0.75, (1 + 2 + 2 + 1) / 4),
-        ((0.0, 0.0), 0.75, 1.0),
+        ((1.01, 1.01), 1.0, 4.0, (0, 0, 1)),
+        ((0.9, 1.01), 1.0, (1 + 4 + 4 + 1) / 4, (0.5, 0, 0.5)),
+        ((0.9, 0.9), 0.75, (1 + 2 + 2 + 1) / 4, (0.5, 0.5, 0)),
+        ((0.0, 0.0), 0.75, 1.0, (1, 0, 0)),
     ],
 )
 def test_an_image_leaves_at_the_first_exit_that_is_sure(
-    thresholds: tuple[float, float], right: float, cost: float
+    thresholds: tuple[float, float], right: float, cost: float, leaves: tuple[float, ...]
 ) -> None:
-    assert accuracy.routed(outputs(), LABELS, COSTS, thresholds) == (right, cost)
+    assert accuracy.routed(outputs(), LABELS, COSTS, thresholds) == (right, cost, leaves)
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def test_an_image_leaves_at_the_first_exit_that_is_sure(
 def test_thresholds_are_the_best_within_a_cost(limit: float, right: float, cost: float | None) -> None:
     thresholds = accuracy.best_thresholds(outputs(), LABELS, COSTS, limit)
     found = accuracy.routed(outputs(), LABELS, COSTS, thresholds)
-    assert found[0] == right
-    assert found[1] <= max(limit, 1.0)
-    assert cost is None or found[1] == cost
+    assert found.accuracy == right
+    assert found.cost <= max(limit, 1.0)
+    assert cost is None or found.cost == cost
 
 
 @pytest.mark.slow

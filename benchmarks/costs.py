@@ -1,0 +1,114 @@
+"""What do the networks that the study compares cost where they run, beside their multiply-accumulates?
+
+    make .venv/peers/ready  # early exits and pruning, in an environment of their own
+    .venv/peers/bin/python benchmarks/costs.py [--study runs/study] [--quick] [--json FILE]
+
+Families are the first seed's of `scripts/study.py`, each model detached; pruned networks are made of its
+`base-alone` once more, as `accuracy.py` does; early exits and small networks are those of that file, untrained.
+
+`bytes`: of this network's weights and statistics; `files` has each family's one file.
+`torch_ms`, `onnx_ms`: one image of 3×32×32 on one thread, all networks in turn; medians, and what each round's
+ratio to the base-model alone is. An early exit's is that of an image that leaves there, having asked the exits
+before it (`final` asks all): that is decided in Python, so there is no graph of it for ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import accuracy
+import detachnet
+from common import Row, arguments, begin, report, time_in_turn
+from detachnet.training.recipe import load_recipe
+from detachnet.training.runs import RunFolder
+from widths import as_onnx
+
+IMAGE = (3, 32, 32)
+PRUNED = {"pruned-40%": 0.4, "pruned-26%": 0.26}
+BASE = "base-alone: base"
+Key = str
+Run = Callable[[Tensor], Any]
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__, fixed=True)
+    parser.add_argument("--study", type=Path, default=Path("runs/study"), help="folder of the study's runs")
+    options = begin(parser, words)
+    runs = finished(options.study)
+    if "base-alone" not in runs:
+        sys.exit(f"{options.study} has no base-alone-0: python scripts/study.py base-alone --seeds 1")
+    nets = {name: detachnet.load(run.last).eval() for name, run in runs.items()}
+    networks = {key: network.eval() for key, network in [*detached(nets), *alternatives(nets["base-alone"])]}
+    exits, num_exits = early_exits(), len(accuracy.EXITS)
+    leaves = {f"exits: {place}": accuracy.leaving(exits, i, num_exits) for i, place in enumerate(exit_names())}
+
+    image, seconds = torch.randn(1, *IMAGE), 2.0 if options.quick else 90.0
+    with TemporaryDirectory() as folder, torch.inference_mode():
+        places = {key: Path(folder) / str(index) for index, key in enumerate(networks)}
+        backends = {key: as_onnx(networks[key], IMAGE, place, options) for key, place in places.items()}
+        in_torch = {key: partial(run, image) for key, run in [*networks.items(), *leaves.items()]}
+        in_onnx = {key: partial(backend.run, "base", image) for key, backend in backends.items()}
+        timings = [time_in_turn(these, options.device, seconds) for these in (in_torch, in_onnx)]
+    rows = []
+    for key in in_torch:
+        run = networks.get(key) or leaves[key]
+        row: Row = {"network": key, "macs": accuracy.count_macs(run), "bytes": num_bytes(networks.get(key, exits))}
+        for runtime, timing in zip(("torch", "onnx"), timings, strict=True):
+            known = key in timing.seconds
+            row[f"{runtime}_ms"] = timing.median_ms(key) if known else None
+            row[f"{runtime}_to_base"] = timing.ratio(key, BASE) if known else None
+        rows.append(row)
+    files = {name: run.last.stat().st_size for name, run in runs.items()}
+    report(options, rows, files=files, n=[timing.n for timing in timings])
+
+
+def finished(folder: Path) -> dict[str, RunFolder]:
+    """The first seed's finished runs by name."""
+    runs = {path.name.removesuffix("-0"): RunFolder(path) for path in sorted(folder.glob("*-0"))}
+    return {name: run for name, run in runs.items() if run.results.exists()}
+
+
+def detached(nets: dict[str, detachnet.DetachableNet]) -> Iterator[tuple[Key, nn.Module]]:
+    """Every model of every family."""
+    for run, net in nets.items():
+        for name in net.names:
+            yield f"{run}: {name}", net.detach(name)
+
+
+def alternatives(trained: detachnet.DetachableNet) -> Iterator[tuple[Key, nn.Module]]:
+    """The trained base-model pruned, and small networks."""
+    for name, share in PRUNED.items():
+        network = trained.detach("base").eval()
+        accuracy.prune(network, share)
+        yield name, network
+    for name, make in accuracy.SMALL.items():
+        yield name, make()
+
+
+def early_exits() -> Any:
+    """The network with early exits, which has estimated its costs already."""
+    model, _ = accuracy.with_exits(load_recipe(accuracy.RECIPE))
+    model.eval()(torch.zeros(1, *IMAGE), mode="inference")
+    return model
+
+
+def exit_names() -> list[str]:
+    """Where an image can leave."""
+    return [*accuracy.EXITS, "final"]
+
+
+def num_bytes(network: nn.Module) -> int:
+    """Of its parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+
+
+if __name__ == "__main__":
+    main()
