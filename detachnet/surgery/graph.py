@@ -237,16 +237,24 @@ class TracedGraph:
                 node=node,
             )
         shape = "×".join(map(str, self.image.shape[1:]))
-        size = f"pass the input_size=(C, H, W) the model is made for{self._without_batch()}"
+        size = f"pass the input_size=(C, H, W) the model is made for{self._meant()}"
         summary = f"{name} does not run on {shape} images: it fails at {node}"
         if "grad" in said:
             return TraceError(summary, what=said, hint=_NEEDS_GRADIENTS, node=node)
         return UnrunnableError(summary, what=said, hint=size, node=node)
 
-    def _without_batch(self) -> str:
-        """What may be meant by an image with more axes than C, H and W."""
-        size = tuple(self.image.shape[1:])
-        return f"; without the batch that is {size[1:]}" if len(size) == 4 else ""
+    def _meant(self) -> str:
+        """What may be meant by an image of other axes than C, H and W."""
+        match tuple(self.image.shape[1:]):
+            case (_, *size) if len(size) == 3:
+                return f"; without the batch that is {tuple(size)}"
+            case (height, width, 1 | 3 | 4 as channels) if min(height, width) > channels:
+                return f"; with the channels first that is {(channels, height, width)}"
+            case (1 | 3 | 4 as channels, side):
+                return f"; with height and width that is {(channels, side, side)}"
+            case (height, width):
+                return f"; with a channel that is {(1, height, width)}"
+        return ""
 
     @cached_property
     def name_of(self) -> dict[fx.Node, str]:

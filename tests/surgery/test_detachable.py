@@ -273,6 +273,19 @@ def test_a_batch_is_no_image_size() -> None:
         detachnet.make_detachable(models.Plain(), ["conv1"], (2, 3, 8, 8))
 
 
+@pytest.mark.parametrize(
+    ("size", "meant"),
+    [
+        ((8, 8, 3), r"with the channels first that is \(3, 8, 8\)"),
+        ((3, 8), r"with height and width that is \(3, 8, 8\)"),
+        ((8, 8), r"with a channel that is \(1, 8, 8\)"),
+    ],
+)
+def test_a_size_of_other_axes_says_what_may_be_meant(size: tuple[int, ...], meant: str) -> None:
+    with pytest.raises(detachnet.TraceError, match=meant):
+        detachnet.make_detachable(models.Plain(), ["conv1"], size)
+
+
 def test_what_is_no_family_is_refused_by_name(net: detachnet.DetachableNet, tmp_path: Path) -> None:
     detachnet.save(nn.DataParallel(net), tmp_path / "family.safetensors")
     takers: list[Callable[[Any], object]] = [
