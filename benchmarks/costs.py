@@ -9,20 +9,24 @@ Families are the first seed's of `scripts/study.py`, each model detached; pruned
 `bytes`: of this network's weights and statistics; `files` has each family's one file.
 `torch_ms`, `onnx_ms`: one image of 3×32×32 on one thread, all networks in turn; medians, and what each round's
 ratio to the base-model alone is. An early exit's is that of an image that leaves there, having asked the exits
-before it (`final` asks all): that is decided in Python, so there is no graph of it for ONNX Runtime.
+before it (`final` asks all). In PyTorch that is decided by earlyon, in Python; in ONNX Runtime it is one graph of
+the network up to there with these exits' answers, so what deciding takes is left out.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import onnxruntime
 import torch
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import accuracy
 import detachnet
@@ -48,23 +52,29 @@ def main(words: Sequence[str] | None = None) -> None:
     nets = {name: detachnet.load(run.last).eval() for name, run in runs.items()}
     networks = {key: network.eval() for key, network in [*detached(nets), *alternatives(nets["base-alone"])]}
     exits, num_exits = early_exits(), len(accuracy.EXITS)
-    leaves = {f"exits: {place}": accuracy.leaving(exits, i, num_exits) for i, place in enumerate(exit_names())}
+    places = [f"exits: {place}" for place in exit_names()]
+    leaves = {place: accuracy.leaving(exits, i, num_exits) for i, place in enumerate(places)}
 
     image, seconds = torch.randn(1, *IMAGE), 2.0 if options.quick else 90.0
-    with TemporaryDirectory() as folder, torch.inference_mode():
-        places = {key: Path(folder) / str(index) for index, key in enumerate(networks)}
-        backends = {key: as_onnx(networks[key], IMAGE, place, options) for key, place in places.items()}
-        in_torch = {key: partial(run, image) for key, run in [*networks.items(), *leaves.items()]}
-        in_onnx = {key: partial(backend.run, "base", image) for key, backend in backends.items()}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        backends = {
+            key: as_onnx(one, IMAGE, folder / str(i), options) for i, (key, one) in enumerate(networks.items())
+        }
+        graphs = {
+            place: up_to(exits, i, folder / f"exit{i}.onnx", options.threads) for i, place in enumerate(places)
+        }
+    in_torch = {key: partial(run, image) for key, run in [*networks.items(), *leaves.items()]}
+    in_onnx = {key: partial(backend.run, "base", image) for key, backend in backends.items()}
+    in_onnx |= {place: partial(graph, image) for place, graph in graphs.items()}
+    with torch.inference_mode():
         timings = [time_in_turn(these, options.device, seconds) for these in (in_torch, in_onnx)]
     rows = []
     for key in in_torch:
         run = networks.get(key) or leaves[key]
         row: Row = {"network": key, "macs": accuracy.count_macs(run), "bytes": num_bytes(networks.get(key, exits))}
         for runtime, timing in zip(("torch", "onnx"), timings, strict=True):
-            known = key in timing.seconds
-            row[f"{runtime}_ms"] = timing.median_ms(key) if known else None
-            row[f"{runtime}_to_base"] = timing.ratio(key, BASE) if known else None
+            row |= {f"{runtime}_ms": timing.median_ms(key), f"{runtime}_to_base": timing.ratio(key, BASE)}
         rows.append(row)
     files = {name: run.last.stat().st_size for name, run in runs.items()}
     report(options, rows, files=files, n=[timing.n for timing in timings])
@@ -98,6 +108,34 @@ def early_exits() -> Any:
     model, _ = accuracy.with_exits(load_recipe(accuracy.RECIPE))
     model.eval()(torch.zeros(1, *IMAGE), mode="inference")
     return model
+
+
+class UpTo(nn.Module):
+    """The answers of the first exits of a network; earlyon's own module refuses to be exported."""
+
+    def __init__(self, model: Any, count: int) -> None:
+        super().__init__()
+        exits, (_, (*_, output)) = accuracy.EXITS[:count], get_graph_node_names(model.backbone)
+        self.trunk = create_feature_extractor(model.backbone, [*exits, *([output] if count > len(exits) else [])])
+        self.heads = nn.ModuleList([*model.exit_heads.values(), nn.Identity()][:count])
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Logits `(B, num_classes)` of each exit."""
+        return tuple(head(value) for head, value in zip(self.heads, self.trunk(image).values(), strict=True))
+
+
+def up_to(model: Any, index: int, file: Path, threads: int) -> Run:
+    """ONNX Runtime on what an image needs that leaves at one exit; the rest of the network is no part of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            UpTo(model, index + 1).eval(), (torch.zeros(1, *IMAGE),), file, dynamo=True, verbose=False
+        )
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda image: session.run(None, {name: image.numpy()})
 
 
 def exit_names() -> list[str]:

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import accuracy
 import costs
@@ -34,6 +35,15 @@ def test_only_finished_runs_of_the_first_seed_are_measured(tmp_path: Path) -> No
     assert list(costs.finished(tmp_path)) == ["base-alone", "late"]
 
 
+@pytest.mark.skipif("earlyon" in MISSING, reason="not installed: earlyon (see costs.py)")
+def test_what_an_image_needs_gives_the_answers_of_the_exits() -> None:
+    exits, images = costs.early_exits(), torch.randn(2, *costs.IMAGE)
+    whole = exits(images, mode="training")
+    for count in (1, 2, 3):
+        for answer, same in zip(costs.UpTo(exits, count).eval()(images), whole[:count], strict=True):
+            torch.testing.assert_close(answer, same)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (see costs.py)")
 def test_every_network_is_measured(tmp_path: Path) -> None:
@@ -49,6 +59,6 @@ def test_every_network_is_measured(tmp_path: Path) -> None:
         assert share - 0.02 < rows[name]["macs"] / base["macs"] <= share
     exits = [rows[f"exits: {name}"] for name in costs.exit_names()]
     assert exits[0]["macs"] < exits[1]["macs"] < base["macs"] < exits[2]["macs"]
-    assert all(row["onnx_ms"] is None for row in exits)
+    assert exits[0]["onnx_ms"] < exits[2]["onnx_ms"]
     assert set(accuracy.SMALL) < set(rows)
-    assert all(row["torch_ms"] > 0 for row in rows.values())
+    assert all(row["torch_ms"] > 0 and row["onnx_ms"] > 0 for row in rows.values())
