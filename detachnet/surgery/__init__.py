@@ -15,6 +15,6 @@ coupling, halves -> finding, statistics       what joins the images of a batch, 
 ownership, legs -> rewrite                    whose layer a node runs with, where models part, and all graphs
 own_layers, structure, detaching              copies of layers, what of the model has changed, one model alone
 difference, passes -> proof -> following      the family compared with the model, and again where that has changed
-detachable -> making, enlarging               the family, what makes it of a model, and a larger one of it
+views -> detachable -> making, enlarging      its passes, the family, what makes it of a model, a larger one of it
 recalibration, importance, layout             statistics and worth of spans, measured; how images lie in memory
 """

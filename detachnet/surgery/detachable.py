@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from detachnet.errors import CutError, StepDownError, TraceError, nearest
 from detachnet.facts import Facts
 from detachnet.surgery.attributes import attributes_read
-from detachnet.surgery.codegen import Run, compile_graph
+from detachnet.surgery.codegen import Run
 from detachnet.surgery.detaching import as_module, detached_name
 from detachnet.surgery.following import follow, way_of
 from detachnet.surgery.graph import TracedGraph, TracedModel
@@ -28,7 +26,6 @@ from detachnet.surgery.modules import (
     parameters_in,
     place_of_weight,
     put,
-    random_states_kept,
     unwrap,
     weight_of,
 )
@@ -36,19 +33,18 @@ from detachnet.surgery.own_layers import copied_parts, put_own_layers
 from detachnet.surgery.ownership import SLICES, view_sources
 from detachnet.surgery.plan import BASE, DetachPlan
 from detachnet.surgery.proof import Check
-from detachnet.surgery.rewrite import JointError, build_leg, build_view, changes_image
+from detachnet.surgery.rewrite import build_leg, build_view
 from detachnet.surgery.routes import folder
 from detachnet.surgery.state import Readings, own_readings, readings
 from detachnet.surgery.statistics import find_statistics
 from detachnet.surgery.structure import Structure
 from detachnet.surgery.trace import trace
 from detachnet.surgery.tracer import PREFIX
+from detachnet.surgery.views import Views
 from detachnet.surgery.widths.reading import Pick, SlicedLayer
 from detachnet.surgery.widths.storing import Narrowing
 from detachnet.text import by
 from detachnet.zoo import ModelSource, model_source
-
-logger = logging.getLogger("detachnet")
 
 Output = Tensor
 """What a model returns; a model that returns something else than one tensor returns that."""
@@ -125,7 +121,7 @@ class DetachableNet(nn.Module):
             every += own_readings(self.base.get_submodule(path), names)
         self._read = Readings(every)
         self._sources = self._of_width[BASE]
-        self._views: dict[tuple[tuple[str, ...], bool, bool], Run] = {}
+        self._views = Views(self._of_width)
         self._legs: dict[str, tuple[Leg, ...]] | None = None
         for name, value in traced.constants.items():
             like = next(self.base.parameters(), value)
@@ -272,13 +268,6 @@ class DetachableNet(nn.Module):
         for buffer, before in zip(buffers, kept, strict=True):
             buffer.data.copy_(before)  # unseen by autograd, which has no use for them
 
-    def _forget_joint_passes(self) -> None:
-        """Have passes written anew, by what joins the images of a batch now: hooks of layers may."""
-        self._views = {}
-        for both in self._of_width.values():
-            for source in both.values():
-                source.is_found = False
-
     def prepare(self, models: Sequence[str], features: bool = False) -> None:
         """Write the pass through some models now, not when it is first run: torch.compile then sees all of it.
 
@@ -287,42 +276,8 @@ class DetachableNet(nn.Module):
         self._view(tuple(models), features)
 
     def _view(self, models: tuple[str, ...], features: bool = False) -> Run:
-        key = (models, self.training, features)
         follow(self)
-        if key not in self._views:
-            with random_states_kept():  # layers are run to learn their shapes
-                self._views[key] = self._build(models, features)
-        return self._views[key]
-
-    def _build(self, models: tuple[str, ...], features: bool) -> Run:
-        """The function that runs `models`; separate passes where they cannot share one batch."""
-        for name in models:
-            self._check(name)
-        if not models or list(models) != sorted(set(models), key=self.names.index):
-            raise CutError(f"name each model once and in order, {list(self.names)}, not {list(models)}")
-        source = self._of_width[models[0]][self.training]
-        if any(name not in source.routes for name in models):
-            return self._one_width_after_another(models, features)
-        if len(models) > 1:
-            source.find_coupling(self)
-        try:
-            label = f"{'+'.join(models)} {'train' if self.training else 'eval'}"
-            return compile_graph(build_view(source, models, features), label)
-        except JointError as error:
-            if len(models) == 1 or features:
-                raise
-            logger.warning("%s models run one after another, not in one pass: %s", self.plan.model, error)
-            singles = {name: self._view((name,)) for name in models}
-            return partial(_in_turn, singles, changes_image(source))
-
-    def _one_width_after_another(self, models: tuple[str, ...], features: bool) -> Run:
-        """The function that runs models of several widths, those of one in one pass."""
-        alike: dict[int, list[str]] = {}
-        for name in models:
-            alike.setdefault(id(self._of_width[name]), []).append(name)
-        runs = {tuple(names): self._view(tuple(names), features) for names in alike.values()}
-        copies = any(changes_image(self._of_width[names[0]][self.training]) for names in runs)
-        return partial(_by_width, runs, models, features, copies)
+        return self._views.get(self, models, features)
 
     def _check(self, name: object) -> None:
         if name not in self.names:
@@ -506,36 +461,6 @@ def family_in(net: Any) -> DetachableNet:
         f"this takes a family of networks, not {type(net).__name__}",
         hint="give what is in it, net.module" if inside else "detachnet.make_detachable(model, 2) makes one",
     )
-
-
-def _in_turn(runs: Mapping[str, Run], copies: bool, net: DetachableNet, x: Tensor) -> dict[str, Any]:
-    """The outputs of models that cannot share a pass."""
-    outputs = {}
-    for name, run in runs.items():
-        with net.in_turn(name, tuple(runs)):
-            outputs[name] = run(net, x.clone() if copies else x)
-    return outputs
-
-
-def _by_width(
-    runs: Mapping[tuple[str, ...], Run],
-    models: tuple[str, ...],
-    features: bool,
-    copies: bool,
-    net: DetachableNet,
-    x: Tensor,
-) -> Any:
-    """The outputs of models of several widths, in their order."""
-    outputs: dict[str, Any] = {}
-    found: Features = {}
-    for names, run in runs.items():
-        made = run(net, x.clone() if copies else x)
-        if features:
-            made, seen = made
-            found |= seen
-        outputs |= made if len(names) > 1 else {names[0]: made}
-    ordered = {name: outputs[name] for name in models}
-    return (ordered, found) if features else ordered
 
 
 def _read_by(value: Any) -> Any:

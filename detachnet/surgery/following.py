@@ -30,7 +30,7 @@ def follow(net: DetachableNet) -> None:
         copied.follow()
     net._structure.tell_of_hooks()
     if net._structure.is_hooked_anew():
-        net._forget_joint_passes()
+        net._views.forget_joint()
     if other := net._structure.changed(net.base):
         logger.warning("%s is traced again: other parts of %s", net.plan.model, other)
     changed = net._read.changed()
