@@ -98,8 +98,15 @@ class Study:
         lr: The learning rate that pruned networks are trained on with.
     """
 
-    def __init__(self, recipe: Recipe, data_root: str | None, runs: Path, device: torch.device = CPU) -> None:
-        self.recipe, self.runs, self.device = recipe, runs, device
+    def __init__(
+        self,
+        recipe: Recipe,
+        data_root: str | None,
+        runs: Path,
+        device: torch.device = CPU,
+        lr: float = FINE_TUNING_LR,
+    ) -> None:
+        self.recipe, self.runs, self.device, self.lr = recipe, runs, device, lr
         whole, self.test = load_data(recipe.data.name, data_root)
         count = recipe.data.num_train
         self.train, self.held_out = whole.part(0, count), whole.part(count, 5 * count // 2)  # its rest at most

@@ -1,5 +1,7 @@
 """The alternatives' trainings: that they are the study's, and how early exits are counted."""
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,24 @@ def test_a_network_is_trained_as_the_study_trains_it(tmp_path: Path) -> None:
     row = study.row("vgg", 0, model, effort=1.0)
     assert row.test == pytest.approx(done.table[0]["last_accuracy"], abs=0.002)
     assert row.macs == done.table[0]["macs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet20-half", "pruned-40", "exits"])
+def test_quick(tmp_path: Path, name: str) -> None:
+    peer = {"pruned-40": "torch_pruning", "exits": "earlyon"}.get(name)
+    if peer and find_spec(peer) is None:
+        pytest.skip(f"not installed: {peer} (see accuracy.py)")
+    model = detachnet.create_model("detachnet:vgg16_cifar", width=0.25)
+    net = detachnet.make_detachable(model, {}, input_size=(3, 32, 32), check="none")
+    (tmp_path / "base-alone-0").mkdir()
+    detachnet.save(net, tmp_path / "base-alone-0" / "last.safetensors")
+    words = [name, "--quick", "--seeds", "1", "--set", "data.name=cifar10-mini", "--study", str(tmp_path)]
+    assert accuracy.main([*words, "--out", str(tmp_path / "out"), "--json", str(tmp_path / "rows.json")]) == 0
+    result = json.loads((tmp_path / "rows.json").read_text())
+    assert result["num_test"] == 1000
+    assert len(result["rows"]) == (len(accuracy.BUDGETS) if name == "exits" else 1)
+    for row in result["rows"]:
+        assert row["run"].startswith(name)
+        assert 0 <= row["test"] <= 1
+        assert sum(row["leaves"]) == pytest.approx(1 if name == "exits" else 0)
