@@ -76,7 +76,7 @@ def main(words: Sequence[str] | None = None) -> None:
         for runtime, timing in zip(("torch", "onnx"), timings, strict=True):
             row |= {f"{runtime}_ms": timing.median_ms(key), f"{runtime}_to_base": timing.ratio(key, BASE)}
         rows.append(row)
-    files = {name: run.last.stat().st_size for name, run in runs.items()}
+    files = {name: file_bytes(net) for name, net in nets.items()}
     report(options, rows, files=files, n=[timing.n for timing in timings])
 
 
@@ -141,6 +141,13 @@ def up_to(model: Any, index: int, file: Path, threads: int) -> Run:
 def exit_names() -> list[str]:
     """Where an image can leave."""
     return [*accuracy.EXITS, "final"]
+
+
+def file_bytes(net: detachnet.DetachableNet) -> int:
+    """Of a family's one file, with all its models."""
+    with TemporaryDirectory() as folder:
+        detachnet.save(net, Path(folder) / "family.safetensors")
+        return (Path(folder) / "family.safetensors").stat().st_size
 
 
 def num_bytes(network: nn.Module) -> int:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -16,7 +17,8 @@ from detachnet.report.chart import Axis, Chart, Point, Series, percent, write
 from detachnet.text import si
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-MACS = Axis("multiply-accumulates for one image", si, from_zero=True)
+MACS = Axis("multiply-accumulates for one image", lambda count: si(round(count)), from_zero=True)
+LATENCY = Axis("ms for one image in ONNX Runtime, one thread", "{:.2g}".format, from_zero=True)
 ACCURACY = Axis("test accuracy", percent)
 ROUTES, BOTH = "late+middle-labels", "thin+slim-labels"
 """The study's families of two routes, and of routes with fewer filters."""
@@ -33,6 +35,10 @@ def main(words: Sequence[str] | None = None) -> None:
     write(
         approaches(read("study-routes.json")["rows"], read("alternatives.json")["rows"]), folder / "approaches.svg"
     )
+    at_length = read("study-converged-labels.json")["rows"], read("alternatives-converged.json")["rows"]
+    write(converged(*at_length, MACS, macs_of), folder / "converged.svg")
+    takes = {row["network"]: row["onnx_ms"] for row in read("costs.json")["rows"]}
+    write(converged(*at_length, LATENCY, partial(latency_of, takes)), folder / "latency.svg")
 
 
 def read(name: str) -> dict[str, Any]:
@@ -106,6 +112,55 @@ def approaches(rows: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, 
             Series("small networks, a training each", other("resnet20-half", "shufflenet"), 5),
         ),
     )
+
+
+def converged(
+    rows: Sequence[Mapping[str, Any]],
+    others: Sequence[Mapping[str, Any]],
+    x: Axis,
+    place: Callable[[Mapping[str, Any]], float],
+) -> Chart:
+    """Families and alternatives trained until they hardly rise, each seed's mean, over one of their costs."""
+
+    def family(run: str) -> tuple[Point, ...]:
+        models = [row for row in rows if row["run"] == run]
+        return in_order(Point(place(row), mean(row["last"]), row["model"]) for row in models)
+
+    def other(start: str) -> Iterator[Point]:
+        found = [row for row in others if row["run"].startswith(start)]
+        for run in dict.fromkeys(row["run"] for row in found):
+            of_run = [row for row in found if row["run"] == run]
+            yield Point(mean(map(place, of_run)), mean(row["test"] for row in of_run))
+
+    alone = family("base-alone")
+    return Chart(
+        f"Accuracy against {x.label}, 45 000 images, 40 epochs",
+        "Families of routes, of routes and widths, and of an exit beside pruning and early exits.",
+        x,
+        ACCURACY,
+        (
+            Series("routes, one family", family(ROUTES), 0),
+            Series("routes and widths, one family", family(BOTH), 3),
+            Series("an exit, one family", family("exit-labels"), 4),
+            Series("pruned and trained on, a training each", in_order((*other("pruned"), *alone)), 1),
+            Series("early exits, on average", in_order(other("exits")), 2),
+        ),
+    )
+
+
+def macs_of(row: Mapping[str, Any]) -> float:
+    """Multiply-accumulates for an image."""
+    return float(row["macs"])
+
+
+def latency_of(takes: Mapping[str, float], row: Mapping[str, Any]) -> float:
+    """Milliseconds for an image; of early exits their mean, weighted with how many images leave at each."""
+    if leaves := row.get("leaves"):
+        exits = [ms for name, ms in takes.items() if name.startswith("exits: ")]
+        return float(sum(share * ms for share, ms in zip(leaves, exits, strict=True)))
+    if "model" not in row:
+        return takes[row["run"]]
+    return takes["base-alone: base" if row["model"] == "base" else f"{row['run']}: {row['model']}"]
 
 
 def runs_over_seeds(label: str, rows: Sequence[Mapping[str, Any]]) -> Point:

@@ -46,6 +46,7 @@ class Scores:
         share: The same over the base-model's.
         effort: All that was trained for it over the base-model's training.
         on_cpu: Whether it was trained on one.
+        leaves: Share of the test images that each of its exits answers, on average over seeds.
     """
 
     test: tuple[float, ...]
@@ -54,6 +55,7 @@ class Scores:
     share: float
     effort: float
     on_cpu: bool
+    leaves: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         spread = f" ± {100 * stdev(self.test):.2f}" if len(self.test) > 2 else ""
@@ -101,6 +103,7 @@ def alternatives(file: str) -> dict[str, Scores]:
             macs / base,
             mean(row["effort"] for row in rows),
             all(row["on"].startswith("cpu") for row in rows),
+            tuple(map(mean, zip(*(row.get("leaves", ()) for row in rows), strict=True))),
         )
         for run, rows in seeds.items()
     }
@@ -272,6 +275,49 @@ def converged_labels() -> Table:
     return "lrrrrr", lines
 
 
+@cache
+def costs() -> dict[str, dict[str, Any]]:
+    """What each network of the study takes where it runs."""
+    return {row["network"]: row for row in read("costs.json")["rows"]}
+
+
+def latency(network: str, runtime: str, leaves: Sequence[float] = ()) -> str:
+    """Over the base-model's; the mean over where images leave."""
+    if not leaves:
+        return f"{costs()[network][f'{runtime}_to_base']:.2f}"
+    exits = [row[f"{runtime}_to_base"] for name, row in costs().items() if name.startswith("exits: ")]
+    return f"{sum(a * b for a, b in zip(leaves, exits, strict=True)):.2f}"
+
+
+def converged_beside() -> Table:
+    """Families and alternatives, 40 epochs on a CPU, with what they take where they run."""
+    found, others = families("study-converged-labels.json"), alternatives("alternatives-converged.json")
+    rows = [("the base-model alone", "base-alone: base", found["base-alone", BASE])]
+    for title, run in FAMILIES[:3]:
+        models = [model for of, model in found if of == run]
+        networks = {model: "base-alone: base" if model == BASE else f"{run}: {model}" for model in models}
+        rows += [(f"{title}: {model}", network, found[run, model]) for model, network in networks.items()]
+    for run, row in others.items():
+        title = run.replace("pruned-", "pruned to ").replace("exits-", "early exits within ").replace("%", " %")
+        rows.append((title, "exits: final" if row.leaves else run, row))
+    return "lrrrrrrr", [
+        ("", "seeds", "training", "MACs", "accuracy", "held-out", "latency", "MB"),
+        *(
+            (
+                title,
+                f"{len(row.test)}",
+                f"{row.effort:.2f}",
+                whole(row.share),
+                row.each,
+                f"{100 * mean(row.held_out):.2f} %",
+                f"{latency(network, 'torch', row.leaves)}, {latency(network, 'onnx', row.leaves)}",
+                f"{costs()[network]['bytes'] / 1e6:.2f}",
+            )
+            for title, network, row in rows
+        ),
+    ]
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "readme": readme,
     "short": partial(beside_alone, "study-short.json", paper=True),
@@ -281,6 +327,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "beside": beside,
     "converged": converged,
     "converged-labels": converged_labels,
+    "converged-beside": converged_beside,
 }
 
 

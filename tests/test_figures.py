@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 def test_every_figure_is_drawn_anew(tmp_path: Path) -> None:
     runpy.run_path(str(ROOT / "scripts" / "figures.py"))["main"](["--out", str(tmp_path / "new")])
     drawn = sorted(path.name for path in (tmp_path / "new").iterdir())
-    assert drawn == ["approaches.svg", "results.svg", "study.svg"]
+    assert drawn == ["approaches.svg", "converged.svg", "latency.svg", "results.svg", "study.svg"]
     for name in drawn:  # texts and their order; places differ by a digit between versions of matplotlib
         new, kept = (
             re.findall(r"<text[^>]*>([^<]+)</text>", (at / name).read_text())

@@ -55,6 +55,7 @@ def test_every_network_is_measured(tmp_path: Path) -> None:
     base, narrow = rows[costs.BASE], rows["narrow: narrow"]
     assert rows["narrow: base"]["macs"] == base["macs"] == rows["base-alone: base"]["macs"]
     assert narrow["bytes"] < base["bytes"] / 3
+    assert base["bytes"] < result["files"]["base-alone"] < result["files"]["narrow"] < 1.1 * base["bytes"]
     for name, share in costs.PRUNED.items():
         assert share - 0.02 < rows[name]["macs"] / base["macs"] <= share
     exits = [rows[f"exits: {name}"] for name in costs.exit_names()]
