@@ -15,6 +15,7 @@ the network up to there with these exits' answers, so what deciding takes is lef
 
 from __future__ import annotations
 
+import argparse
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -51,33 +52,38 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(f"{options.study} has no base-alone-0: python scripts/study.py base-alone --seeds 1")
     nets = {name: detachnet.load(run.last).eval() for name, run in runs.items()}
     networks = {key: network.eval() for key, network in [*detached(nets), *alternatives(nets["base-alone"])]}
-    exits, num_exits = early_exits(), len(accuracy.EXITS)
-    places = [f"exits: {place}" for place in exit_names()]
-    leaves = {place: accuracy.leaving(exits, i, num_exits) for i, place in enumerate(places)}
-
+    exits, count = early_exits(), len(accuracy.EXITS)
+    leaves = {f"exits: {place}": accuracy.leaving(exits, i, count) for i, place in enumerate(exit_names())}
+    networks_and_exits: dict[Key, Run] = {**networks, **leaves}
+    runs_of = {"torch": networks_and_exits, "onnx": in_onnx(networks, exits, list(leaves), options)}
     image, seconds = torch.randn(1, *IMAGE), 2.0 if options.quick else 90.0
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        backends = {
-            key: as_onnx(one, IMAGE, folder / str(i), options) for i, (key, one) in enumerate(networks.items())
-        }
-        graphs = {
-            place: up_to(exits, i, folder / f"exit{i}.onnx", options.threads) for i, place in enumerate(places)
-        }
-    in_torch = {key: partial(run, image) for key, run in [*networks.items(), *leaves.items()]}
-    in_onnx = {key: partial(backend.run, "base", image) for key, backend in backends.items()}
-    in_onnx |= {place: partial(graph, image) for place, graph in graphs.items()}
     with torch.inference_mode():
-        timings = [time_in_turn(these, options.device, seconds) for these in (in_torch, in_onnx)]
+        timings = {
+            runtime: time_in_turn({key: partial(run, image) for key, run in of.items()}, options.device, seconds)
+            for runtime, of in runs_of.items()
+        }
     rows = []
-    for key in in_torch:
-        run = networks.get(key) or leaves[key]
+    for key, run in networks_and_exits.items():
         row: Row = {"network": key, "macs": accuracy.count_macs(run), "bytes": num_bytes(networks.get(key, exits))}
-        for runtime, timing in zip(("torch", "onnx"), timings, strict=True):
+        for runtime, timing in timings.items():
             row |= {f"{runtime}_ms": timing.median_ms(key), f"{runtime}_to_base": timing.ratio(key, BASE)}
         rows.append(row)
     files = {name: file_bytes(net) for name, net in nets.items()}
-    report(options, rows, files=files, n=[timing.n for timing in timings])
+    report(options, rows, files=files, n=[timing.n for timing in timings.values()])
+
+
+def in_onnx(
+    networks: dict[Key, nn.Module], exits: Any, places: Sequence[Key], options: argparse.Namespace
+) -> dict[Key, Run]:
+    """Networks, and what images need that leave at each exit, in ONNX Runtime."""
+    runs: dict[Key, Run] = {}
+    with TemporaryDirectory() as folder:
+        for key, network in networks.items():
+            backend = as_onnx(network, IMAGE, Path(folder) / str(len(runs)), options)
+            runs[key] = partial(backend.run, "base")
+        for index, place in enumerate(places):
+            runs[place] = up_to(exits, index, Path(folder) / f"exit{index}.onnx", options.threads)
+    return runs
 
 
 def finished(folder: Path) -> dict[str, RunFolder]:
