@@ -355,7 +355,7 @@ def test_command(net: detachnet.DetachableNet, tmp_path: Path, monkeypatch: pyte
     assert re.search(r"base +alone +100 % .* 100 % +100.00 %", done.output)
     assert "Chosen on 30 test images; the figures are of the other 30" in done.output
     assert re.search(r"\d+ of \d+ cascades are worse than", done.output)
-    out = json.loads(CliRunner().invoke(app, ["cascade", str(tmp_path), "--json"]).output)
+    out = json.loads(CliRunner().invoke(app, ["cascade", str(tmp_path), "--json"]).stdout)
     assert len(out["worse_than"]) == len(out["points"])
     assert out["chosen"] is None
     done = CliRunner().invoke(app, ["cascade", str(tmp_path), "--target-accuracy", "80"])

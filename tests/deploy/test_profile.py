@@ -217,7 +217,7 @@ def test_command(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"sub0 .* – +–", done.output)
     assert "last.profile.json" in done.output
     done = CliRunner().invoke(app, ["profile", str(checkpoint), "--n", "3", "--json"])
-    assert Profile.model_validate(json.loads(done.output)) == read_profile(checkpoint)
+    assert Profile.model_validate(json.loads(done.stdout)) == read_profile(checkpoint)
 
 
 def test_command_says_what_is_wrong(tmp_path: Path) -> None:

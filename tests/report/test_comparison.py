@@ -87,7 +87,7 @@ def test_the_command(runs: list[Path], tmp_path: Path) -> None:
     assert out.exit_code == 0, out.output
     assert "71.00 ± 1.00 %" in out.output
     assert "<svg" in (tmp_path / "figure.svg").read_text()
-    rows = json.loads(CliRunner().invoke(app, ["compare", *names, "--json"]).output)
+    rows = json.loads(CliRunner().invoke(app, ["compare", *names, "--json"]).stdout)
     assert rows[0]["last"] == pytest.approx([0.70, 0.71, 0.72])
     markdown = CliRunner().invoke(app, ["compare", *names, "--markdown"]).output
     assert markdown.startswith("| run | model |")

@@ -145,12 +145,12 @@ def test_evaluate_and_predict(folder: Path, whole: Path, monkeypatch: pytest.Mon
     runner = CliRunner()
     out = runner.invoke(app, ["evaluate", str(whole), "--data-root", str(folder), "--json"])
     assert out.exit_code == 0, out.output
-    answer = json.loads(out.output)
+    answer = json.loads(out.stdout)
     assert (answer["data"], answer["n"]) == ("folder", 12)
     assert {r["model"]: r["test_accuracy"] for r in answer["models"]} == rows(whole)[-1]["test_accuracy"]
     out = runner.invoke(app, ["predict", str(whole), str(folder / "val" / "cat"), "--json"])
     assert out.exit_code == 0, out.output
-    assert {row["classes"][0]["name"] for row in json.loads(out.output)["images"]} <= set(CLASSES)
+    assert {row["classes"][0]["name"] for row in json.loads(out.stdout)["images"]} <= set(CLASSES)
     out = runner.invoke(app, ["cascade", str(whole), "--data-root", str(folder)])
     assert out.exit_code == 0, out.output
     assert "on folder, n = 6" in out.output
@@ -283,7 +283,7 @@ def test_two_processes(folder: Path, tmp_path: Path, name: str) -> None:
     family = detachnet.load(tmp_path / "run" / "last.safetensors")
     assert family.facts.accuracy == rows(tmp_path / "run")[-1]["test_accuracy"]
     out = CliRunner().invoke(app, ["evaluate", str(tmp_path / "run"), "--data-root", str(root), "--json"])
-    assert {r["model"]: r["test_accuracy"] for r in json.loads(out.output)["models"]} == family.facts.accuracy
+    assert {r["model"]: r["test_accuracy"] for r in json.loads(out.stdout)["models"]} == family.facts.accuracy
 
 
 def test_a_tensor_with_two_names_is_averaged_once_a_step() -> None:
