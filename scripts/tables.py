@@ -22,12 +22,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/study.md", "docs/results.md")
 BASE = "base"
-PRUNED, EXITS, SMALL = (
-    ("pruned-40%", "pruned-26%"),
-    "exits-",
-    ("resnet20-half", "shufflenet", "mobilenet", "resnet20"),
-)
-TITLES = {
+PRUNED, EXITS = ("pruned-40%", "pruned-26%"), "exits-"
+SMALL = {
     "resnet20-half": "half a ResNet-20",
     "shufflenet": "ShuffleNetV2 ×0.5",
     "mobilenet": "MobileNetV2 ×0.5",
@@ -135,7 +131,7 @@ def readme() -> Table:
         return (f"one family: {title}", f"{rows[0].effort:.2f}", f"{found[run, BASE]}", *cells)
 
     first = family("routes and widths", "thin+slim-labels", "thin", "slim")
-    small = [others[name] for name in SMALL[:2]]
+    small = [others[name] for name in list(SMALL)[:2]]
     pruning = others[wide].effort + others[narrow].effort - base.effort
     return "lrrrr", [
         ("", "training", "base-model", "about 40 % of its MACs", "26 %"),
@@ -151,7 +147,7 @@ def readme() -> Table:
         ),
         ("early exits, on average (earlyon)", f"{exits.effort:.2f}", "", f"{exits}", ""),
         (
-            f"a small network: {', '.join(TITLES[name] for name in SMALL[:2])}",
+            f"a small network: {', '.join(list(SMALL.values())[:2])}",
             f"{small[0].effort:.1f}",
             "",
             ", ".join(f"{row} ({whole(row.share)})" for row in small),
@@ -238,7 +234,7 @@ def beside() -> Table:
     wide, narrow = PRUNED
     titles = {wide: "pruned and trained on (Torch-Pruning 1.6.1)", narrow: "the same"}
     titles |= {exits[0]: "early exits (earlyon 0.3.0), on average"}
-    titles |= dict.fromkeys(exits[1:], "the same network, other thresholds") | TITLES
+    titles |= dict.fromkeys(exits[1:], "the same network, other thresholds") | SMALL
     rows = [(title, others[run]) for run, title in titles.items()]
     rows.append(("base-model alone", families("study-routes.json")["base-alone", BASE]))
     return "lrrr", [
@@ -341,8 +337,8 @@ def markdown(columns: str, lines: Iterable[Sequence[str]]) -> str:
 
 def renewed(page: str) -> str:
     """A page with its tables written anew."""
-    place = re.compile(r"(<!-- table: ([\w-]+) -->\n\n)(?:\|.*\n)*")
-    return place.sub(lambda found: found[1] + markdown(*TABLES[found[2]]()), page)
+    place = re.compile(r"(<!-- table: ([\w-]+) -->\n\n)(?:\|.*\n)*\n?")
+    return place.sub(lambda found: found[1] + markdown(*TABLES[found[2]]()) + "\n", page)
 
 
 def main(words: Sequence[str] | None = None) -> None:

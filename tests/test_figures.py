@@ -32,3 +32,5 @@ def test_every_table_is_written_anew() -> None:
         altered = re.sub(r"(<!-- table: .+ -->\n\n(?:\|.*\n)*?.*?)\d\.\d", r"\1x", page)
         assert altered != page
         assert tables["renewed"](altered) == page
+        without = re.sub(r"(<!-- table: .+ -->\n\n)(?:\|.*\n)+\n", r"\1", page)
+        assert tables["renewed"](without) == page
