@@ -17,8 +17,9 @@ trained before, with the learning rate that held-out images are answered best wi
 are those that answer the held-out images best within a mean number of multiply-accumulates.
 `resnet20`, `resnet20-half`, `shufflenet`, `mobilenet`: small networks by themselves.
 
-Every run is a JSON file of its own, and is skipped if it is there. Accuracies are of the last epoch, on the test
-images, and on the training images that no run is trained on, where settings are chosen.
+Every run is a JSON file of its own, and is skipped if it is there; what is printed and written is of all that are.
+Accuracies are of the last epoch, on the test images, and on the training images that no run is trained on, where
+settings are chosen.
 """
 
 from __future__ import annotations
@@ -352,14 +353,15 @@ RUNS: dict[str, Callable[[Study, int], Iterator[Row]]] = {
 }
 
 
-def finished(study: Study, name: str, seed: int, out: Path) -> list[dict[str, Any]]:
-    """The rows of a run, which is made unless it is there."""
-    file = out / f"{name}-{seed}.json"
-    if not file.exists():
-        print(f"{name}, seed {seed}", flush=True)
-        rows = [asdict(row) for row in RUNS[name](study, seed)]
-        file.write_text(json.dumps(rows))
-    return list(json.loads(file.read_text()))
+def finish(study: Study, name: str, seed: int, file: Path, settings: dict[str, Any]) -> None:
+    """Make a run, unless that is done."""
+    if file.exists():
+        if json.loads(file.read_text())["settings"] != settings:
+            sys.exit(f"{file} was made with other settings: remove it, or choose another --out")
+        return
+    print(f"{name}, seed {seed}", flush=True)
+    rows = [asdict(row) for row in RUNS[name](study, seed)]
+    file.write_text(json.dumps({"settings": settings, "rows": rows}))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -379,13 +381,16 @@ def main(words: Sequence[str] | None = None) -> int:
     recipe = load_recipe(RECIPE, [*options.set, *(QUICK if options.quick else ())])
     study = Study(recipe, options.data_root, options.study, options.device, options.lr)
     options.out.mkdir(parents=True, exist_ok=True)
-    names = options.names or list(RUNS)
-    rows = [row for s in range(options.seeds) for name in names for row in finished(study, name, s, options.out)]
+    settings = {"quick": options.quick, "changes": options.set, "lr": options.lr}
+    files = {(name, s): options.out / f"{name}-{s}.json" for name in RUNS for s in range(options.seeds)}
+    for (name, seed), file in sorted(files.items(), key=lambda run: run[0][1]):
+        if name in (options.names or RUNS):
+            finish(study, name, seed, file, settings)
+    rows = [row for file in files.values() if file.exists() for row in json.loads(file.read_text())["rows"]]
     print("\n".join(table(rows)))
     if options.json:
-        about = {"date": f"{date.today()}", "quick": options.quick, "changes": options.set, "lr": options.lr}
-        about |= {"num_test": len(study.test), "num_held_out": len(study.held_out)}
-        options.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        about = {"date": f"{date.today()}", "num_test": len(study.test), "num_held_out": len(study.held_out)}
+        options.json.write_text(json.dumps(about | settings | {"rows": rows}, indent=1) + "\n")
     return 0
 
 

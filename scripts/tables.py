@@ -285,17 +285,22 @@ def latency(network: str, runtime: str, leaves: Sequence[float] = ()) -> str:
     return f"{sum(a * b for a, b in zip(leaves, exits, strict=True)):.2f}"
 
 
+def network_of(model: str) -> str:
+    """The first network of that name, whose costs are those of the same one in any run."""
+    return next(network for network in costs() if network.endswith(f": {model}"))
+
+
 def converged_beside() -> Table:
     """Families and alternatives, 40 epochs on a CPU, with what they take where they run."""
     found, others = families("study-converged-labels.json"), alternatives("alternatives-converged.json")
-    rows = [("the base-model alone", "base-alone: base", found["base-alone", BASE])]
-    for title, run in FAMILIES[:3]:
-        models = [model for of, model in found if of == run]
-        networks = {model: "base-alone: base" if model == BASE else f"{run}: {model}" for model in models}
-        rows += [(f"{title}: {model}", network, found[run, model]) for model, network in networks.items()]
+    titles = {run: title for title, run in FAMILIES} | {run: "alone" for run, _ in found if run.endswith("-alone")}
+    rows = [
+        (f"{titles[run]}: {model}", network_of(model), row)
+        for (run, model), row in sorted(found.items(), key=lambda item: list(titles).index(item[0][0]))
+    ]
     for run, row in others.items():
         title = run.replace("pruned-", "pruned to ").replace("exits-", "early exits within ").replace("%", " %")
-        rows.append((title, "exits: final" if row.leaves else run, row))
+        rows.append((SMALL.get(run, title), "exits: final" if row.leaves else run, row))
     return "lrrrrrrr", [
         ("", "seeds", "training", "MACs", "accuracy", "held-out", "latency", "MB"),
         *(

@@ -1,6 +1,8 @@
 """The alternatives' trainings: that they are the study's, and how early exits are counted."""
 
 import json
+from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -90,3 +92,24 @@ def test_quick(tmp_path: Path, name: str) -> None:
         assert row["run"].startswith(name)
         assert 0 <= row["test"] <= 1
         assert sum(row["leaves"]) == pytest.approx(1 if name == "exits" else 0)
+
+
+def test_runs_are_made_once_and_all_that_are_there_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def run(study: accuracy.Study, seed: int, name: str) -> Iterator[accuracy.Row]:
+        made.append((name, seed))
+        yield study.of(name, seed, macs=1.0, held_out=0.5, test=0.5, effort=1.0)
+
+    monkeypatch.setattr(accuracy, "RUNS", {name: partial(run, name=name) for name in ("pruned-40", "exits")})
+    words = ["--quick", "--set", "data.name=cifar10-mini", "--out", str(tmp_path), "--json", str(tmp_path / "all")]
+    accuracy.main(["pruned-40", *words, "--seeds", "1"])
+    accuracy.main(["exits", *words, "--seeds", "1"])
+    accuracy.main(["pruned-40", *words, "--seeds", "2"])
+    assert made == [("pruned-40", 0), ("exits", 0), ("pruned-40", 1)]
+    rows = json.loads((tmp_path / "all").read_text())["rows"]
+    assert [(row["run"], row["seed"]) for row in rows] == [("pruned-40", 0), ("pruned-40", 1), ("exits", 0)]
+    with pytest.raises(SystemExit, match="pruned-40-0[.]json was made with other settings"):
+        accuracy.main(["pruned-40", *words, "--seeds", "1", "--lr", "0.3"])
