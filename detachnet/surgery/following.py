@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from detachnet.errors import DetachNetError, StepDownError, WidthError
+from detachnet.errors import StepDownError, WidthError
 from detachnet.surgery.analysis import CutAnalysis
+from detachnet.surgery.modules import Folder
 from detachnet.surgery.own_layers import copied_parts, put_own_layers
 from detachnet.surgery.planning import recounted
 from detachnet.surgery.proof import UnlikeError, prove
@@ -38,29 +40,44 @@ def follow(net: DetachableNet) -> None:
         logger.warning("%s is traced again: %s", net.plan.model, reading)
     others = frozenset(path for path, module in net._modal if module.training != net.training)
     if moved := others ^ net._others[net.training]:
-        net._others = net._others | {net.training: others}
         names = ", ".join(repr(path) if path else "the model itself" for path in sorted(moved))
         logger.warning("%s is traced again: another mode of %s", net.plan.model, names)
     if other or changed or moved or (net._follows_dtype and _has_another_dtype(net)):
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), _wholly_or_not_at_all(net):
+            net._others = net._others | {net.training: others}
             _trace_again(net, other, {reading.name for reading in changed})
+
+
+@contextmanager
+def _wholly_or_not_at_all(net: DetachableNet) -> Iterator[None]:
+    """Leave a family as it was where it cannot follow: the next pass is refused, too, until the change is undone."""
+    held = dict(vars(net))
+    folders = [net, net.norms, net.heads, *(module for module in net.modules() if isinstance(module, Folder))]
+    tables = [net._buffers, net._kinds, *(module._modules for module in folders)]
+    contents = [(table, dict(table)) for table in tables]
+    not_saved = set(net._non_persistent_buffers_set)
+    try:
+        yield
+    except BaseException:
+        for table, content in [(vars(net), held), *contents]:
+            table.clear()
+            table.update(content)
+        net._non_persistent_buffers_set = not_saved
+        raise
 
 
 def _trace_again(net: DetachableNet, changed: str, varied: Collection[str]) -> None:
     """Make the family anew, in place; with a module kept whole where that turns out to be needed."""
-    before = net._structure, net._read
     try:
         _renew(net, changed, varied)
     except UnlikeError as error:
-        net._structure, net._read = before  # so that the next pass is refused, too
         if not error.owner or error.owner in net._leaves.paths:
             raise
         net._leaves = net._leaves.with_paths([error.owner])
         _note_whole(net, {error.owner: error.said})
         _trace_again(net, changed, varied)
-    except DetachNetError as error:
-        net._structure, net._read = before
-        raise _no_longer_narrow(error, changed) if isinstance(error, WidthError) else error from None
+    except WidthError as error:
+        raise _no_longer_narrow(error, changed) from None
 
 
 def _renew(net: DetachableNet, changed: str, varied: Collection[str]) -> None:

@@ -1,7 +1,7 @@
 """What is done to `net.base` after the family was made: layers replaced, fused, frozen."""
 
 import copy
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import detachnet
 from detachnet import SubModel
+from detachnet.surgery import following
 from tests import models
 
 SIZE = (3, 16, 16)
@@ -183,8 +184,6 @@ def test_a_feature_of_another_size_is_refused() -> None:
             use()
 
 
-class Pooled(nn.Module):
-    """Another size by an attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,12 +193,55 @@ class Pooled(nn.Module):
         return F.avg_pool2d(self.conv(x), self.size)
 
 
-def test_a_feature_of_another_size_by_an_attribute_is_refused_each_time() -> None:
-    net, x = detachnet.make_detachable(models.Around(Pooled()), ["mid"], SIZE), torch.randn(4, *SIZE)
-    net.base.mid.size = 2
-    for _ in range(2):
-        with pytest.raises(detachnet.StepDownError, match=r"the feature at 'mid' is 8×4×4, and what sub0 has"):
-            net(x, which="sub0")
+class Pooled(nn.Module):
+    """Another size by an attribute, or by a part in another mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.size = nn.Conv2d(8, 8, 1), 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.conv(x), self.size if self.conv.training is self.training else 2)
+
+
+def differs(*_: Any) -> NoReturn:
+    """What comparing ends with, after all else is done."""
+    raise detachnet.TraceError("its outputs are others")
+
+
+REFUSED = {
+    "an attribute": r"the feature at 'mid' is 8×4×4, and what cut has",
+    "a mode": r"the feature at 'mid' is 8×4×4, and what cut has",
+    "a layer": "sub-models with fewer filters no longer fit",
+    "a head": "its outputs are others",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused_is_refused_each_time_and_undone_leaves_nothing(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = models.Around(Pooled()).eval(), torch.randn(4, *SIZE)
+    asked = {"cut": "mid", "narrow": SubModel(width=0.5)}
+    net = detachnet.make_detachable(model, asked, SIZE, head="private")
+    before, state, plan = net(x, which="all"), net.state_dict(), net.plan
+    mid, fc = net.base.mid, net.base.fc
+    if what == "an attribute":
+        mid.size = 2
+    elif what == "a mode":
+        mid.conv.train()
+    else:
+        net.base.mid = nn.Conv2d(8, 8, 2, 2) if what == "a layer" else mid
+        net.base.fc = nn.Linear(16, 9)
+        monkeypatch.setattr(following, "prove", differs)
+    for name in ("narrow", "base", "narrow"):
+        with pytest.raises(detachnet.DetachNetError, match=REFUSED[what]):
+            net(x, which=name)
+    net.base.mid, net.base.fc, mid.size = mid.eval(), fc, 1
+    torch.testing.assert_close(net(x, which="all"), before)
+    torch.testing.assert_close({name: net(x, which=name) for name in net.names}, before)
+    torch.testing.assert_close(net.state_dict(), state)
+    assert net.plan == plan
 
 
 class Fusing(nn.Module):
