@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def recalibrate(net: DetachableNet, batches: Iterable[Tensor | Sequence[Tensor]]
     """Measure the batch norms' statistics anew, for each model alone.
 
     Shared batch norms (the paper's) keep one mean and variance for models whose features differ, and fit none of
-    them. The copy this returns has private norms: the same weights, and statistics averaged over `batches`. Norms
+    them. The copy this returns has private norms: the same weights, and statistics averaged over all images. Norms
     that are frozen (in evaluation mode while the family trains) are measured like all others; statistics that
     layers of other classes keep are not, which is logged.
 
@@ -35,7 +36,7 @@ def recalibrate(net: DetachableNet, batches: Iterable[Tensor | Sequence[Tensor]]
         A family with private norms, in evaluation mode; its accuracy is not known.
 
     Raises:
-        DataError: There are no batches, or no images in them.
+        DataError: There are no batches or no images in them, or one image alone has no variance.
         TraceError: This is no family.
 
     Source: precise batch norm, arXiv 2105.07576, section 3; for sub-networks arXiv 1903.05134, section 3.
@@ -62,29 +63,51 @@ def measure_statistics(
             sub-model stay as they are.
 
     Raises:
-        DataError: There are no batches.
+        DataError: As `recalibrate`.
     """
     parts = [net.detach(name, share=True) for name in models]
     norms = {m for part in parts for m in part.modules() if isinstance(m, _BatchNorm)}
     if own:
         norms &= {m for name in models if hasattr(net.norms, folder(name)) for m in _own_norms(net, name)}
     measured = [norm for norm in norms if norm.track_running_stats]
-    momenta = {norm: norm.momentum for norm in measured}
-    for norm in measured:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over all batches
-        norm.train()
     num_batches = 0
-    with torch.no_grad():
+    with _averaging(measured), torch.no_grad():
         for images in _images_of(batches, net.plan.input_size):
             num_batches += 1
             for part in parts:
                 part(images)
     if not num_batches:
         raise DataError("there are no images to measure statistics on")
-    for norm, momentum in momenta.items():
-        norm.momentum = momentum
-        norm.eval()
+
+
+@contextmanager
+def _averaging(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Let norms average their statistics over all images that they see, whatever the size of a batch."""
+    seen = dict.fromkeys(norms, 0)
+
+    def weigh(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, _BatchNorm)
+        if (count := inputs[0].numel() // inputs[0].shape[1]) < 2:
+            raise DataError(
+                f"a batch of one image has no variance of features {by(inputs[0].shape[1:])}",
+                hint="larger batches; of all images none may be left over alone",
+            )
+        seen[norm] += count
+        norm.momentum = count / seen[norm]
+
+    momenta = [norm.momentum for norm in norms]
+    hooks = [norm.register_forward_pre_hook(weigh) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # where nothing calls hooks, an average over batches
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+            hook.remove()
 
 
 def _images_of(batches: Iterable[Any], size: tuple[int, ...]) -> Iterator[Tensor]:

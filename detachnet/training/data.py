@@ -174,7 +174,7 @@ def hold(files: Files, info: DataInfo, size: tuple[int, int], count: int) -> Spl
         files: The images.
         info: How they are resized and cropped.
         size: Height and width.
-        count: How many; evenly spaced ones.
+        count: How many; evenly spaced ones, in an order that is drawn: files lie class by class.
 
     Raises:
         DataError: One cannot be read.
@@ -182,5 +182,6 @@ def hold(files: Files, info: DataInfo, size: tuple[int, int], count: int) -> Spl
     transform = evaluation_transform(size, info.crop_pct or 1.0)
     count = min(count, files.num_images)
     pairs = [(transform(image), label) for image, label in counted(files.some(count), count, "images read")]
-    images, labels = zip(*pairs, strict=True)
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    images, labels = zip(*(pairs[i] for i in order), strict=True)
     return Split(torch.stack(images), torch.tensor(labels), files.classes)

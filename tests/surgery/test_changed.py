@@ -183,8 +183,6 @@ def test_a_feature_of_another_size_is_refused() -> None:
         with pytest.raises(detachnet.StepDownError, match=said):
             use()
 
-
-
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.size = nn.Conv2d(8, 8, 1), 1

@@ -8,7 +8,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import detachnet
-from detachnet.surgery.recalibration import recalibrate
+from detachnet.surgery.recalibration import measure_statistics, recalibrate
 from detachnet.training.trainer import train
 from tests import models
 from tests.runs import recipe
@@ -51,6 +51,30 @@ def test_statistics_over_one_batch_are_those_of_training_mode(net: detachnet.Det
         trained = copy.deepcopy(net).train()(IMAGES[0], which=name)
         # Training mode divides by n, running statistics by n - 1: the deepest maps have 8·2·2 values.
         torch.testing.assert_close(fresh(IMAGES[0], which=name), trained, rtol=0.1, atol=0.1)
+
+
+def test_each_image_counts_alike_whatever_its_batch_and_how_many_models_run_a_norm() -> None:
+    middle = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU())
+    route = {"without": detachnet.SubModel(drop=["a:mid"])}
+    net = detachnet.make_detachable(models.Around(middle), route, (3, 16, 16))
+    images = torch.randn(17, 3, 16, 16) + torch.arange(17).reshape(-1, 1, 1, 1)
+    fresh = recalibrate(net, images.split(8))
+    assert net.plan.names == ("base", "without")
+    features = net.base.a[0](images)
+    torch.testing.assert_close(fresh.base.a[1].running_mean, features.mean((0, 2, 3)))
+    assert fresh.base.a[1].momentum == 0.1
+    assert not fresh.base.a[1]._forward_pre_hooks
+
+
+def test_one_image_without_a_variance_is_refused_and_leaves_the_family_in_order() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten(1))
+    net = detachnet.make_detachable(model, ["0"], (3, 16, 16))
+    images = torch.randn(9, 3, 16, 16)
+    with pytest.raises(detachnet.DataError, match=r"one image has no variance of features 4×1×1[\s\S]*left over"):
+        measure_statistics(net.eval(), images.split(8), net.names)
+    assert net.norms.sub0.get_submodule("2").momentum == 0.1
+    assert not any(module.training or module._forward_pre_hooks for module in net.modules())
+    measure_statistics(net, images.split(3), net.names)
 
 
 def test_dropout_stays_off() -> None:
