@@ -25,6 +25,20 @@ class Plain(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Keeping(nn.Linear):
+    """Keeps something besides its tensors."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.state: object = {"scale": 3}
+
+    def get_extra_state(self) -> object:
+        return self.state
+
+    def set_extra_state(self, state: object) -> None:
+        self.state = state
+
+
 class Skip(nn.Module):
     """`stem` also feeds the addition, so `branch` is no cut and `add` is one."""
 

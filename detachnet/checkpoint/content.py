@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +30,7 @@ LIVE = "live."
 LARGEST_HEADER, MOST_TENSORS = 100_000_000, 100_000
 """Bytes, which are safetensors' own limit, and tensors of a file that is read; large networks have thousands."""
 _FORMAT = {"format": "pt"}
+T = TypeVar("T")
 
 
 def write_file(path: str | Path, header: Header, state: Mapping[str, Any], extra: Mapping[str, Tensor]) -> None:
@@ -161,9 +162,9 @@ def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those of the tensors whose names begin with a prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def without_prefix(state: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """What is under names that begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:

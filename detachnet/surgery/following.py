@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -50,10 +50,10 @@ def follow(net: DetachableNet) -> None:
 
 @contextmanager
 def _wholly_or_not_at_all(net: DetachableNet) -> Iterator[None]:
-    """Leave a family as it was where it cannot follow: the next pass is refused, too, until the change is undone."""
+    """Leave a family as it was where it cannot follow: passes are refused until the change is undone."""
     held = dict(vars(net))
     folders = [net, net.norms, net.heads, *(module for module in net.modules() if isinstance(module, Folder))]
-    tables = [net._buffers, net._kinds, *(module._modules for module in folders)]
+    tables: list[dict[str, Any]] = [net._buffers, net._kinds, *(module._modules for module in folders)]
     contents = [(table, dict(table)) for table in tables]
     not_saved = set(net._non_persistent_buffers_set)
     try:

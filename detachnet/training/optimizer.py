@@ -88,7 +88,7 @@ class AveragedWeights(ModelEmaV3):  # type: ignore[misc]
     """
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        """Move the average towards the model; whole numbers are copied."""
+        """Move the average towards the model; whole numbers, and what layers keep besides, are copied."""
         pairs = list(
             zip(
                 chain(self.module.parameters(), self.module.buffers()),
@@ -101,3 +101,6 @@ class AveragedWeights(ModelEmaV3):  # type: ignore[misc]
         if counts := [pair for pair in pairs if not pair[0].is_floating_point()]:
             ours, theirs = zip(*counts, strict=True)
             torch._foreach_copy_(ours, theirs)
+        for mine, its in zip(self.module.modules(), model.modules(), strict=True):
+            if type(its).get_extra_state is not nn.Module.get_extra_state:
+                mine.set_extra_state(its.get_extra_state())

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -258,7 +259,7 @@ def start_from(net: DetachableNet, path: str | Path) -> list[str]:
     }
     start = read_start(path, names)
     tensors = start.base
-    new = [name for name in names if name not in tensors or tensors[name].shape != names[name].shape]
+    new = [name for name in names if not _alike(tensors.get(name), names[name])]
     classifier = _classifier(net) if new else set()
     for name in new:
         layer = name.rpartition(".")[0]
@@ -268,13 +269,14 @@ def start_from(net: DetachableNet, path: str | Path) -> list[str]:
             continue
         raise CheckpointError(f"{path} cannot be started from: it has no {'base.' + name!r} of that shape")
     state = net.state_dict()
-    for name in state:
+    for name, value in state.items():
         source = name
         if is_own := name.startswith((f"{NORMS}.", f"{HEADS}.")):
             source = "base." + name.split(".", 2)[2]
         plain = source.removeprefix("base.")
         if source.startswith("base.") and plain not in new:
-            state[name] = net.own_tensor(name, tensors[plain]) if is_own else tensors[plain]
+            given = tensors.get(plain, value)
+            state[name] = net.own_tensor(name, given) if is_own and isinstance(given, Tensor) else given
     net.load_state_dict(state | _as_they_were(net, start, path))
     new = [name for name in new if not name.endswith("num_batches_tracked")]
     unused = [name for name in tensors if name not in names]
@@ -289,7 +291,14 @@ def start_from(net: DetachableNet, path: str | Path) -> list[str]:
     return new
 
 
-def _as_they_were(net: DetachableNet, start: Start, path: str | Path) -> dict[str, Tensor]:
+def _alike(given: object, there: object) -> bool:
+    """Whether what a file has can take the place of what is there: a tensor of that shape; plain values any."""
+    if isinstance(there, Tensor):
+        return isinstance(given, Tensor) and given.shape == there.shape
+    return not isinstance(given, Tensor)
+
+
+def _as_they_were(net: DetachableNet, start: Start, path: str | Path) -> dict[str, Any]:
     """What the sub-models that a file has, too, have for themselves there."""
     if start.plan is None:
         return {}
@@ -298,7 +307,7 @@ def _as_they_were(net: DetachableNet, start: Start, path: str | Path) -> dict[st
     places = {folder(name) for name in same}
     state = net.state_dict()
     own = [name for name in state if name.startswith(OWN) and name.split(".")[1] in places]
-    found = {n: start.own[n] for n in own if n in start.own and start.own[n].shape == state[n].shape}
+    found = {n: start.own[n] for n in own if n in start.own and _alike(start.own[n], state[n])}
     if same:
         logger.info("%s: goes on with %s as they are there", path, ", ".join(same))
     if lost := [name for name in own if name not in found]:
@@ -315,7 +324,7 @@ def _start_model(model: nn.Module, path: str | Path) -> DetachPlan | None:
     """Give a model alone the weights of a trained one, as far as they fit; the plan of its family, if all do."""
     own = model.state_dict()
     start = read_start(path, own)
-    alike = {name: value for name, value in start.base.items() if name in own and own[name].shape == value.shape}
+    alike = {n: value for n, value in start.base.items() if n in own and _alike(value, own[n])}
     model.load_state_dict(own | alike)
     return start.plan if len(alike) == len(own) else None
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detachnet.checkpoint.content import LIVE, TRAINER, untied, with_prefix, without_prefix
+from detachnet.checkpoint.content import LIVE, TRAINER, split_state, untied, with_prefix, without_prefix
 from detachnet.checkpoint.header import TrainingState
 from detachnet.checkpoint.loading import load_weights
 from detachnet.surgery.detachable import DetachableNet
@@ -119,7 +119,7 @@ class RunState:
             for key, value in values.items()
             if isinstance(value, Tensor)
         }
-        live = untied(self.net.state_dict())[0] if self.averaged else {}
+        live = untied(split_state(self.net.state_dict())[0])[0] if self.averaged else {}
         return with_prefix(state, TRAINER) | with_prefix(live, LIVE)
 
     def restore(self, saved: Saved) -> None:

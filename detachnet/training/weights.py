@@ -26,6 +26,8 @@ _INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_di
 """Where training scripts keep a state dict in a larger one; averaged weights first, as timm takes them."""
 OWN = tuple(f"{place}." for place in (STEPDOWNS, BRIDGES, NORMS, HEADS))
 """Where sub-models have what is theirs alone."""
+_EXTRA_STATE = "_extra_state"
+"""How torch ends the name of what a layer keeps besides its tensors."""
 _PREFIXES = ("", "module.", "_orig_mod.", "model.", "base.", "module._orig_mod.", "_orig_mod.module.")
 """What wrappers put in front of a model's names."""
 
@@ -34,14 +36,14 @@ class Start(NamedTuple):
     """What is in a file that a run starts from.
 
     Attributes:
-        base: The base-model's tensors, by its own names.
+        base: The base-model's tensors, and what its layers keep besides, by its own names.
         plan: Of the trained models of its family; None of a base-model alone.
         own: What these have for themselves, by their names in the family.
     """
 
-    base: dict[str, Tensor]
+    base: dict[str, Any]
     plan: DetachPlan | None = None
-    own: Mapping[str, Tensor] = MappingProxyType({})
+    own: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_start(path: str | Path, names: Collection[str]) -> Start:
@@ -57,7 +59,7 @@ def read_start(path: str | Path, names: Collection[str]) -> Start:
     """
     path = locate_checkpoint(path)
     if not _is_plain(path):
-        header, tensors = read(path)
+        header, stored = read(path)
         if header.detached not in (None, BASE):
             raise CheckpointError(
                 f"{path} cannot be started from: it holds {header.detached} alone, detached from its family",
@@ -65,12 +67,13 @@ def read_start(path: str | Path, names: Collection[str]) -> Start:
             )
         if header.trained and "base" not in header.trained:
             raise CheckpointError(f"{path} cannot be started from: its base-model was not trained")
-        tensors |= {name: tensors[kept] for name, kept in header.tied.items()}
-        base = without_prefix(tensors, f"{BASE}.")
+        tied = {name: stored[kept] for name, kept in header.tied.items()}
+        state: dict[str, Any] = {**stored, **tied, **header.extra_state}
         if header.detached is not None:
-            return Start(base)
+            return Start(state)
+        base = without_prefix(state, f"{BASE}.")
         trained = tuple(m for m in header.plan.models if m.name in (header.trained or header.plan.names))
-        own = {name: tensor for name, tensor in tensors.items() if name.startswith(OWN)}
+        own = {name: value for name, value in state.items() if name.startswith(OWN)}
         return Start(base, header.plan.model_copy(update={"models": trained}), own)
     given = _read_plain(path)
     prefix = max(_PREFIXES, key=lambda prefix: sum(f"{prefix}{name}" in given for name in names))
@@ -107,8 +110,8 @@ def _is_safetensors(path: Path) -> bool:
         return False
 
 
-def _read_plain(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file."""
+def _read_plain(path: Path) -> dict[str, Any]:
+    """The state dict in a file: tensors, and what layers keep besides."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -126,15 +129,14 @@ def _read_plain(path: Path) -> dict[str, Tensor]:
     if inside:
         logger.info("%s: the weights under %r are taken", path, inside)
         content = content[inside]
-    tensors = (
-        {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    )
-    if not tensors:
+    named = {str(key): value for key, value in content.items()} if isinstance(content, Mapping) else {}
+    found = {n: v for n, v in named.items() if isinstance(v, Tensor) or n.endswith(_EXTRA_STATE)}
+    if not found:
         raise CheckpointError(
             f"{path} cannot be started from: it holds no tensors by name",
             hint="torch.save(model.state_dict(), path) writes a state dict",
         )
-    return tensors
+    return found
 
 
 def _reason(error: BaseException) -> str:

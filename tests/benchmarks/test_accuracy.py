@@ -111,5 +111,5 @@ def test_runs_are_made_once_and_all_that_are_there_are_written(
     assert made == [("pruned-40", 0), ("exits", 0), ("pruned-40", 1)]
     rows = json.loads((tmp_path / "all").read_text())["rows"]
     assert [(row["run"], row["seed"]) for row in rows] == [("pruned-40", 0), ("pruned-40", 1), ("exits", 0)]
-    with pytest.raises(SystemExit, match="pruned-40-0[.]json was made with other settings"):
+    with pytest.raises(SystemExit, match=r"pruned-40-0[.]json was made with other settings"):
         accuracy.main(["pruned-40", *words, "--seeds", "1", "--lr", "0.3"])

@@ -417,22 +417,10 @@ def test_loading_says_when_layers_are_others(tmp_path: Path, caplog: pytest.LogC
     assert "was made from a Plain whose layers had other classes, attributes, shapes or hooks" in caplog.text
 
 
-class Scaling(nn.Conv2d):
-    """Keeps something besides its tensors."""
-
-    state: object = {"scale": 3}
-
-    def get_extra_state(self) -> object:
-        return self.state
-
-    def set_extra_state(self, state: object) -> None:
-        self.state = state
-
-
 def scaling(state: object) -> detachnet.DetachableNet:
     model = models.Plain()
-    model.conv2 = Scaling(4, 8, 3, padding=1)
-    model.conv2.state = state  # type: ignore[attr-defined]
+    model.fc = models.Keeping(8, 5)
+    model.fc.state = state
     return detachnet.make_detachable(model, ["pool"], (3, 8, 8)).eval()
 
 
@@ -441,15 +429,15 @@ def scaling(state: object) -> detachnet.DetachableNet:
 def test_extra_state_comes_back(tmp_path: Path, state: object, which: str | None) -> None:
     detachnet.save(scaling(state), tmp_path / "own.safetensors", which)
     fresh = models.Plain()
-    fresh.conv2 = Scaling(4, 8, 3, padding=1)
+    fresh.fc = models.Keeping(8, 5)
     again = detachnet.load(tmp_path / "own.safetensors", fresh)
-    layer = again.conv2 if which else again.base.conv2
+    layer = again.fc if which else again.base.fc
     assert torch.equal(layer.state, state) if isinstance(state, torch.Tensor) else layer.state == state
 
 
 @pytest.mark.parametrize("state", [{1: 2}, object(), (1, 2)], ids=["keys", "object", "tuple"])
 def test_extra_state_that_is_no_json(tmp_path: Path, state: object) -> None:
-    with pytest.raises(detachnet.CheckpointError, match="the extra state of 'conv2' cannot be stored"):
+    with pytest.raises(detachnet.CheckpointError, match="the extra state of 'fc' cannot be stored"):
         detachnet.save(scaling(state), tmp_path / "own.safetensors")
 
 

@@ -11,6 +11,7 @@ from detachnet.surgery.routes import SubModel
 from detachnet.training.recipe import Recipe, load_recipe
 from detachnet.training.start import build_family, with_routes
 from detachnet.training.trainer import train
+from tests import models
 from tests.helpers import nightly_but
 from tests.runs import KillAfter, Killed, assert_same_run, recipe
 
@@ -203,6 +204,30 @@ def test_published_weights_of_other_classes_are_not_frozen(
     )
     with pytest.raises(detachnet.RecipeError, match="freeze_base would keep 'fc' untrained, which the published"):
         train(recipe(*options, "train.freeze_base=true"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("given", ["the family", "its base-model alone", "a state dict"])
+def test_what_layers_keep_besides_tensors_is_started_from_too(tmp_path: Path, given: str) -> None:
+    from detachnet.training.start import start_from
+
+    def family() -> detachnet.DetachableNet:
+        model = models.Plain()
+        model.fc = models.Keeping(8, 5)
+        return detachnet.make_detachable(model, ["pool"], (3, 8, 8), head="private", check="none")
+
+    trained, net, path = family(), family(), tmp_path / "start.safetensors"
+    trained.base.fc.state = {"scale": 4}  # type: ignore[union-attr]
+    trained.prepare(trained.names)  # which gives it to the copy
+    trained.heads.sub0.fc.state = {"scale": 5}  # type: ignore[union-attr]
+    if given == "a state dict":
+        path = tmp_path / "start.pth"
+        torch.save(trained.base.state_dict(), path)
+    else:
+        detachnet.save(trained, path, "base" if given == "its base-model alone" else None)
+    assert start_from(net, path) == []
+    assert net.base.fc.state == {"scale": 4}  # type: ignore[union-attr]
+    own = net.heads.sub0.fc.state  # type: ignore[union-attr]
+    assert own == {"scale": 5 if given == "the family" else 4}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ ALL = ("base", "sub0", "sub1")
 
 def fresh(seed: int = 0) -> RunState:
     torch.manual_seed(seed)
-    net = detachnet.make_detachable(models.Plain(), ["conv1", "pool"], (3, 8, 8), check="none")
+    model = models.Plain()
+    model.fc = models.Keeping(8, 5)
+    net = detachnet.make_detachable(model, ["conv1", "pool"], (3, 8, 8), head="private", check="none")
     return new_state(CHOSEN, net, torch.device("cpu"))
 
 
@@ -70,6 +73,7 @@ def moved() -> RunState:
     state = fresh()
     images, labels = torch.randn(6, 3, 8, 8), torch.arange(6) % 5
     state.end_epoch({"epoch": 1})
+    state.net.base.fc.state = {"scale": 4}  # type: ignore[union-attr]
     for number in range(2):
         loss = detachnet.MultiModelLoss()(state.net.train()(images, which="all"), labels)
         loss.backward()
@@ -90,6 +94,7 @@ def test_a_file_puts_everything_back(tmp_path: Path, old: bool) -> None:
     two.restore(Saved(header, header.training, tensors))
     for a, b in ((one.net, two.net), (one.family, two.family)):
         assert_same(a.state_dict(), b.state_dict())
+    assert two.net.heads.sub1.fc.state == {"scale": 4}  # type: ignore[union-attr]
     assert not torch.equal(one.net.base.fc.weight, one.family.base.fc.weight)  # type: ignore[union-attr,arg-type]
     for (name, a), b in zip(one.parameters.items(), two.parameters.values(), strict=True):
         assert_same(one.optimizer.state[a], two.optimizer.state[b])
@@ -101,7 +106,7 @@ def test_a_file_puts_everything_back(tmp_path: Path, old: bool) -> None:
     assert two.finite.tolist() == [2, 2, 2]
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
+    for name, value in one.items():
+        assert torch.equal(value, other[name]) if isinstance(value, Tensor) else value == other[name], name
