@@ -15,7 +15,7 @@ from detachnet.errors import CheckpointError, DataError
 from detachnet.losses import logits
 from detachnet.progress import counted
 from detachnet.surgery.detachable import DetachableNet, family_in
-from detachnet.surgery.modules import evaluating
+from detachnet.surgery.modules import evaluating, on_device
 from detachnet.text import number_of
 
 EVAL_BATCH = 500
@@ -25,16 +25,16 @@ EVAL_BATCH = 500
 def evaluate(
     net: DetachableNet,
     images: Split | BatchSource | Iterable[tuple[Tensor, Tensor]],
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Test accuracy, in [0, 1], and mean cross entropy of each trained model of a family.
 
-    It runs in evaluation mode; afterwards each submodule is in the mode it was in.
+    It runs in evaluation mode; afterwards each submodule is in the mode it was in, and the family where it was.
 
     Args:
         net: A family; of a split it must know the data, as the trainer writes it.
         images: Of the same classes: a split, or batches of normalized images and labels, such as a `DataLoader`.
-        device: Where to run.
+        device: Where to run; by default where the family is.
 
     Raises:
         TraceError: This is no family.
@@ -44,15 +44,16 @@ def evaluate(
     net = family_in(net)
     models = net.facts.models(net.names)
     batches: BatchSource
-    match images:
-        case Split():
-            _check_fits(net, images)
-            batches = Batches(images, net.facts.known_data, EVAL_BATCH, device)
-        case BatchSource():
-            batches = images
-        case _:
-            batches = GivenBatches(images, device)
-    found = scores(score_batches(net.to(device), batches, models), models)
+    with on_device(net, images.device if isinstance(images, BatchSource) else device) as there:
+        match images:
+            case Split():
+                _check_fits(net, images)
+                batches = Batches(images, net.facts.known_data, EVAL_BATCH, there)
+            case BatchSource():
+                batches = images
+            case _:
+                batches = GivenBatches(images, there)
+        found = scores(score_batches(net, batches, models), models)
     for name, score in found.items():
         _check_finite(name, score["loss"])
     return found

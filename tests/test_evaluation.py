@@ -42,6 +42,19 @@ def test_every_submodule_keeps_its_mode(net: detachnet.DetachableNet, images: Sp
 
 
 @pytest.mark.slow
+def test_the_family_stays_where_it_is_or_comes_back(
+    net: detachnet.DetachableNet, images: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no other device everywhere: a family that only says it moves stands for one that does."""
+    moves: list[str] = []
+    monkeypatch.setattr(detachnet.DetachableNet, "to", lambda self, device: moves.append(str(device)))
+    detachnet.evaluate(net, images)
+    assert moves == []
+    with pytest.raises(NotImplementedError, match="meta"):
+        detachnet.evaluate(net, images, "meta")
+    assert moves == ["meta", "cpu"]
+
+
 def test_every_submodule_keeps_its_mode_after_a_failure(net: detachnet.DetachableNet, images: Split) -> None:
     before = modes(net)
     labels = torch.full_like(images.labels, 99)

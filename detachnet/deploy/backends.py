@@ -88,6 +88,7 @@ class TorchBackend:
         self._models = {name: net.detach(name, share=True) for name in net.names}
         self.legs = net.legs
         self._parts: dict[Leg, nn.Module] = {}
+        self._changing = {leg for legs in self.legs.values() for leg in legs if net.changes_input(leg)}
 
     def costs(self, name: str) -> Costs:
         """What a model costs by counting."""
@@ -105,14 +106,18 @@ class TorchBackend:
 
     def run(self, name: str, images: Tensor) -> Tensor:
         """Output `(B, num_classes)` of a model; a CUDA device has finished."""
-        return logits(self._run(self._models[name], images))
+        return logits(self._run(self._models[name], self._safe(self.legs[name][0], images)))
 
     def run_leg(self, leg: Leg, value: Tensor) -> Tensor:
         """What a leg makes of images or a feature, `(B, …)`; a CUDA device has finished."""
         if leg not in self._parts:
             self._parts[leg] = self.net.detach_leg(leg, share=True)
-        made = self._run(self._parts[leg], value)
+        made = self._run(self._parts[leg], self._safe(leg, value))
         return made if leg.end else logits(made)
+
+    def _safe(self, leg: Leg, value: Tensor) -> Tensor:
+        """What a leg may change in place: others go on from the same value."""
+        return value.clone() if leg in self._changing else value
 
     def _run(self, module: nn.Module, value: Tensor) -> Any:
         if torch.is_grad_enabled() or torch.get_num_threads() != self.threads:

@@ -25,7 +25,7 @@ from detachnet.losses import logits
 from detachnet.progress import counted
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.legs import shared_macs
-from detachnet.surgery.modules import evaluating
+from detachnet.surgery.modules import evaluating, on_device
 from detachnet.surgery.plan import BASE
 from detachnet.text import Table, si
 
@@ -221,18 +221,21 @@ class Cascade:
             images: Normalized, `(B, C, H, W)`.
         """
         left = torch.arange(len(images))
-        answered, parts, macs = [""] * len(images), {}, 0
+        answered, outputs, macs = [""] * len(images), torch.empty(0), 0
         work = self.family.resumable(images)
         for name in self.models:
             output = work.run(name).output
             macs += work.macs
             done = (output.softmax(1).amax(1) >= self.threshold) | (name == self.models[-1])
-            for row, index in zip(output[done], left[done.to(left.device)].tolist(), strict=True):
-                parts[index], answered[index] = row, name
+            if name == self.models[0]:
+                outputs = torch.empty_like(output)
+            outputs[left[done.to(left.device)].to(output.device)] = output[done]
+            for index in left[done.to(left.device)].tolist():
+                answered[index] = name
             left, work = left[~done.to(left.device)], work.select(~done)
             if not len(left):
                 break
-        return CascadeAnswer(tuple(answered), torch.stack([parts[i] for i in range(len(images))]), macs)
+        return CascadeAnswer(tuple(answered), outputs, macs)
 
 
 def calibrate(
@@ -240,7 +243,7 @@ def calibrate(
     split: Split,
     target_accuracy: float | None = None,
     target_macs: float | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Curve:
     """Choose chains and thresholds on every other image, and measure them on the rest.
 
@@ -251,7 +254,7 @@ def calibrate(
         split: Images that it was not trained on.
         target_accuracy: Choose the cheapest cascade that reaches it on the calibration images, in [0, 1].
         target_macs: Or: the most accurate one with at most so many MACs per image on average.
-        device: Where to run.
+        device: Where to run; by default where the family is.
 
     Raises:
         BudgetError: No cascade reaches the target; or both are given.
@@ -278,13 +281,12 @@ def calibrate(
     )
 
 
-def score(net: DetachableNet, split: Split, device: torch.device | str = "cpu") -> Scores:
+def score(net: DetachableNet, split: Split, device: torch.device | str | None = None) -> Scores:
     """Confidence and rightness of every trained model on every image."""
-    models = net.facts.models(net.names)
-    batches = Batches(split, net.facts.known_data, BATCH, device)
+    models, data = net.facts.models(net.names), net.facts.known_data
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in models}
-    net = net.to(device)
-    with evaluating(net), torch.no_grad():
+    with on_device(net, device) as there, evaluating(net), torch.no_grad():
+        batches = Batches(split, data, BATCH, there)
         for images, labels in counted(batches.epoch(), len(batches), "batches of images"):
             outputs = net(images, which=models)
             for name in models:

@@ -60,7 +60,8 @@ def measure_segments(
     traced = net.traced(False)
     places = {node: traced.name_of[node] for node in span_places(CutAnalysis(traced))}
     like = next(net.parameters(), torch.empty(0))
-    images = torch.randn(batch, *net.plan.input_size, device=where).to(like.dtype)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, *net.plan.input_size, generator=generator).to(where, like.dtype)
     timed, whole = _Timed(net, traced.graph, places), list[float]()
     with evaluating(net), torch.inference_mode():
         for i in range(warmup + n):

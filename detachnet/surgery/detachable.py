@@ -33,7 +33,7 @@ from detachnet.surgery.own_layers import copied_parts, put_own_layers
 from detachnet.surgery.ownership import SLICES, view_sources
 from detachnet.surgery.plan import BASE, DetachPlan
 from detachnet.surgery.proof import Check
-from detachnet.surgery.rewrite import build_leg, build_view
+from detachnet.surgery.rewrite import build_leg, build_view, changes_input
 from detachnet.surgery.routes import folder
 from detachnet.surgery.state import Readings, own_readings, readings
 from detachnet.surgery.statistics import find_statistics
@@ -264,9 +264,11 @@ class DetachableNet(nn.Module):
         layers = (attribute(self, layer) for layer in source.shared(name, alike))
         buffers = [buffer for layer in layers for buffer in layer.buffers()]
         kept = [buffer.clone() for buffer in buffers]
-        yield
-        for buffer, before in zip(buffers, kept, strict=True):
-            buffer.data.copy_(before)  # unseen by autograd, which has no use for them
+        try:
+            yield
+        finally:
+            for buffer, before in zip(buffers, kept, strict=True):
+                buffer.data.copy_(before)  # unseen by autograd, which has no use for them
 
     def prepare(self, models: Sequence[str], features: bool = False) -> None:
         """Write the pass through some models now, not when it is first run: torch.compile then sees all of it.
@@ -381,6 +383,10 @@ class DetachableNet(nn.Module):
         """
         modes = [self._of_width[leg.models[0]][training] for training in (False, True)]
         return as_module(self, [build_leg(modes[0], leg)], modes, str(leg), share)
+
+    def changes_input(self, leg: Leg) -> bool:
+        """Whether a leg, detached, may change in place what it is given."""
+        return changes_input(self._of_width[leg.models[0]][False], leg)
 
     def copied(self) -> DetachableNet:
         """A copy, also where `copy.deepcopy` refuses what hooks have computed."""

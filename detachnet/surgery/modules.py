@@ -120,6 +120,20 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def on_device(net: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+    """A module on a device, or where it is; it comes back to where it was."""
+    was = next((tensor.device for tensor in [*net.parameters(), *net.buffers()]), torch.device("cpu"))
+    there = was if device is None else torch.device(device)
+    try:
+        if there != was:
+            net.to(there)
+        yield there
+    finally:
+        if there != was:
+            net.to(was)
+
+
+@contextmanager
 def random_states_kept(device: torch.device | None = None) -> Iterator[None]:
     """Leave the random states of Python, NumPy and torch as found, on a CUDA device too; other threads wait."""
     with TURN:

@@ -72,6 +72,12 @@ def changes_image(source: ViewSource) -> bool:
     return is_overwritten(source, image)
 
 
+def changes_input(source: ViewSource, leg: Leg) -> bool:
+    """Whether a leg may change the image or the feature it is given."""
+    start = source.traced.names.get(leg.start)
+    return changes_image(source) if start is None else is_overwritten(source, start)
+
+
 def is_overwritten(source: ViewSource, node: fx.Node) -> bool:
     """Whether a traced value is changed in place later, itself or through a view of it."""
     in_place = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from detachnet.checkpoint.content import LIVE, TRAINER, split_state, untied, wit
 from detachnet.checkpoint.header import TrainingState
 from detachnet.checkpoint.loading import load_weights
 from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.plan import BASE
+from detachnet.surgery.routes import folder
 from detachnet.training.optimizer import AveragedWeights, make_optimizer
 from detachnet.training.recipe import Recipe
 from detachnet.training.runs import Saved
+from detachnet.training.weights import OWN
 
 
 @dataclass(eq=False)
@@ -78,7 +82,7 @@ class RunState:
         self.step += 1
 
     def not_finite(self) -> str:
-        """The name of a weight or running statistic that is not finite; empty if there is none."""
+        """A weight or running statistic that is not finite, and whose it is; empty if there is none."""
         nets = [self.net, self.averaged.module] if self.averaged else [self.net]
         for net in nets:
             statistics = {n: t for n, t in net.named_buffers() if n.endswith(("running_mean", "running_var"))}
@@ -86,8 +90,16 @@ class RunState:
             finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors.values()])
             wrong = [name for name, fine in zip(tensors, finite.tolist(), strict=True) if not fine]
             if wrong:
-                return str(wrong[0])
+                kind = "running statistic" if wrong[0] in statistics else "weight"
+                return f"{wrong[0]!r}, a {kind} of {self._owner(wrong[0])}"
         return ""
+
+    def _owner(self, name: str) -> str:
+        """The model that a tensor is of: the first of the trained ones that reads it, or has it for itself."""
+        place = name.split(".")[1]
+        own = (model for model in self.models if name.startswith(OWN) and place == folder(model))
+        reads = (model for model in self.models if name in self.net.parameters_of([model]))
+        return next(chain(own, reads), BASE)
 
     def end_epoch(self, row: dict[str, Any]) -> None:
         """Keep an epoch's metrics; the next one begins."""

@@ -404,9 +404,8 @@ class _Loop:
             first = int(finite.argmin())
             name, step = self.recipe.models[first], int(finite[first]) + 1
             raise self._gone_wrong(f"the training loss of {name} is not finite", step)
-        if name := state.not_finite():
-            models = [m for m in self.recipe.models if name in state.net.parameters_of([m])]
-            raise self._gone_wrong(f"{name!r}, a weight of {(models or ['base'])[0]}, is not finite", state.step)
+        if what := state.not_finite():
+            raise self._gone_wrong(f"{what}, is not finite", state.step)
 
     def _kept(self) -> str:
         """What there is to go on from."""

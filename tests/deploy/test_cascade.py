@@ -156,6 +156,12 @@ def test_running_a_cascade_is_what_was_calculated(net: detachnet.DetachableNet) 
             torch.testing.assert_close(answer.output[i], family.run(images[i], name).output, rtol=1e-3, atol=1e-3)
 
 
+def test_no_images_have_no_answers(net: detachnet.DetachableNet) -> None:
+    cascade = Cascade(Family(TorchBackend(net, 1), "f", None), net.names[::-1], 0.5)
+    answer = cascade.run(torch.randn(0, *net.plan.input_size))
+    assert (answer.models, answer.output.shape, answer.macs) == ((), (0, 10), 0)
+
+
 def test_as_confident_as_the_threshold_is_confident_enough(net: detachnet.DetachableNet) -> None:
     """Thresholds are confidences of images, so that it happens."""
     images = (split_of(net).images / 255 - 0.5) / 0.2

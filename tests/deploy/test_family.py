@@ -2,18 +2,22 @@ import logging
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from detachnet_cli.app import app
 from PIL import Image
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import detachnet
 from detachnet.deploy.backends import TorchBackend
 from detachnet.deploy.budget import Candidate, choose
+from detachnet.deploy.cascade import Cascade
 from detachnet.deploy.family import Family
 from detachnet.deploy.profile import write_profile
+from detachnet.surgery.plan import BASE
 from tests.families import ACCURACY, make, profile_of
 
 
@@ -47,6 +51,44 @@ def test_choose(family: Family, limits: dict[str, float], model: str) -> None:
 
 
 @pytest.mark.slow
+class InPlace(nn.Module):
+    """Changes the image, and each feature that models part at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3 if i == 0 else 8, 8, 3, 1, 1) for i in range(3))
+        self.act, self.fc = nn.ReLU(inplace=True), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.a(x.sub_(0.5)))
+        x = self.b(x.mul_(2).add_(1))
+        logits: Tensor = self.fc(self.c(x.relu_()).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["a"],
+        {"short": detachnet.SubModel(drop=["a:b"]), "shorter": detachnet.SubModel(drop=["act:c"])},
+        {"narrow": detachnet.SubModel(width=0.5)},
+    ],
+)
+def test_what_models_change_in_place_is_their_own(asked: Any) -> None:
+    net = detachnet.make_detachable(InPlace(), asked, (3, 8, 8)).eval()
+    images = torch.randn(4, 3, 8, 8)
+    expected = {name: net.detach(name)(images.clone()) for name in net.names}
+    family, given = Family(TorchBackend(net), "f", None), images.clone()
+    for order in (net.names, net.names[::-1]):
+        work = family.resumable(given)
+        for name in order:
+            torch.testing.assert_close(work.run(name).output, expected[name])
+            torch.testing.assert_close(family.run(given, name).output, expected[name])
+    answer = Cascade(family, (*net.names[1:], BASE), 1.1).run(given)
+    torch.testing.assert_close(answer.output, expected["base"])
+    assert torch.equal(given, images)
+
+
 def test_models_go_on_from_where_another_parted() -> None:
     torch.manual_seed(0)
     model = detachnet.create_model("detachnet:vgg16_cifar", width=0.05)

@@ -14,7 +14,9 @@ from detachnet.surgery.trace import trace
 def test_every_place_is_timed_and_the_model_left_alone() -> None:
     model = torchvision.models.resnet18(num_classes=5).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
     seconds = detachnet.measure_segments(model, (3, 32, 32), n=3, warmup=1)
+    assert torch.equal(torch.get_rng_state(), random)
     traced = trace(model, (3, 32, 32))
     assert list(seconds) == [*(traced.eval.name_of[n] for n in span_places(CutAnalysis(traced.eval))), ""]
     assert all(value > 0 for value in seconds.values())

@@ -60,6 +60,22 @@ def test_the_average_is_told_the_number_of_the_update() -> None:
     torch.testing.assert_close(state.family.base.get_parameter("fc.weight").data, before + 1 - decay)
 
 
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("norms.sub1.bn2.running_var", "a running statistic of sub1"),
+        ("base.bn1.running_mean", "a running statistic of base"),
+        ("heads.sub0.fc.bias", "a weight of sub0"),
+        ("base.conv2.weight", "a weight of base"),
+    ],
+)
+def test_what_is_not_finite_is_named_and_whose_it_is(name: str, what: str) -> None:
+    state = fresh()
+    assert state.not_finite() == ""
+    state.net.state_dict()[name][0] = math.inf
+    assert state.not_finite() == f"{name!r}, {what}"
+
+
 def test_the_share_of_waiting_is_rounded_once() -> None:
     """What is printed is what `run.json` has: 0.9254 rounded to 93 %, but as 0.925 to 92."""
     state = fresh()
