@@ -23,11 +23,11 @@ def read_parts(model: Any, parts: Mapping[str, tuple[Tensor, Pick]], weights: Sh
         weights: Where the weights go.
 
     Returns:
-        Bytes of those tensors that the graph does not read.
+        Bytes of those tensors that the graph does not read; of what several layers read, all but the largest part.
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    nodes, unread = list[Any](), 0
+    nodes, read = list[Any](), dict[bytes, tuple[int, int]]()
     known: dict[tuple[tuple[int, ...], bytes], tuple[Tensor, Pick]] = {}
     for whole, pick in parts.values():
         turned = [(whole.t(), pick.t())] if whole.ndim == 2 else []  # as layers with channels last have them
@@ -44,7 +44,8 @@ def read_parts(model: Any, parts: Mapping[str, tuple[Tensor, Pick]], weights: Sh
         if (stored := weights.encode(content)) not in weights:
             continue
         name, taken = tensor.name, f"{tensor.name}.whole"
-        unread += len(stored) - len(stored) * len(tensor.raw_data) // len(content)
+        taken_bytes = len(stored) * len(tensor.raw_data) // len(content)
+        read[stored] = len(stored), max(taken_bytes, read.get(stored, (0, 0))[1])
         model.graph.initializer.remove(tensor)
         constants = [helper.make_tensor(taken, TensorProto.FLOAT, whole.shape, content, raw=True)]
         steps: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
@@ -61,7 +62,7 @@ def read_parts(model: Any, parts: Mapping[str, tuple[Tensor, Pick]], weights: Sh
             taken = made
         model.graph.initializer.extend(constants)
     put_first(model.graph, nodes)
-    return unread
+    return sum(all_bytes - taken_bytes for all_bytes, taken_bytes in read.values())
 
 
 def put_first(graph: Any, nodes: Sequence[Any]) -> None:

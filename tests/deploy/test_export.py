@@ -603,5 +603,19 @@ def test_sub_models_with_fewer_filters(name: str, tmp_path: Path) -> None:
     assert by_name["half"].num_bytes - (tmp_path / "all" / "half.onnx").stat().st_size < 1.02 * alone.num_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [16, 64])
+def test_a_part_of_a_tensor_that_several_layers_read_counts_once(channels: int, tmp_path: Path) -> None:
+    layers = [nn.Conv2d(3 if i == 0 else channels, channels, 3, 1, 1) for i in range(3)]
+    layers[2].weight = layers[1].weight
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(channels, 5))
+    subs = {"narrow": detachnet.SubModel(width=0.5)}
+    net = detachnet.make_detachable(model, subs, (3, 8, 8), check="none").eval()
+    together = export(net, tmp_path / "all")["narrow"]
+    alone = export(net, tmp_path / "narrow", models=["narrow"])["narrow"]
+    graphs = [(tmp_path / folder / "narrow.onnx").stat().st_size for folder in ("all", "narrow")]
+    assert together.num_bytes - graphs[0] == pytest.approx(alone.num_bytes - graphs[1], abs=1000)
+
+
 def graphs_nodes(path: Path) -> set[str]:
     return {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
