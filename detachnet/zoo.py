@@ -7,7 +7,7 @@ import inspect
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +44,8 @@ class ModelSource:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
+_USERS = "detachnet_user_"
+"""What the names of modules begin with that users' own files become."""
 _OWN: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "vgg16_cifar": (VGG16Cifar, (3, 32, 32)),
     "resnet_cifar": (ResNetCifar, (3, 32, 32)),
@@ -259,9 +261,26 @@ def takes_num_classes(name: str, folder: Path | None = None) -> bool:
         return "num_classes" in inspect.signature(make).parameters
 
 
+def own_files() -> dict[str, str]:
+    """Name of each module that a user's own file has become here → the file."""
+    return {name: str(module.__file__) for name, module in sys.modules.items() if name.startswith(_USERS)}
+
+
+def import_own(files: Mapping[str, str]) -> None:
+    """Run users' own files, as another process has, so that what is of their classes can be unpickled here.
+
+    Raises:
+        ModelError: One cannot be run.
+    """
+    for name, file in files.items():
+        if name not in sys.modules:
+            with _importing_beside(Path(file)):
+                _module(Path(file))
+
+
 def _module(path: Path) -> Any:
     """A file of Python, run."""
-    spec = importlib.util.spec_from_file_location(f"detachnet_user_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{_USERS}{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

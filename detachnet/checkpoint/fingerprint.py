@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from detachnet.errors import ModelError
 from detachnet.surgery.contents import GENERATORS, MOST, SINGLE, content, parts_of
 from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.routes import folder
 from detachnet.surgery.whole import hooked
 from detachnet.zoo import ModelSource, create_model
 
@@ -33,9 +34,15 @@ def fingerprint(model: nn.Module) -> str:
     ).hexdigest()
 
 
-def of_entries(net: DetachableNet) -> str:
-    """The same hash over what sub-models take in images, and features, through."""
-    return fingerprint(nn.ModuleList([net.stepdowns, net.bridges]))
+def of_entries(net: DetachableNet, models: Sequence[str] | None = None) -> str:
+    """The same hash over what sub-models, or some of them, take in images, and features, through."""
+    wanted, places = {folder(name) for name in models or net.names}, []
+    for part in (net.stepdowns, net.bridges):
+        places.append(place := nn.Module())
+        for name, entry in part.named_children():
+            if name in wanted:
+                place.add_module(name, entry)
+    return fingerprint(nn.ModuleList(places))
 
 
 def difference_from_source(model: nn.Module, source: ModelSource) -> str:

@@ -57,7 +57,7 @@ def save(net: DetachableNet, path: str | Path, which: str | None = None, *, own:
     else:
         is_narrow = which in net.names and bool(net.plan[which].kept)
         module = net.detach(which, share=not is_narrow)
-        header = _with_answer(_alone(header, which), net, net.detach(which))
+        header = _with_answer(_alone(header, net, which), net, net.detach(which))
         write_file(path, header, module.state_dict(), {})
 
 
@@ -185,13 +185,14 @@ def _unlike_timms(model: nn.Module) -> str:
         return ""
 
 
-def _alone(header: Header, name: str) -> Header:
+def _alone(header: Header, net: DetachableNet, name: str) -> Header:
     """The same of one model of the family."""
     models = tuple(model for model in header.plan.models if model.name in (BASE, name))
     change = {
         "plan": header.plan.model_copy(update={"models": models}),
         "trained": tuple(model for model in header.trained if model == name),
         "accuracy": {model: value for model, value in header.accuracy.items() if model == name},
+        "entries": of_entries(net, (name,)) if header.entries else "",
         "detached": name,
     }
     return header.model_copy(update=change)

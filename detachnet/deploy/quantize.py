@@ -83,9 +83,9 @@ def quantize(model: Any, images: Batches) -> Any:
 
 def calibration(split: Split, info: DataInfo) -> Batches:
     """The images to calibrate with: spread evenly over a split, normalized, not augmented."""
-    step = max(1, len(split) // CALIBRATION_IMAGES)
-    chosen = Split(split.images[::step], split.labels[::step], split.classes)
-    few = Split(chosen.images[:CALIBRATION_IMAGES], chosen.labels[:CALIBRATION_IMAGES], split.classes)
+    count = min(len(split), CALIBRATION_IMAGES)
+    chosen = [i * len(split) // count for i in range(count)]
+    few = Split(split.images[chosen], split.labels[chosen], split.classes)
     return Batches(few, info, _BATCH)
 
 

@@ -179,6 +179,7 @@ def _about(net: DetachableNet, data: Split, calibration: Split) -> dict[str, Any
         "model": net.plan.model,
         "weights": _digest(net.state_dict().values()),
         "head": net.plan.head,
+        "normalization": [list(net.facts.known_data.mean), list(net.facts.known_data.std)],
         "images": len(data),
         "held_out": _digest([data.images, data.labels]),
         "calibration": _digest([calibration.images]),

@@ -22,6 +22,7 @@ from detachnet.selection.space import CANDIDATE, Space
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.plan import BASE
 from detachnet.surgery.recalibration import measure_statistics
+from detachnet.zoo import import_own, own_files
 
 BATCH = 250
 """Images per run."""
@@ -70,7 +71,7 @@ class Judge:
         return hashlib.sha256(content).hexdigest(), content
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, self._packed
+        return _received, (*self._packed, own_files())
 
     def __call__(self, candidate: Candidate) -> Worth:
         """The worth of a candidate; the same each time."""
@@ -88,10 +89,11 @@ _here: dict[str, Judge] = {}
 """The judge that was sent to this process last, by what it is of."""
 
 
-def _received(name: str, content: bytes) -> Judge:
+def _received(name: str, content: bytes, files: dict[str, str]) -> Judge:
     """The judge that was packed; the same one each time, as executors send it with every candidate."""
     if name not in _here:
         _here.clear()
+        import_own(files)
         _here[name] = Judge(*pickle.loads(content))
     return _here[name]
 

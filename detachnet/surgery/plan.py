@@ -172,6 +172,9 @@ class DetachPlan(Fields):
     @property
     def entry(self) -> str | Stem:
         """What `stepdown=` was when the family was made; flat features get a linear layer whatever that was."""
+        bridges = [span.bridge for model in self.models for span in model.spans if span.bridge]
+        if any(bridge.kind == "custom" for bridge in bridges):
+            return "custom"
         entries = [model.stepdown for model in self.models if model.stepdown and model.stepdown.kind != "linear"]
         return next((entry.stem or entry.kind for entry in entries), "conv")
 

@@ -13,9 +13,11 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from detachnet.errors import StepDownError
 from detachnet.fields import Fields
+from detachnet.surgery.modules import evaluating
 from detachnet.text import Shape, by
 
 StepDownBuilder = Callable[[Shape, Shape], nn.Module]
@@ -397,14 +399,12 @@ def build_custom(builder: StepDownBuilder, image: Shape, feature: Shape) -> tupl
         StepDownError: Its output has another shape than the feature at the cut.
     """
     module = builder(image, feature)
-    with torch.no_grad():
-        was = module.training
-        out = module.eval()(torch.zeros(1, *image))
-        module.train(was)
+    with evaluating(module), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        out = module(torch.zeros(1, *image))
     if tuple(out.shape[1:]) != feature:
         raise StepDownError(
             f"the step-down made by {getattr(builder, '__name__', builder)!r} gives {by(tuple(out.shape[1:]))}, "
             f"the cut needs {by(feature)}"
         )
-    num_params = sum(p.numel() for p in module.parameters())
-    return StepDown(kind="custom", image=image, feature=feature, num_params=num_params), module
+    macs, num_params = counter.get_total_flops() // 2, sum(p.numel() for p in module.parameters())
+    return StepDown(kind="custom", image=image, feature=feature, macs=macs, num_params=num_params), module

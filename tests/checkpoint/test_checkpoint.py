@@ -597,6 +597,23 @@ def test_loading_says_when_a_step_down_of_ones_own_is_another(
     assert f"{path} was made with another step-down: its layers had other classes" in caplog.text
 
 
+@pytest.mark.parametrize("which", [None, "base", "front", "inner"])
+def test_each_file_knows_the_step_downs_that_are_in_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, which: str | None
+) -> None:
+    def entry(image: Any, feature: Any) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(image[0], feature[0], 1, image[1] // feature[1]), nn.ReLU())
+
+    asked = {"front": "a", "inner": detachnet.SubModel(drop=["mid:b"])}
+    net = detachnet.make_detachable(models.Around(nn.Identity()), asked, SIZE, stepdown=entry)
+    detachnet.save(net, path := tmp_path / "own", which)
+    if which != "base":
+        with pytest.raises(detachnet.CheckpointError, match="made with a user's own step-down"):
+            detachnet.load(path, models.Around(nn.Identity()))
+    detachnet.load(path, models.Around(nn.Identity()), stepdown=entry)
+    assert not warnings_in(caplog)
+
+
 class Bytes(models.Around):
     """Takes images of bytes, or of numbers."""
 

@@ -23,7 +23,9 @@ from detachnet.deploy.measurement import Latency
 from detachnet.deploy.opening import open_graph
 from detachnet.deploy.program import trace
 from detachnet.deploy.pte import separate_norms
+from detachnet.deploy.quantize import CALIBRATION_IMAGES, calibration
 from detachnet.deploy.verify import compare
+from detachnet.facts import DataInfo
 from detachnet.losses import logits as main_output
 from tests import models
 from tests.disks import disk_of
@@ -246,6 +248,17 @@ def test_the_family_comes_back_as_it_was(toy: detachnet.DetachableNet, tmp_path:
 def test_the_name_stays_a_function() -> None:
     assert callable(detachnet.export)
     assert detachnet.export is exporting.export
+
+
+@pytest.mark.parametrize("count", [100, 300, 511, 1000])
+def test_int8_is_calibrated_on_images_of_all_classes(count: int) -> None:
+    """Images of folders lie class by class."""
+    labels = torch.arange(count) * 10 // count
+    split = Split(torch.zeros(count, 3, 2, 2, dtype=torch.uint8), labels, tuple("0123456789"))
+    info = DataInfo(name="n", classes=split.classes, mean=(0.5,) * 3, std=(0.5,) * 3)
+    taken = torch.cat([labels for _, labels in calibration(split, info).epoch()])
+    assert len(taken) == min(count, CALIBRATION_IMAGES)
+    assert taken.bincount().amin() >= len(taken) // 10 - 1
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +14,15 @@ import pytest
 from torch import nn
 
 from detachnet.errors import MeasurementError
+from detachnet.facts import Facts
 from detachnet.selection import worth
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.cluster import RayExecutor
 from detachnet.selection.journal import Journal, Trials
 from detachnet.selection.worth import Judge
-from tests.searched import images, trained
+from detachnet.surgery.making import make_detachable
+from detachnet.zoo import build_model
+from tests.searched import DATA, SIZE, images, trained
 
 NARROW = Candidate().with_widths({"one.inner": 4})
 
@@ -57,6 +61,32 @@ def test_another_process_says_the_same(judge: Judge) -> None:
         trials = Trials(judge, Journal(None, {}), executor)
         found = [w[:2] for w in trials([Candidate(), NARROW])]
     assert found == [judge(Candidate())[:2], judge(NARROW)[:2]]
+
+
+OWN = """
+import beside
+from tests.searched import Tiny
+
+class Mine(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.one.relu = beside.Act()
+
+def make():
+    return Mine()
+"""
+
+
+@pytest.mark.slow
+def test_another_process_knows_what_a_file_of_ones_own_defines(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("from torch import nn\n\nclass Act(nn.ReLU):\n    pass\n")
+    (tmp_path / "mine.py").write_text(OWN)
+    net = make_detachable(build_model(f"{tmp_path / 'mine.py'}:make"), {}, SIZE, check="none")
+    net.facts = Facts(data=DATA)
+    judge = Judge(net, images(40, 2), images(40, 1))
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        assert next(executor.map(judge, [NARROW]))[:2] == judge(NARROW)[:2]
+    worth._here.clear()
 
 
 def test_a_process_that_ends() -> None:

@@ -24,7 +24,7 @@ from detachnet.selection.space import Space
 from detachnet.selection.worth import Judge
 from detachnet.training.recipe import load_recipe
 from tests.runs import QUICKSTART
-from tests.searched import SIZE, Tiny, images, trained
+from tests.searched import DATA, SIZE, Tiny, images, trained
 
 HELD_OUT, CALIBRATION = images(100, 2), images(100, 1)
 
@@ -117,6 +117,15 @@ def test_the_same_again_and_from_wherever_it_goes_on(tmp_path: Path, monkeypatch
     asked.clear()
     search((0.6,), folder=place)
     assert not asked
+
+
+@pytest.mark.slow
+def test_images_that_are_normalized_otherwise_are_another_search(tmp_path: Path) -> None:
+    net = trained()
+    search(folder=tmp_path)
+    net.facts = net.facts.updated(data=DATA.model_copy(update={"mean": (0.9, 0.9, 0.9)}))
+    with pytest.raises(CheckpointError, match=r"is of another search: it differs in normalization"):
+        detachnet.search(net, HELD_OUT, [0.6], calibration=CALIBRATION, folder=tmp_path)
 
 
 @pytest.mark.slow

@@ -343,7 +343,10 @@ def test_a_callable_builds_every_bridge() -> None:
         model, {"a": SubModel(drop=["layer1:layer2"]), "b": SubModel(drop=[":layer1"])}, stepdown=build
     )
     assert asked == [((4, 32, 32), (8, 16, 16)), ((3, 32, 32), (4, 32, 32))]
-    assert [span.bridge.kind for model in net.plan.models for span in model.spans] == ["custom", "custom"]
+    bridges = [span.bridge for model in net.plan.models for span in model.spans]
+    assert [bridge.kind for bridge in bridges] == ["custom", "custom"]
+    assert [bridge.macs for bridge in bridges] == [4 * 8 * 16 * 16, 3 * 4 * 32 * 32]
+    assert net.plan.entry == "custom"
 
 
 @pytest.mark.slow
