@@ -122,10 +122,10 @@ def _show_points(
 def _show_nodes(model: str, traced: TracedModel, points: list[CutPoint]) -> None:
     """Every node of a model, and why it is no cut."""
     from detachnet.surgery.cuts import every_node
-    from detachnet.text import Table
+    from detachnet.text import Table, by
 
     valid = {point.name: point for point in points}
-    rows = [(name, _by(shape), _price(valid.get(name)), why) for name, shape, why in every_node(traced)]
+    rows = [(name, by(shape), _price(valid.get(name)), why) for name, shape, why in every_node(traced)]
     columns = ("node", "feature", "MACs of base", "why it is no cut")
     show(Table(columns, tuple(rows), f"{model}: {len(rows)} nodes, {len(points)} valid cuts", left=4))
 
@@ -233,14 +233,14 @@ def _record(point: CutPoint) -> dict[str, Any]:
 
 
 def _row(point: CutPoint) -> tuple[str, ...]:
-    from detachnet.text import si
+    from detachnet.text import by, si
 
     reduction = "" if point.stepdown.reduction is None else f"{point.stepdown.reduction:g}"
     share = f"{100 * point.macs_of_base:.0f} %"
     return (
         point.name,
         DEAR if point.caution else PLACES[point.place],
-        _by(point.shape),
+        by(point.shape),
         reduction,
         str(point.stepdown),
         si(point.macs),
@@ -251,10 +251,6 @@ def _row(point: CutPoint) -> tuple[str, ...]:
 
 def _price(point: CutPoint | None) -> str:
     return "" if point is None else f"{100 * point.macs_of_base:.0f} %"
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))
 
 
 def _parse_size(text: str | None) -> tuple[int, ...] | None:

@@ -132,6 +132,11 @@ def one_line(error: BaseException) -> str:
     return "; ".join(lines[:3]) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class where it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
     """The `n` known names that look most like `name`, best first; empty when none comes close."""
     return difflib.get_close_matches(name[:LONGEST], list(known), n=n, cutoff=0.5)

@@ -16,7 +16,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
-from detachnet.errors import DataError, nearest
+from detachnet.errors import DataError, first_line, nearest
 from detachnet.facts import DataInfo
 from detachnet.storage import read_file
 
@@ -183,7 +183,7 @@ def _download(name: str, place: Path) -> None:
     except Exception as error:
         raise DataError(
             f"{name} could not be downloaded to {place}",
-            what=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            what=first_line(error),
         ) from error
 
 
@@ -194,7 +194,7 @@ def _cifar10_python(folder: Path) -> tuple[Split, Split]:
     except Exception as error:
         raise DataError(
             f"the CIFAR-10 files in {folder} are incomplete or damaged",
-            what=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            what=first_line(error),
             hint="remove the folder and run again with --download",
         ) from error
     train, test = (

@@ -20,7 +20,7 @@ from timm.utils.misc import natural_key
 
 from detachnet.data.datasets import places_of
 from detachnet.data.images import SUFFIXES, read_image, to_mode
-from detachnet.errors import DataError, nearest
+from detachnet.errors import DataError, first_line, nearest
 from detachnet.storage import open_file, read_file
 
 _SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
@@ -446,7 +446,7 @@ def _create(name: str, root: str | None, split: str, **options: Any) -> Any:
     try:
         return create_dataset(name, root, split, **options)
     except Exception as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = first_line(error)
         where = f" in {root}" if root else ""
         raise DataError(f"the split {split!r} of {name} cannot be opened{where}", what=what) from error
 

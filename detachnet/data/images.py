@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from detachnet.errors import DataError, nearest
+from detachnet.errors import DataError, first_line, nearest
 from detachnet.facts import DataInfo, scale_and_shift
 from detachnet.storage import open_file
 
@@ -85,7 +85,7 @@ def read_image(source: str | Path | BinaryIO | Image.Image, name: str | None = N
         raise DataError(f"{name} is not an image", hint=f"formats that are read: {known}") from error
     except Exception as error:  # a decoder raises anything on damaged bytes
         reason = "" if isinstance(error, OSError) and error.errno else ": it is truncated or damaged"
-        raise DataError(f"{name} cannot be read{reason}", what=_one_line(error)) from error
+        raise DataError(f"{name} cannot be read{reason}", what=first_line(error)) from error
     return _common(upright, name)
 
 
@@ -213,7 +213,3 @@ def _neighbours(name: str) -> list[str]:
     folder = Path(name).parent
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return [str(folder / near) for near in nearest(Path(name).name, names)]
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -271,7 +271,7 @@ class _Stream(IterableDataset[_Item]):
                 yield self.transform(image), label
 
     def _shuffled(self, part: int) -> Iterator[Sample]:
-        """A worker's samples without end: shards in a new order each time, samples shuffled within a buffer."""
+        """A worker's samples without end: shards in the epoch's order, samples shuffled within a buffer."""
         for turn in count():
             shards = list(self.files.shards)
             random.Random(mix(self.seed, "order", self.epoch)).shuffle(shards)  # the same in all workers

@@ -291,8 +291,8 @@ class TrainTable(RecipeTable):
     those of the same sub-models; or a state dict of the base-model alone, in `.safetensors` or `.pth`. A
     classifier that does not fit stays new."""
     freeze_base: bool = False
-    """Train only what sub-models have for themselves: the base-model stays bit for bit as it is. Layers of it run
-    in evaluation mode; dropout that a forward pass calls as a function stays on."""
+    """Train only what sub-models have for themselves: the base-model stays bit for bit as it is, and runs in
+    evaluation mode."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay per step of an exponential moving average of the weights, which accuracies are then those of, and the
     weights in the run's files; it rises to it, as timm's warm-up has it. 0 for none."""

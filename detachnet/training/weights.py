@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from detachnet.checkpoint.content import KEY, read, without_prefix
-from detachnet.errors import CheckpointError
+from detachnet.errors import CheckpointError, first_line
 from detachnet.storage import locate_checkpoint
 from detachnet.surgery.ownership import HEADS, NORMS
 from detachnet.surgery.plan import BASE, DetachPlan
@@ -143,4 +143,4 @@ def _reason(error: BaseException) -> str:
     """Why torch did not read a file; without its advice to read it with code."""
     if isinstance(error, pickle.UnpicklingError):
         return "it holds other objects than tensors, or is no file of torch.save"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return first_line(error)

@@ -290,7 +290,7 @@ def find_widths(
     input_size: tuple[int, ...] | None = None,
     *,
     example_input: Tensor | None = None,
-    leaf_modules: Sequence[type[nn.Module]] = (),
+    leaf_modules: Sequence[type[nn.Module] | str] = (),
     leaf_functions: Sequence[Callable[..., object]] = (),
 ) -> Widths:
     """List which filters of a model go together, front to back: what a narrower network can leave out.
@@ -299,7 +299,8 @@ def find_widths(
         model: Any CNN; it is not run, moved or changed.
         input_size: Shape of one image, `(C, H, W)`; by default what the model declares.
         example_input: A batch `(B, ...)` instead.
-        leaf_modules: Classes of modules to keep whole; what goes into them stays whole, too.
+        leaf_modules: Classes of modules to keep whole, or names of single modules; what goes into them stays
+            whole, too.
         leaf_functions: Functions to keep whole.
 
     Returns:
