@@ -132,7 +132,7 @@ def converged(
             of_run = [row for row in found if row["run"] == run]
             yield Point(mean(map(place, of_run)), mean(row["test"] for row in of_run))
 
-    alone = family("base-alone")
+    base = family("base-alone")
     return Chart(
         f"Accuracy against {x.label}, 45 000 images, 40 epochs",
         "Families of routes, of routes and widths, and of an exit beside pruning and early exits.",
@@ -142,8 +142,9 @@ def converged(
             Series("routes, one family", family(ROUTES), 0),
             Series("routes and widths, one family", family(BOTH), 3),
             Series("an exit, one family", family("exit-labels"), 4),
-            Series("pruned and trained on, a training each", in_order((*other("pruned"), *alone)), 1),
+            Series("pruned and trained on, a training each", in_order((*other("pruned"), *base)), 1),
             Series("early exits, on average", in_order(other("exits")), 2),
+            Series("half a ResNet-20", in_order(other("resnet20-half")), 5),
         ),
     )
 
@@ -160,7 +161,7 @@ def latency_of(takes: Mapping[str, float], row: Mapping[str, Any]) -> float:
         return float(sum(share * ms for share, ms in zip(leaves, exits, strict=True)))
     if "model" not in row:
         return takes[row["run"]]
-    return takes["base-alone: base" if row["model"] == "base" else f"{row['run']}: {row['model']}"]
+    return next(ms for network, ms in takes.items() if network.endswith(f": {row['model']}"))
 
 
 def runs_over_seeds(label: str, rows: Sequence[Mapping[str, Any]]) -> Point:
