@@ -44,6 +44,7 @@ def train(
     """Train a recipe's family of models."""
     path = find_recipe(recipe)  # before anything heavy is loaded
     from detachnet.training import trainer
+    from detachnet.training.loop import Listener
     from detachnet.training.recipe import load_recipe
     from detachnet.training.runs import default_folder
 
@@ -55,7 +56,7 @@ def train(
         _preview(checked, out, data_root, download)
         return
 
-    class Display(TrainingDisplay, trainer.Listener):
+    class Display(TrainingDisplay, Listener):
         """The terminal as a listener."""
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts

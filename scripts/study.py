@@ -25,11 +25,12 @@ from detachnet.data.datasets import Split, load_data
 from detachnet.evaluation import evaluate
 from detachnet.memory import keep_freed
 from detachnet.report import comparison
+from detachnet.training.loop import Listener
 from detachnet.training.recipe import Recipe, load_recipe
 from detachnet.training.results import read_info
 from detachnet.training.runs import RunFolder
 from detachnet.training.start import build_family
-from detachnet.training.trainer import Listener, train
+from detachnet.training.trainer import train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "study_cifar10.toml"
 NO_WEIGHTS = "loss.weights={}"

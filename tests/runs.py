@@ -12,12 +12,12 @@ import detachnet
 from detachnet.data.datasets import Split, load_data, select
 from detachnet.training import trainer
 from detachnet.training.data import MemorySource
+from detachnet.training.loop import Listener, Loop
 from detachnet.training.processes import open_processes
 from detachnet.training.recipe import Recipe, load_recipe
 from detachnet.training.runs import RunFolder
 from detachnet.training.start import starting_family
 from detachnet.training.state import new_state
-from detachnet.training.trainer import Listener
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,7 +81,7 @@ def assert_same_run(one: Path, other: Path) -> None:
             assert torch.equal(a, b), (name, key)
 
 
-def loop(chosen: Recipe, folder: Path) -> trainer._Loop:
+def loop(chosen: Recipe, folder: Path) -> Loop:
     """What a run has before its first step."""
     source = MemorySource(chosen.data, select(tenth(), chosen.data.num_train, chosen.data.holdout))
     with open_processes(chosen, RunFolder(folder)) as accelerator:
@@ -89,4 +89,4 @@ def loop(chosen: Recipe, folder: Path) -> trainer._Loop:
         batches, test = trainer._deal(chosen, source, net, accelerator)
         state = new_state(chosen, net, accelerator.device)
         step = trainer._make_step(chosen, state, accelerator)
-    return trainer._Loop(chosen, RunFolder(folder), accelerator, batches, test, state, step, Listener())
+    return Loop(chosen, RunFolder(folder), accelerator, batches, test, state, step, Listener())

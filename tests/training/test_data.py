@@ -17,11 +17,11 @@ import detachnet
 from detachnet.data import images
 from detachnet.data.images import read_image, to_tensor
 from detachnet.evaluation import evaluate
-from detachnet.training import trainer
 from detachnet.training.data import FileSource, open_test_files, open_train_files
+from detachnet.training.loop import Listener
 from detachnet.training.optimizer import AveragedWeights
 from detachnet.training.recipe import Recipe, load_recipe
-from detachnet.training.trainer import Listener, train
+from detachnet.training.trainer import train
 from tests.folders import CLASSES, make_shards, recipe, write_folder
 from tests.helpers import nightly_but
 from tests.runs import DETACHNET, KillAfter, Killed, assert_same_run, torchrun
@@ -51,7 +51,7 @@ def rows(run: Path) -> list[dict[str, dict[str, float]]]:
 
 def killed_and_resumed(chosen: Recipe, root: Path, out: Path, kill_at: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "SAVE_EVERY_S", 0)
+        patch.setattr("detachnet.training.loop.SAVE_EVERY_S", 0)
         with pytest.raises(Killed):
             train(chosen, out, data_root=root, listener=KillAfter(kill_at))
     assert train(chosen, out, data_root=root, resume=True).status == "finished"

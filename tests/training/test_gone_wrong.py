@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 import detachnet
 from detachnet.checkpoint.content import read
 from detachnet.storage import LOCK, locked
-from detachnet.training import trainer
+from detachnet.training.loop import Listener, Loop
 from detachnet.training.runs import RunFolder
 from detachnet.training.step import TrainingStep
-from detachnet.training.trainer import Listener, train
+from detachnet.training.trainer import train
 from tests.runs import SMALL, KillAfter, Killed, assert_same_run, recipe
 
 pytestmark = pytest.mark.usefixtures("little_data")
@@ -55,7 +55,7 @@ class Spoil(Listener):
 def test_a_training_that_diverges_keeps_its_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr("detachnet.training.loop.SAVE_EVERY_S", 0)
     with pytest.raises(
         detachnet.TrainingError,
         match=r"went wrong in epoch 1, step [2-5] of 8: .*\n  what .*last.safetensors is the last good checkpoint",
@@ -81,7 +81,7 @@ def test_the_step_and_the_model_are_named(tmp_path: Path, step: int) -> None:
 
 @pytest.mark.slow
 def test_a_weight_that_no_loss_has_seen_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr("detachnet.training.loop.SAVE_EVERY_S", 0)
     folder = RunFolder(tmp_path / "run")
     said = r"in epoch 1, step 8 of 8: 'stepdowns.sub1.weight', a weight of sub1, is not finite"
     with pytest.raises(detachnet.TrainingError, match=said):
@@ -95,8 +95,8 @@ def test_a_weight_that_no_loss_has_seen_is_not_saved(tmp_path: Path, monkeypatch
 @pytest.mark.slow
 def test_a_checkpoint_that_is_not_finite_resumes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Loop, "_check_finite", lambda self: None)
-        patch.setattr(trainer, "SAVE_EVERY_S", 0)
+        patch.setattr(Loop, "_check_finite", lambda self: None)
+        patch.setattr("detachnet.training.loop.SAVE_EVERY_S", 0)
         with pytest.raises(Killed):
             train(recipe(*DIVERGING), tmp_path / "run", listener=KillAfter(6))
     with pytest.raises(detachnet.TrainingError, match=r"went wrong in epoch 1, step .* is not finite"):
@@ -106,7 +106,7 @@ def test_a_checkpoint_that_is_not_finite_resumes_nothing(tmp_path: Path, monkeyp
 @pytest.mark.slow
 def test_a_test_loss_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     score = {"accuracy": 0.5, "loss": math.nan}
-    monkeypatch.setattr(trainer._Loop, "_evaluate", lambda self: {"base": score})
+    monkeypatch.setattr(Loop, "_evaluate", lambda self: {"base": score})
     with pytest.raises(detachnet.TrainingError, match="step 8 of 8: the test loss of base is nan"):
         train(recipe(), tmp_path / "run")
     assert not (tmp_path / "run" / "best.safetensors").exists()
@@ -133,7 +133,7 @@ SHORTAGES = [
 def test_no_memory_left_is_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr("detachnet.training.loop.SAVE_EVERY_S", 0)
     step, left = TrainingStep.__call__, [3]
 
     def short(self: TrainingStep, *batch: Any) -> torch.Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import detachnet
 from detachnet.losses import MultiModelLoss
-from detachnet.training import trainer
+from detachnet.training.loop import Listener
 from detachnet.training.recipe import Recipe, load_recipe
 from detachnet.training.step import TrainingStep, sample_models
-from detachnet.training.trainer import Listener, train
+from detachnet.training.trainer import train
 from tests.runs import QUICKSTART, SMALL, KillAfter, Killed, assert_same_run
 
 ROUTES = [
@@ -89,7 +89,7 @@ def test_what_only_others_have_is_left_alone() -> None:
 
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr("detachnet.training.loop.SAVE_EVERY_S", 0)
     chosen = recipe("train.sample=1")
     train(chosen, tmp_path / "whole")
     with pytest.raises(Killed):

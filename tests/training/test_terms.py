@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import detachnet
 from detachnet.checkpoint.content import read
 from detachnet.training import trainer
+from detachnet.training.loop import Listener, Loop
 from detachnet.training.recipe import Recipe, load_recipe
-from detachnet.training.trainer import Listener, train
+from detachnet.training.trainer import train
 from tests.runs import QUICKSTART, SMALL, KillAfter, Killed, loop
 
 pytestmark = pytest.mark.usefixtures("little_data")
@@ -93,7 +94,7 @@ def plain(outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
 
 
 def by_hand(
-    begun: trainer._Loop, make: Make, rates: list[float], loss: Any, weights: Mapping[str, float]
+    begun: Loop, make: Make, rates: list[float], loss: Any, weights: Mapping[str, float]
 ) -> tuple[detachnet.DetachableNet, list[dict[str, Any]]]:
     """The weights after the last step; and of each epoch the mean losses and what the test images give."""
     net, rows, number = copy.deepcopy(begun.state.net), [], 0
@@ -234,7 +235,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[dict[str, float]]) ->
     """Evaluations say these accuracies, one after another."""
     left = iter(scores)
     monkeypatch.setattr(
-        trainer._Loop,
+        Loop,
         "_evaluate",
         lambda self: {name: {"accuracy": value, "loss": 1.0} for name, value in next(left).items()},
     )

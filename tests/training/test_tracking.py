@@ -82,7 +82,7 @@ def test_a_resumed_run_tells_the_rest_and_a_failing_one_closes(
         def on_epoch(self, row: Any) -> None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr("detachnet.training.loop.SAVE_EVERY_S", 0)
     with pytest.raises(KeyboardInterrupt):
         detachnet.train(recipe("tensorboard"), tmp_path / "run", listener=Stopping())
     detachnet.train(recipe("tensorboard"), tmp_path / "run", resume=True)

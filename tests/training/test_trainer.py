@@ -21,13 +21,13 @@ from detachnet.data.datasets import Split, describe_data
 from detachnet.evaluation import evaluate
 from detachnet.surgery.enlarging import enlarged
 from detachnet.surgery.layout import image_layout
-from detachnet.training import trainer
+from detachnet.training.loop import Listener
 from detachnet.training.optimizer import make_loss, make_optimizer
 from detachnet.training.preview import preview
 from detachnet.training.recipe import load_recipe
 from detachnet.training.start import build_family, start_from
 from detachnet.training.step import TrainingStep
-from detachnet.training.trainer import Listener, train
+from detachnet.training.trainer import train
 from tests.disks import disk_of
 from tests.helpers import nightly_but
 from tests.runs import QUICKSTART, SMALL, KillAfter, Killed, assert_same_run, loop, recipe, tenth
@@ -85,7 +85,7 @@ def test_the_checkpoint_evaluates_to_the_same_numbers(whole: Path) -> None:
 def test_resumed_equals_uninterrupted(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
 ) -> None:
-    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr("detachnet.training.loop.SAVE_EVERY_S", 0)
     with pytest.raises(Killed):
         train(recipe(), tmp_path / "run", listener=KillAfter(kill_at))
     assert train(recipe(), tmp_path / "run", resume=True).status == "finished"
@@ -97,7 +97,7 @@ def test_resumed_equals_uninterrupted(
 def test_every_optimizers_state_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     options = (f"optimizer.name={name}", "train.epochs=1")
     train(recipe(*options), tmp_path / "whole")
-    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr("detachnet.training.loop.SAVE_EVERY_S", 0)
     with pytest.raises(Killed):
         train(recipe(*options), tmp_path / "run", listener=KillAfter(4))
     train(recipe(*options), tmp_path / "run", resume=True)
@@ -106,10 +106,10 @@ def test_every_optimizers_state_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
 
 SCRIPT = """
 import sys
-from detachnet.training import trainer
+from detachnet.training import loop, trainer
 from tests.runs import recipe, tenth
 trainer.load_data = tenth
-trainer.SAVE_EVERY_S = 0
+loop.SAVE_EVERY_S = 0
 trainer.train(recipe(), sys.argv[1])
 """
 
@@ -176,7 +176,7 @@ def test_resuming_a_finished_run_changes_nothing(whole: Path) -> None:
 def test_a_full_disk_leaves_a_run_that_goes_on(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr("detachnet.training.loop.SAVE_EVERY_S", 0)
     with pytest.raises(Killed):
         train(recipe(), tmp_path / "run", listener=KillAfter(4))
     with disk_of(20_000), pytest.raises(detachnet.CheckpointError, match="the previous file is unchanged"):
@@ -426,7 +426,7 @@ def test_outputs_that_are_not_those_of_the_classes(outputs: int, tmp_path: Path)
 
 @pytest.mark.slow
 def test_stems_and_distillation_resume_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr("detachnet.training.loop.SAVE_EVERY_S", 0)
     terms = ("loss.distillation=1", "loss.hint=0.5", "loss.weights={sub1=0.2}")
     chosen = recipe("family.stepdown=stem", *terms, "data.num_train=150")
     assert train(chosen, tmp_path / "whole").status == "finished"
@@ -440,7 +440,7 @@ def test_stems_and_distillation_resume_exactly(tmp_path: Path, monkeypatch: pyte
 def test_whitening_is_of_the_first_batch_stays_and_resumes_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr("detachnet.training.loop.SAVE_EVERY_S", 0)
     small = ("data.name=cifar10-mini", "data.num_train=150", "train.batch_size=50", "model.kwargs.width=0.05")
     small += ('family.models={short={drop=["block1.act1:block1"]}}', "loss.weights={}")
     path = QUICKSTART.with_name("airbench_cifar10.toml")
