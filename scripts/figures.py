@@ -144,7 +144,6 @@ def converged(
             Series("an exit, one family", family("exit-labels"), 4),
             Series("pruned and trained on, a training each", in_order((*other("pruned"), *base)), 1),
             Series("early exits, on average", in_order(other("exits")), 2),
-            Series("half a ResNet-20", in_order(other("resnet20-half")), 5),
         ),
     )
 
