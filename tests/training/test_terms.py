@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import detachnet
 from detachnet.checkpoint.content import read
-from detachnet.training import trainer
 from detachnet.training.loop import Listener, Loop
 from detachnet.training.recipe import Recipe, load_recipe
 from detachnet.training.trainer import train
@@ -216,7 +215,7 @@ def test_dropout_differs_in_every_step_and_is_the_same_on_resume(
     tmp_path: Path, small: Callable[..., Recipe], masks: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = small(p=0.5)
-    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr("detachnet.training.loop.SAVE_EVERY_S", 0)
     train(chosen, tmp_path / "whole")
     whole = masks[-6:]
     masks.clear()
@@ -281,6 +280,6 @@ def test_a_checkpoint_every_minute(
     tmp_path: Path, small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = Watch(tmp_path / "run" / "last.safetensors")
-    monkeypatch.setattr("detachnet.training.trainer.time.monotonic", watch.monotonic)
+    monkeypatch.setattr("detachnet.training.loop.time.monotonic", watch.monotonic)
     train(small("data.num_train=0", "train.epochs=1"), tmp_path / "run", listener=watch)
     assert watch.saved == [0, 0, 0, 3, 3, 3, 6, 6]

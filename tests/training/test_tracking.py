@@ -11,7 +11,7 @@ from accelerate import tracking
 from accelerate.utils import LoggerType
 
 import detachnet
-from detachnet.training import trainer
+from detachnet.training.loop import Listener
 
 OVERRIDES = [
     *("model.kwargs.width=0.05", "data.num_train=100", "data.holdout=50", "train.batch_size=50", "train.epochs=3"),
@@ -78,7 +78,7 @@ def test_a_tracker_is_told_the_recipe_and_each_epoch(kept: list[Kept], tmp_path:
 def test_a_resumed_run_tells_the_rest_and_a_failing_one_closes(
     kept: list[Kept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stopping(trainer.Listener):
+    class Stopping(Listener):
         def on_epoch(self, row: Any) -> None:
             raise KeyboardInterrupt
 
