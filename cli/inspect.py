@@ -142,7 +142,10 @@ def _show_cuts(model: str, points: list[CutPoint]) -> None:
     note("\nbest: behind an activation or pooling that ends a module; good: behind another module; more: --all")
     if any(point.caution for point in shown):
         note(f"{DEAR}: the step-down has more than it replaces, or only the classifier is left; never chosen")
-    note(f"Plan a family: detachnet inspect {model} --cut auto, or --cut NAME --cut NAME")
+    if shown:
+        note(f"Plan a family: detachnet inspect {model} --cut auto, or --cut NAME --cut NAME")
+    else:
+        note("It cannot be cut; --all says of each node why.")
 
 
 def _left_out(drop: list[str] | None, width: list[float] | None) -> Any:

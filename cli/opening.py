@@ -42,7 +42,12 @@ def own_model(checkpoint: Path, model_file: str | None) -> nn.Module | None:
     from detachnet.zoo import build_model, is_own, takes_num_classes
 
     if not is_own(model_file):
-        raise ModelError(f"{model_file!r} is no FILE.py:FUNCTION", hint="a model of the zoo needs no --model-file")
+        hint = (
+            "the function in it that makes the model"
+            if model_file.endswith(".py")
+            else "a model of the zoo needs none"
+        )
+        raise ModelError(f"--model-file {model_file} is no FILE.py:FUNCTION", hint=hint)
     table = run_recipe(checkpoint).get("model", {})
     if str(table.get("name", "")).rpartition(":")[2] == model_file.rpartition(":")[2]:
         return build_model(model_file, **table.get("kwargs", {}))

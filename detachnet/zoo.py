@@ -137,7 +137,9 @@ def _check_name(name: str, library: str, short: str) -> None:
     same_library = [k for k in known if k.startswith(f"{library}:")] or known
     raise ModelError(
         f"unknown model {name!r}",
-        hint="a name is 'torchvision:NAME', 'timm:NAME' or 'detachnet:NAME'",
+        hint=f"the function in it that makes the model: {name}:FUNCTION"
+        if name.endswith(".py")
+        else "a name is 'torchvision:NAME', 'timm:NAME', 'detachnet:NAME' or FILE.py:FUNCTION",
         nearest=meant or nearest(name, same_library) or nearest(name, known),
     )
 

@@ -99,7 +99,11 @@ def select(splits: tuple[Split, Split], num_train: int = 0, holdout: int = 0) ->
     rest = len(train) - holdout
     count = num_train or rest
     if not 0 < count <= rest:
-        raise DataError(f"{len(train)} training images are not enough for {count} and {holdout} held out")
+        wanted = f"{num_train} (data.num_train)" if num_train else "a training"
+        raise DataError(
+            f"{len(train)} training images are not enough for {wanted} and {holdout} held out (data.holdout)",
+            hint=f"data.holdout of {len(train) - 1} at most" if rest <= 0 else f"data.num_train of {rest} at most",
+        )
     return train.part(0, count), train.part(rest) if holdout else test
 
 

@@ -294,10 +294,12 @@ def _folder(name: str, root: str | Path | None, split: str, held: Held | None) -
         samples = held.part(whole.reader.samples, str(place), split)
         return replace(whole, num_images=len(samples), reader=Listed(samples, str(place)), held=held)
     if folder is None:
+        missing = f"; {root} does not exist" if root and not Path(root).exists() else ""
+        undivided = ", or DIR/CLASS/*.jpg" if held else ""
         raise DataError(
-            f"there is no folder of {split} images",
+            f"there is no folder of {split} images{missing}",
             what="looked for " + ", ".join(map(str, looked)),
-            hint="--data-root DIR or DETACHNET_DATA=DIR says where it is: DIR/train/CLASS/*.jpg",
+            hint=f"--data-root DIR or DETACHNET_DATA=DIR says where it is: DIR/train/CLASS/*.jpg{undivided}",
         )
     return _classes_of(name, folder, split)
 

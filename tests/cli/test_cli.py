@@ -101,6 +101,7 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
         (["train", "quickstart", "--resume"], "there is no run in runs/quickstart to resume"),
         (["evaluate", "nothing.safetensors"], "there is no file nothing.safetensors"),
         (["inspect", "torchvision:resnet19"], "unknown model 'torchvision:resnet19'"),
+        (["inspect", "net.py"], "the function in it that makes the model: net.py:FUNCTION"),
         (["inspect", "torchvision:resnet18", "--cut", "layer1.0.conv1"], "'maxpool' also crosses it"),
         (["inspect", "torchvision:resnet18", "--cut", "1000000000"], "at most 1000 are made"),
         (["inspect", "torchvision:resnet18", "--input-size", "3,x"], "write the shape of one image as C,H,W"),
@@ -381,6 +382,9 @@ def test_a_model_of_ones_own_through_every_command(tmp_path: Path) -> None:
     code, out = run("evaluate", "run", "--model-file", "timm:resnet18")
     assert code == 2
     assert "is no FILE.py:FUNCTION" in out
+    code, out = run("evaluate", "run", "--model-file", "mine.py")
+    assert code == 2
+    assert "try      the function in it that makes the model" in out
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from PIL import Image
 import detachnet
 from detachnet.data import folders as files, shards
 from detachnet.data.datasets import is_files, load_data
-from detachnet.data.folders import open_files
+from detachnet.data.folders import Held, open_files
 from detachnet.training.recipe import load_recipe
 from tests.folders import CLASSES, make_shards, write_folder
 
@@ -50,11 +50,14 @@ def test_a_class_that_the_training_images_do_not_have(folder: Path) -> None:
 def test_what_can_be_wrong_with_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        detachnet.DataError, match=r"there is no folder of train images\n  what     looked for none"
+        detachnet.DataError,
+        match=r"there is no folder of train images; none does not exist\n  what     looked for none",
     ):
         open_files("folder", "none", "train")
-    with pytest.raises(detachnet.DataError, match=r"there is no folder of test images"):
+    with pytest.raises(detachnet.DataError, match=r"there is no folder of test images\n[\s\S]*CLASS/\*.jpg$"):
         open_files("folder", folder, "test")
+    with pytest.raises(detachnet.DataError, match=r"no folder of test images; [\s\S]*CLASS/\*.jpg, or DIR/CLASS"):
+        open_files("folder", "none", "test", held=Held("test", 0.2, 0))
     (folder / "train" / "empty").mkdir()
     with pytest.raises(
         detachnet.DataError, match=r"the class 'empty' is empty: there is no image in .*train.empty"

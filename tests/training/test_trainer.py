@@ -325,8 +325,12 @@ def test_held_out_training_images_stand_in_for_the_test_images(tmp_path: Path) -
 
 
 def test_more_images_than_there_are(tmp_path: Path) -> None:
-    with pytest.raises(detachnet.DataError, match="400 training images are not enough for 350 and 100 held out"):
-        train(recipe("data.num_train=350", "data.holdout=100"), tmp_path / "run")
+    for given, said in (
+        ({"num_train": 350, "holdout": 100}, r"for 350 \(data.num_train\) and 100 held out[\s\S]*of 300 at most"),
+        ({"holdout": 900}, r"for a training and 900 held out \(data.holdout\)[\s\S]*data.holdout of 399 at most"),
+    ):
+        with pytest.raises(detachnet.DataError, match=f"400 training images are not enough {said}"):
+            train(recipe(*(f"data.{key}={value}" for key, value in given.items())), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
