@@ -135,7 +135,7 @@ def converged(
     base = family("base-alone")
     return Chart(
         f"Accuracy against {x.label}, 45 000 images, 40 epochs",
-        "Families of routes, of routes and widths, and of an exit beside pruning and early exits.",
+        "Families of routes, routes and widths, and an exit beside pruning, early exits and a small network.",
         x,
         ACCURACY,
         (
@@ -144,6 +144,7 @@ def converged(
             Series("an exit, one family", family("exit-labels"), 4),
             Series("pruned and trained on, a training each", in_order((*other("pruned"), *base)), 1),
             Series("early exits, on average", in_order(other("exits")), 2),
+            Series("half a ResNet-20", in_order(other("resnet20-half")), 5),
         ),
     )
 
