@@ -17,7 +17,6 @@ import detachnet
 from detachnet.checkpoint.content import read
 from detachnet.deploy import formats, onnx_writer
 from detachnet.storage import MANIFEST, replace_file, write_new
-from detachnet.training import trainer
 from detachnet.training.trainer import train
 from tests.disks import Failing, each_failure
 from tests.helpers import nightly_but
@@ -85,7 +84,7 @@ def runs(little_data: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     train(recipe(*SHORT), folder / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "SAVE_EVERY_S", 0)
+        patch.setattr("detachnet.training.loop.SAVE_EVERY_S", 0)
         with pytest.raises(Killed):
             train(recipe(*SHORT), folder / "killed", listener=KillAfter(3))
     return folder
@@ -103,7 +102,7 @@ def test_training_goes_on_after_any_failure(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, for_good: bool
 ) -> None:
     chosen = recipe(*SHORT)
-    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr("detachnet.training.loop.SAVE_EVERY_S", 0)
     shutil.copytree(runs / "killed", tmp_path / "run")
     with Failing(number, for_good=for_good) as failing, pytest.raises(detachnet.DetachNetError):
         train(chosen, tmp_path / "run", resume=True)

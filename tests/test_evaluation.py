@@ -50,7 +50,7 @@ def test_the_family_stays_where_it_is_or_comes_back(
     monkeypatch.setattr(detachnet.DetachableNet, "to", lambda self, device: moves.append(str(device)))
     detachnet.evaluate(net, images)
     assert moves == []
-    with pytest.raises(NotImplementedError, match="meta"):
+    with pytest.raises(RuntimeError, match="meta"):
         detachnet.evaluate(net, images, "meta")
     assert moves == ["meta", "cpu"]
 
