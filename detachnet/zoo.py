@@ -263,9 +263,10 @@ def takes_num_classes(name: str, folder: Path | None = None) -> bool:
         return "num_classes" in inspect.signature(make).parameters
 
 
-def own_files() -> dict[str, str]:
-    """Name of each module that a user's own file has become here → the file."""
-    return {name: str(module.__file__) for name, module in sys.modules.items() if name.startswith(_USERS)}
+def own_files(model: nn.Module) -> dict[str, str]:
+    """Name of each module that a user's own file has become, of those that a model's classes are of → the file."""
+    names = {type(module).__module__ for module in model.modules()}
+    return {name: str(sys.modules[name].__file__) for name in sorted(names) if name.startswith(_USERS)}
 
 
 def import_own(files: Mapping[str, str]) -> None:
@@ -289,6 +290,7 @@ def _module(path: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file raises
+        del sys.modules[spec.name]
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModelError(f"{path} cannot be run", what=what) from error
     return module

@@ -71,7 +71,7 @@ class Judge:
         return hashlib.sha256(content).hexdigest(), content
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (*self._packed, own_files())
+        return _received, (*self._packed, own_files(self.net))
 
     def __call__(self, candidate: Candidate) -> Worth:
         """The worth of a candidate; the same each time."""
