@@ -229,10 +229,11 @@ class Cascade:
             done = (output.softmax(1).amax(1) >= self.threshold) | (name == self.models[-1])
             if name == self.models[0]:
                 outputs = torch.empty_like(output)
-            outputs[left[done.to(left.device)].to(output.device)] = output[done]
-            for index in left[done.to(left.device)].tolist():
+            here = done.to(left.device)
+            outputs[left[here].to(output.device)] = output[done]
+            for index in left[here].tolist():
                 answered[index] = name
-            left, work = left[~done.to(left.device)], work.select(~done)
+            left, work = left[~here], work.select(~done)
             if not len(left):
                 break
         return CascadeAnswer(tuple(answered), outputs, macs)
