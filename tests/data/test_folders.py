@@ -4,12 +4,15 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import detachnet
 from detachnet.data import folders as files, shards
 from detachnet.data.datasets import is_files, load_data
 from detachnet.data.folders import Held, open_files
+from detachnet.facts import DataInfo
+from detachnet.training.data import hold
 from detachnet.training.recipe import load_recipe
 from tests.folders import CLASSES, make_shards, write_folder
 
@@ -238,3 +241,13 @@ def test_a_data_set_of_hugging_faces(folder: Path, tmp_path: Path) -> None:
         assert (label, image.tobytes()) == (truth, expected.tobytes())
     with pytest.raises(detachnet.DataError, match=r"the split 'test' of hfds/.* cannot be opened"):
         open_files(f"hfds/{out}", tmp_path / "cache", "test")
+
+
+def test_images_in_memory_are_not_class_by_class(folder: Path) -> None:
+    """Statistics that are measured batch by batch would be of one class each."""
+    files = open_files("folder", folder, "train")
+    info = DataInfo(name="folder", classes=files.classes, mean=(0.5,) * 3, std=(0.5,) * 3)
+    held = hold(files, info, (8, 8), files.num_images)
+    assert held.labels.tolist() != sorted(held.labels.tolist())
+    assert sorted(held.labels.tolist()) == [label for _, label in files.some(files.num_images)]
+    assert torch.equal(held.images, hold(files, info, (8, 8), files.num_images).images)
