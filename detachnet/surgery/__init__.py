@@ -13,8 +13,9 @@ widths/                                       which filters go together, a choic
 plan, figures, hints -> planning              what a family will be, how it is drawn, what is odd about it
 coupling, halves -> finding, statistics       what joins the images of a batch, and which layers keep statistics
 ownership, legs -> rewrite                    whose layer a node runs with, where models part, and all graphs
-own_layers, structure, detaching              copies of layers, what of the model has changed, one model alone
+own_layers, detaching                         copies of layers, one model alone
+structure, views -> derived                   what of the model has changed, all passes; what a trace gives
 difference, passes -> proof -> following      the family compared with the model, and again where that has changed
-views -> detachable -> making, enlarging      its passes, the family, what makes it of a model, a larger one of it
+detachable -> making, enlarging               the family, what makes it of a model, a larger one of it
 recalibration, importance, layout             statistics and worth of spans, measured; how images lie in memory
 """

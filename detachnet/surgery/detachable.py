@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from detachnet.errors import CutError, StepDownError, TraceError, nearest
 from detachnet.facts import Facts
-from detachnet.surgery.attributes import attributes_read
 from detachnet.surgery.codegen import Run
+from detachnet.surgery.derived import Tracing, derive
 from detachnet.surgery.detaching import as_module, detached_name
 from detachnet.surgery.following import follow, way_of
 from detachnet.surgery.graph import TracedGraph, TracedModel
@@ -24,7 +25,6 @@ from detachnet.surgery.modules import (
     copies_of_computed_tensors,
     copy_model,
     parameters_in,
-    place_of_weight,
     put,
     unwrap,
     weight_of,
@@ -35,12 +35,7 @@ from detachnet.surgery.plan import BASE, DetachPlan
 from detachnet.surgery.proof import Check
 from detachnet.surgery.rewrite import build_leg, build_view, changes_input
 from detachnet.surgery.routes import folder
-from detachnet.surgery.state import Readings, own_readings, readings
 from detachnet.surgery.statistics import find_statistics
-from detachnet.surgery.structure import Structure
-from detachnet.surgery.trace import trace
-from detachnet.surgery.tracer import PREFIX
-from detachnet.surgery.views import Views
 from detachnet.surgery.widths.reading import Pick, SlicedLayer
 from detachnet.surgery.widths.storing import Narrowing
 from detachnet.text import by
@@ -93,72 +88,56 @@ class DetachableNet(nn.Module):
         self._active = BASE
         self._statistics = find_statistics(traced.train, base) if plan.norm == "private" else {}
         self._kinds: dict[str, str] = {}
-        self._others: dict[bool, frozenset[str]] = {False: frozenset(), True: frozenset()}
         self.check: Check = "none"
+        self._tracing = Tracing(
+            traced.eval.image.example(), traced.leaves, {False: frozenset(), True: frozenset()}
+        )
+        self._follows_dtype, self._told_of_autocast = True, False
         self._attach(traced, narrowing)
         self._proven, self._varied = frozenset({way_of(self)}), frozenset[str]()
         like = weight_of(base)
         for path, module in bridges.items():
             put(self, path, module.to(like.device, like.dtype).train(base.training))
-        put_own_layers(self, self._of_width, self._statistics, self._kinds)
+        self._put_own_layers()
         self._count_own_params()
         self.training = base.training
-        self._copied = list(copied_parts(self, self._of_width, self._statistics))
 
     def _attach(self, traced: TracedModel, narrowing: Narrowing | None = None) -> None:
-        """Derive from a trace what is needed to build views; nothing of it is saved or copied."""
-        self._example, self._leaves = traced.eval.image.example(), traced.leaves
-        self._lost, self._told_of_autocast = traced.lost, False
-        self._asks_for_dtype = any(reason.what.endswith(".dtype") for reason in traced.lost)
-        self._follows_dtype, self._weight = True, place_of_weight(self.base)
-        self._dtype = self._weight[0].get(self._weight[1], self._example).dtype
-        self._modal = [(path, self.base.get_submodule(path)) for path in traced.modal]
-        self._filled = traced.filled
-        self._of_width = view_sources(narrowing or Narrowing(traced), self.plan, self._statistics)
-        read = traced.read | self._read_where_narrow(traced)
-        every = [r for path, names in read.items() for r in readings(self.base.get_submodule(path), names)]
-        for path, names in traced.of_layers.items():
-            every += own_readings(self.base.get_submodule(path), names)
-        self._read = Readings(every)
-        self._sources = self._of_width[BASE]
-        self._views = Views(self._of_width)
-        self._legs: dict[str, tuple[Leg, ...]] | None = None
+        """Take a trace for the family's; nothing of it is saved or copied."""
+        self._tracing = replace(self._tracing, example=traced.eval.image.example(), leaves=traced.leaves)
+        sources = view_sources(narrowing or Narrowing(traced), self.plan, self._statistics)
         for name, value in traced.constants.items():
             like = next(self.base.parameters(), value)
             self.register_buffer(name, value.to(like.device), persistent=False)
         if self.plan.is_narrow:
             self.slices = Folder()
-            for source in [source for both in self._of_width.values() for source in both.values()]:
+            for source in [source for both in sources.values() for source in both.values()]:
                 for path, part in source.slices(self):
                     put(self, path, part)
-        sliced = {path for both in self._of_width.values() for path in both[False].sliced_layers}
-        self._structure = Structure(self.base, read, sorted(sliced))
+        self._derived = derive(self.base, traced, sources, self._tracing.example)
+
+    def _put_own_layers(self, *, anew: bool = False) -> None:
+        """Give sub-models the copies of layers that are their own, and have these follow the base-model's."""
+        sources = self._derived.sources
+        put_own_layers(self, sources, self._statistics, self._kinds, anew=anew)
+        self._copied = list(copied_parts(self, sources, self._statistics))
 
     def _count_own_params(self) -> None:
         """Note in the plan how many parameters each model has that are not the base-model's."""
         models = []
         for model in self.plan.models:
-            places = self._of_width[model.name][False].own_places(model.name)
+            places = self._derived.sources[model.name][False].own_places(model.name)
             own = {p for place in places for p in self.get_submodule(place).parameters()}
             models.append(model.model_copy(update={"own_params": sum(p.numel() for p in own)}))
         self.plan = self.plan.model_copy(update={"models": tuple(models)})
 
-    def _read_where_narrow(self, traced: TracedModel) -> dict[str, frozenset[str]]:
-        """Path of a layer that only narrower graphs go through → the names of what that reads."""
-        whole, *narrower = [
-            {str(node.target) for node in graph.live if node.op == "call_module"}
-            for graph in (traced.eval, *self.all_traced(training=False))
-        ]
-        opened = {path.removeprefix(PREFIX) for layers in narrower for path in whole - layers}
-        return attributes_read({path: self.base.get_submodule(path) for path in sorted(opened)}, {})
-
     def traced(self, training: bool) -> TracedGraph:
         """The base-model's graph in training or in evaluation mode."""
-        return self._of_width[BASE][training].traced
+        return self._derived.sources[BASE][training].traced
 
     def all_traced(self, training: bool) -> list[TracedGraph]:
         """That graph, and one for each other width that sub-models have."""
-        return list({id(both): both[training].traced for both in self._of_width.values()}.values())
+        return list({id(both): both[training].traced for both in self._derived.sources.values()}.values())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -173,7 +152,7 @@ class DetachableNet(nn.Module):
     @property
     def input_dtype(self) -> torch.dtype:
         """Of the images that the family was made for; of floating-point numbers, its weights have theirs."""
-        return self._example.dtype
+        return self._tracing.example.dtype
 
     @property
     def active(self) -> str:
@@ -232,10 +211,10 @@ class DetachableNet(nn.Module):
                 f"the family is made for images {by(self.plan.input_size)}, not {by(tuple(x.shape[1:]))}",
                 hint="make_detachable(model, cuts, input_size=...) makes one for another size",
             )
-        is_other = self._asks_for_dtype and x.dtype.is_floating_point != self._example.dtype.is_floating_point
+        is_other = self._derived.asks_for_dtype and x.is_floating_point() != self.input_dtype.is_floating_point
         if is_other and models != (BASE,):
             raise StepDownError(
-                f"{self.plan.model} asks for a dtype: the family is made for {self._example.dtype}, not {x.dtype}",
+                f"{self.plan.model} asks for a dtype: the family is made for {self.input_dtype}, not {x.dtype}",
                 hint="make_detachable(model, cuts, example_input=images) makes one for these",
             )
         if models == (BASE,) and not features and (is_other or tuple(x.shape[1:]) != self.plan.input_size):
@@ -259,7 +238,7 @@ class DetachableNet(nn.Module):
 
         What is one network with an earlier model runs once in a joint pass; its statistics move once here, too.
         """
-        source = self._of_width[name][self.training]
+        source = self._derived.sources[name][self.training]
         alike = [other for other in models if other in source.routes]
         layers = (attribute(self, layer) for layer in source.shared(name, alike))
         buffers = [buffer for layer in layers for buffer in layer.buffers()]
@@ -279,7 +258,7 @@ class DetachableNet(nn.Module):
 
     def _view(self, models: tuple[str, ...], features: bool = False) -> Run:
         follow(self)
-        return self._views.get(self, models, features)
+        return self._derived.views.get(self, models, features)
 
     def _check(self, name: object) -> None:
         if name not in self.names:
@@ -299,7 +278,7 @@ class DetachableNet(nn.Module):
             models = self.names if models == "all" else (models,)
         for name in models:
             self._check(name)
-        graphs = [build_view(self._of_width[name][True], (name,)) for name in models]
+        graphs = [build_view(self._derived.sources[name][True], (name,)) for name in models]
         nodes = [node for graph in graphs for node in graph.nodes]
         read = {
             parameter
@@ -317,7 +296,7 @@ class DetachableNet(nn.Module):
         """
         place, path = name.split(".", 2)[1:]
         whose = next(model for model in self.names if folder(model) == place)
-        return self._of_width[whose][False].own_tensor(path, tensor)
+        return self._derived.sources[whose][False].own_tensor(path, tensor)
 
     def detach(self, name: str, share: bool = False) -> nn.Module:
         """Take one model out of the family, as a plain module in evaluation mode.
@@ -339,7 +318,7 @@ class DetachableNet(nn.Module):
             base = copy_model(self.base)
             base.zero_grad()
             return base.eval()
-        modes = [self._of_width[name][training] for training in (False, True)]
+        modes = [self._derived.sources[name][training] for training in (False, True)]
         differ = modes[0].traced.source != modes[1].traced.source
         graphs = [build_view(mode, (name,)) for mode in modes[: 1 + differ]]
         return as_module(self, graphs, modes, self.plan.model if name == BASE else name, share)
@@ -354,7 +333,7 @@ class DetachableNet(nn.Module):
             Name of a tensor of the detached model → the base-model's tensor, and what is kept of it.
         """
         found: dict[str, tuple[Tensor, Pick]] = {}
-        for node in build_view(self._of_width[name][False], (name,)).nodes:
+        for node in build_view(self._derived.sources[name][False], (name,)).nodes:
             layer = attribute(self, str(node.target)) if node.op == "call_module" else None
             if isinstance(layer, SlicedLayer):
                 path = detached_name(str(node.target), "", "")
@@ -364,12 +343,11 @@ class DetachableNet(nn.Module):
     @property
     def legs(self) -> dict[str, tuple[Leg, ...]]:
         """Model → what it runs between the places where models part, front to back; models share legs."""
-        if self._legs is None:
-            self._legs = {}
-            for name, both in self._of_width.items():
-                if name not in self._legs:
-                    self._legs |= find_legs(both[False], self.plan)
-        return self._legs
+        found: dict[str, tuple[Leg, ...]] = {}
+        for name, both in self._derived.sources.items():
+            if name not in found:
+                found |= find_legs(both[False], self.plan)
+        return found
 
     def detach_leg(self, leg: Leg, share: bool = False) -> nn.Module:
         """Take a leg out of the family, as `detach` does a model.
@@ -381,12 +359,12 @@ class DetachableNet(nn.Module):
         Returns:
             A module from images or the feature at `leg.start` to the feature at `leg.end` or the output.
         """
-        modes = [self._of_width[leg.models[0]][training] for training in (False, True)]
+        modes = [self._derived.sources[leg.models[0]][training] for training in (False, True)]
         return as_module(self, [build_leg(modes[0], leg)], modes, str(leg), share)
 
     def changes_input(self, leg: Leg) -> bool:
         """Whether a leg, detached, may change in place what it is given."""
-        return changes_input(self._of_width[leg.models[0]][False], leg)
+        return changes_input(self._derived.sources[leg.models[0]][False], leg)
 
     def copied(self) -> DetachableNet:
         """A copy, also where `copy.deepcopy` refuses what hooks have computed."""
@@ -399,7 +377,7 @@ class DetachableNet(nn.Module):
         if self.plan.norm == "private":
             return self.copied()
         memo = copies_of_computed_tensors(self)
-        places = [path for both in self._of_width.values() for path in both[True].bridges]
+        places = [path for both in self._derived.sources.values() for path in both[True].bridges]
         bridges = {path: copy.deepcopy(self.get_submodule(path), memo) for path in places}
         plan = self.plan.model_copy(update={"norm": "private"})
         net = DetachableNet(copy_model(self.base), plan, bridges, self.retraced())
@@ -421,23 +399,18 @@ class DetachableNet(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_views"], state["_sources"], state["_of_width"], state["_legs"], state["_read"], state["_modal"]
-        del state["_structure"], state["_copied"], state["_weight"]
+        del state["_derived"], state["_copied"]
         state["_modules"] = {name: part for name, part in self._modules.items() if name != SLICES}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._attach(self.retraced())
-        put_own_layers(self, self._of_width, self._statistics, self._kinds)
-        self._copied = list(copied_parts(self, self._of_width, self._statistics))
+        self._put_own_layers()
 
     def retraced(self) -> TracedModel:
         """The base-model's trace, made anew."""
-        example = self._example
-        # The family may have another dtype by now; what is no floating-point input has not.
-        example_input = None if example.is_floating_point() else example
-        return trace(self.base, tuple(example.shape[1:]), example_input, self._leaves, self._others)
+        return self._tracing.trace(self.base)
 
     def extra_repr(self) -> str:
         """The names of the models and the active one."""

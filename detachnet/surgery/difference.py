@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +18,8 @@ from torch import Tensor, fx, nn
 
 from detachnet.surgery.generators import generators_kept, generators_of
 from detachnet.surgery.graph import TracedGraph
-from detachnet.surgery.modules import copies_of_computed_tensors, place_of_weight
+from detachnet.surgery.modules import copies_of_computed_tensors
 from detachnet.surgery.outside import Outside
-from detachnet.surgery.state import Readings
-from detachnet.surgery.structure import Structure
 from detachnet.surgery.tracer import leaves_of, thaw
 
 if TYPE_CHECKING:
@@ -35,12 +33,11 @@ def twin(net: DetachableNet, memo: dict[int, Any]) -> DetachableNet:
     """A copy that is not traced again."""
     made: DetachableNet = type(net).__new__(type(net))
     shared = {name: value for name, value in vars(net).items() if name not in ("_modules", "_buffers")}
-    same = {False: frozenset[str](), True: frozenset[str]()}
-    vars(made).update(shared, _read=Readings(), _modal=[], _others=same)  # nothing changes while a copy runs
-    made._follows_dtype = net._asks_for_dtype  # but for the precision that it is compared in
     both: dict[str, Any] = copy.deepcopy({"_modules": net._modules, "_buffers": net._buffers}, memo)
-    base = both["_modules"]["base"]
-    vars(made).update(both, _structure=Structure(base, {}, ()), _weight=place_of_weight(base))
+    vars(made).update(shared | both)
+    made._derived = net._derived.settled(both["_modules"]["base"])  # nothing changes while a copy runs
+    made._tracing = replace(net._tracing, others={False: frozenset(), True: frozenset()})
+    made._follows_dtype = net._derived.asks_for_dtype  # but for the precision that it is compared in
     return made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 from detachnet.errors import StepDownError, WidthError
 from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.modules import Folder
-from detachnet.surgery.own_layers import copied_parts, put_own_layers
 from detachnet.surgery.planning import recounted
 from detachnet.surgery.proof import UnlikeError, prove
 from detachnet.text import by
@@ -30,21 +30,23 @@ def follow(net: DetachableNet) -> None:
         return
     for copied in net._copied:
         copied.follow()
-    net._structure.tell_of_hooks()
-    if net._structure.is_hooked_anew():
-        net._views.forget_joint()
-    if other := net._structure.changed(net.base):
+    derived = net._derived
+    derived.structure.tell_of_hooks()
+    if derived.structure.is_hooked_anew():
+        derived.views.forget_joint()
+    if other := derived.structure.changed(net.base):
         logger.warning("%s is traced again: other parts of %s", net.plan.model, other)
-    changed = net._read.changed()
+    changed = derived.read.changed()
     for reading in changed:
         logger.warning("%s is traced again: %s", net.plan.model, reading)
-    others = frozenset(path for path, module in net._modal if module.training != net.training)
-    if moved := others ^ net._others[net.training]:
+    others = frozenset(path for path, module in derived.modal if module.training != net.training)
+    if moved := others ^ net._tracing.others[net.training]:
         names = ", ".join(repr(path) if path else "the model itself" for path in sorted(moved))
         logger.warning("%s is traced again: another mode of %s", net.plan.model, names)
     if other or changed or moved or (net._follows_dtype and _has_another_dtype(net)):
         with torch.inference_mode(False), _wholly_or_not_at_all(net):
-            net._others = net._others | {net.training: others}
+            now = {**net._tracing.others, net.training: others}
+            net._tracing = replace(net._tracing, others=now)
             _trace_again(net, other, {reading.name for reading in changed})
 
 
@@ -71,9 +73,10 @@ def _trace_again(net: DetachableNet, changed: str, varied: Collection[str]) -> N
     try:
         _renew(net, changed, varied)
     except UnlikeError as error:
-        if not error.owner or error.owner in net._leaves.paths:
+        if not error.owner or error.owner in net._tracing.leaves.paths:
             raise
-        net._leaves = net._leaves.with_paths([error.owner])
+        leaves = net._tracing.leaves.with_paths([error.owner])
+        net._tracing = replace(net._tracing, leaves=leaves)
         _note_whole(net, {error.owner: error.said})
         _trace_again(net, changed, varied)
     except WidthError as error:
@@ -90,10 +93,9 @@ def _renew(net: DetachableNet, changed: str, varied: Collection[str]) -> None:
     net._attach(traced)
     _note_whole(net, traced.whole)
     _check_spans(net, changed)
-    put_own_layers(net, net._of_width, net._statistics, net._kinds, anew=True)
-    net._copied = list(copied_parts(net, net._of_width, net._statistics))
+    net._put_own_layers(anew=True)
     if changed:
-        graphs = {name: (both[False].traced, both[False].routes) for name, both in net._of_width.items()}
+        graphs = {name: (both[False].traced, both[False].routes) for name, both in net._derived.sources.items()}
         net.plan = recounted(net.plan, graphs)
         net._count_own_params()
     _prove_again(net, changed, varied)
@@ -111,7 +113,7 @@ def _note_whole(net: DetachableNet, found: Mapping[str, str]) -> None:
 def way_of(net: DetachableNet) -> int:
     """A number for what the base-model's graphs do, and what decided it; numbers not counted."""
     graphs = [net.traced(training).live for training in (False, True)]
-    return hash((net._read.choices, *((node.op, str(node.target)) for graph in graphs for node in graph)))
+    return hash((net._derived.read.choices, *((node.op, str(node.target)) for graph in graphs for node in graph)))
 
 
 def _prove_again(net: DetachableNet, changed: str, varied: Collection[str]) -> None:
@@ -139,7 +141,7 @@ def _check_spans(net: DetachableNet, changed: str) -> None:
         StepDownError: There is one.
     """
     for model in net.plan.models[1:]:
-        analysis = CutAnalysis(net._of_width[model.name][False].traced)
+        analysis = CutAnalysis(net._derived.sources[model.name][False].traced)
         for span in model.spans:
             start, feature = (analysis.shape(analysis.find(end)) if end else () for end in (span.start, span.end))
             if feature != (made := span.bridge.feature if span.bridge else start):
@@ -152,13 +154,13 @@ def _check_spans(net: DetachableNet, changed: str) -> None:
 
 def _has_another_dtype(net: DetachableNet) -> bool:
     """Whether the weights have another dtype than the family was traced in; autocast is told, once."""
-    held, name = net._weight
-    like: Tensor = held.get(name, net._example)
-    is_told = net._told_of_autocast or not net._asks_for_dtype
+    held, name = net._derived.weight
+    like: Tensor = held.get(name, net._tracing.example)
+    is_told = net._told_of_autocast or not net._derived.asks_for_dtype
     if not is_told and torch.is_autocast_enabled(like.device.type):
         net._told_of_autocast = True
         logger.warning("%s decides by a dtype: inside autocast its family may not", net.plan.model)
-    return like.dtype != net._dtype and like.is_floating_point()
+    return like.dtype != net._derived.dtype and like.is_floating_point()
 
 
 def _no_longer_narrow(error: WidthError, changed: str) -> WidthError:

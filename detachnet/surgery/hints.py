@@ -68,9 +68,11 @@ def _hints(analysis: CutAnalysis, name: str, cut: str) -> list[str]:
 
 def left_out(net: DetachableNet) -> tuple[str, ...]:
     """What the model's own forward leaves for a later pass, or does without an effect on values."""
-    lost = [reason for reason in net._lost if (reason.counts or reason.is_soft) and reason.what != OWN_TENSOR]
+    lost = [
+        reason for reason in net._derived.lost if (reason.counts or reason.is_soft) and reason.what != OWN_TENSOR
+    ]
     places = [reason.where for reason in lost]
-    lost += [reason for reason in net._filled.values() if reason.of_images and reason.where not in places]
+    lost += [reason for reason in net._derived.filled.values() if reason.of_images and reason.where not in places]
     return tuple(f"the family does without {reason}" for reason in lost)
 
 

@@ -82,7 +82,7 @@ class Passes:
         self.one_image = self._shares
         """Whether passes in evaluation mode take one image."""
         self._parameters = dict(self.root.named_parameters())
-        self._others = net._others
+        self._others = net._tracing.others
         self._outside = Outside(net.base)
         self._before = self._outside.taken()
         self._after = WeakKeyDictionary[nn.Module, Taken]()

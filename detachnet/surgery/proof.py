@@ -188,7 +188,7 @@ class _Prover:
         own = {name: value for name, value in expected.buffers.items() if name.startswith(PREFIX)}
         if name := other_buffer(own, found.buffers, bound):
             owner = name.removeprefix(PREFIX).rpartition(".")[0]
-            if any("checkpointing" in reason.what for reason in self.net._lost):
+            if any("checkpointing" in reason.what for reason in self.net._derived.lost):
                 raise TraceError(
                     f"the traced {self.net.plan.model} is not the model: that trains {owner!r} twice in each pass",
                     what="checkpointing runs what it leaves out once more, and a batch norm there counts twice",
@@ -203,7 +203,10 @@ class _Prover:
 
     def _compare_later_passes(self) -> None:
         """Refuse a base view that is the model in a first pass only, where one leaves what later ones may read."""
-        left = [*self.net._filled.items(), *(("", reason) for reason in self.net._lost if reason.counts)]
+        left = [
+            *self.net._derived.filled.items(),
+            *(("", reason) for reason in self.net._derived.lost if reason.counts),
+        ]
         if not left:
             return
         bound, copies = _SAME.get(self.dtype, 3e-2), (self.passes.fresh(), self.passes.fresh())
@@ -242,7 +245,7 @@ class _Prover:
 
     def _compare_joint(self, training: bool, base: Pass) -> None:
         """Refuse joint passes that are not separate ones."""
-        source, names = self.net._sources[training], self.net.names
+        source, names = self.net._derived.of_base[training], self.net.names
         source.find_coupling(self.net)
         if training and self.net.plan[BASE].macs > JOINT_MACS:
             self.notes.append("joint passes were compared in evaluation mode only, for the size of the model")
@@ -314,7 +317,7 @@ class _Prover:
         """What was found to join the images of a batch."""
         said: dict[str, None] = {}
         for training in (False, True):
-            source = self.net._sources[training]
+            source = self.net._derived.of_base[training]
             for node, verdict in source.coupling.found.items():
                 if verdict.how == "never":
                     said[f"{source.traced.describe(node)} {verdict.why}: the models run one after another"] = None
@@ -335,7 +338,7 @@ class _Prover:
         rest += [f"{PREFIX}{name}" for name, value in now.items() if value != held.get(name, value)]
         if self.net.plan.norm != "private" or not rest:
             return ()
-        graphs = [build_view(self.net._of_width[name][True], (name,)) for name in self.net.names[1:]]
+        graphs = [build_view(self.net._derived.sources[name][True], (name,)) for name in self.net.names[1:]]
         read = {
             str(node.target) for graph in graphs for node in graph.nodes if node.op in ("call_module", "get_attr")
         }
@@ -393,10 +396,10 @@ class _Prover:
             owner = owner.rpartition(".")[0]  # torch's own layers are kept whole anyway
         module = base.get_submodule(owner) if owner else base
         kept = f"leaf_modules=[{owner!r}] keeps it whole"
-        if owner in self.net._leaves.paths:
+        if owner in self.net._tracing.leaves.paths:
             kept = f"{owner!r} is kept whole as it is; move what calls it into a module of its own"
         moved = "move that part of forward into a module of its own, which is then kept whole"
-        lost = next(iter(self.net._lost), None) if not owner else None
+        lost = next(iter(self.net._derived.lost), None) if not owner else None
         error = UnlikeError(
             f"the traced {self.net.plan.model} is not the model: {said}",
             what=f"its forward has {lost.what}, which no trace holds" if lost else what,

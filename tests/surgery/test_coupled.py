@@ -175,7 +175,7 @@ PER_IMAGE: dict[str, Mix] = {
 def test_what_treats_each_image_alone_runs_once(name: str) -> None:
     net = family(Mixed(PER_IMAGE[name])).eval()
     net(torch.randn(4, 3, 8, 8, dtype=torch.double), which="all")
-    assert set(net._sources[False].coupling.found.values()) == {Verdict("once")}
+    assert set(net._derived.of_base[False].coupling.found.values()) == {Verdict("once")}
 
 
 COMMON = {
@@ -198,7 +198,7 @@ COMMON = {
 def test_of_common_networks_only_batch_norms_run_model_by_model(name: str) -> None:
     size = 224 if name.startswith("timm:") else 64
     net = detachnet.make_detachable(detachnet.create_model(name), [COMMON[name]], (3, size, size), check="none")
-    source = net._sources[True]
+    source = net._derived.of_base[True]
     source.find_coupling(net)
     norms = {
         node
@@ -272,7 +272,7 @@ def test_finding_leaves_the_random_state_and_the_family_alone() -> None:
     net = family(Mixed(shuffled)).train()
     before, state = torch.get_rng_state(), copy.deepcopy(net.state_dict())
     for mode in (True, False):
-        net._sources[mode].find_coupling(net)
+        net._derived.of_base[mode].find_coupling(net)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 
@@ -292,5 +292,5 @@ def test_models_that_run_one_after_another_get_the_image_as_it_was() -> None:
 
 def test_without_weights_nothing_is_found() -> None:
     net = detachnet.make_detachable(Mixed(shuffled).to("meta"), ["conv1"], (3, 8, 8))
-    net._sources[True].find_coupling(net)
-    assert not net._sources[True].is_found
+    net._derived.of_base[True].find_coupling(net)
+    assert not net._derived.of_base[True].is_found

@@ -176,7 +176,7 @@ def test_models_that_part_late_share_norms_and_bridges() -> None:
     assert hasattr(net.norms.one, "layer2")
     assert hasattr(net.norms.two, "layer3")
     assert_joint_equals_separate(net, torch.randn(3, 3, 32, 32, dtype=torch.double))
-    source: ViewSource = net._sources[True]
+    source: ViewSource = net._derived.of_base[True]
     assert source.target(next(n for n in source.own("one") if str(n.target) == "base.layer2.1.bn1"), "two") == (
         "norms.one.layer2.1.bn1"
     )

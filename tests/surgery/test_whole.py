@@ -1169,7 +1169,7 @@ def test_what_no_forward_pass_names_is_not_looked_at_before_each() -> None:
             return self.seen
 
     net = detachnet.make_detachable(Net(Plain()), ["a"], SIZE, check="none")
-    looked_at = {reading.name for reading in [*net._read._fixed, *net._read._others]}
+    looked_at = {reading.name for reading in [*net._derived.read._fixed, *net._derived.read._others]}
     assert "temperature" in looked_at
     assert not looked_at & {"seen", "CHANNELS"}
 
