@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from rich.cells import cell_len
@@ -55,7 +55,7 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
         except DetachNetError as error:
             if _settings["traceback"]:
                 raise
-            show_error(error)
+            show_error(error, takes=get_type_hints(command))
             raise typer.Exit(1 if isinstance(error, TrainingError) else 2) from None
         except OSError as error:  # a path that is none, a disk that fails: no mistake of the program
             if _settings["traceback"] or isinstance(error, BrokenPipeError):
@@ -73,13 +73,36 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def show_error(error: DetachNetError, label: str = "Error") -> None:
-    """Print an error's message on standard error."""
+def show_error(error: DetachNetError, label: str = "Error", takes: Mapping[str, Any] | None = None) -> None:
+    """Print an error's message on standard error; what it says to try, in the words of what the command takes."""
     first, *rest = str(error).splitlines()
     out = console(stderr=True)
     out.print(f"[bold red]{label}:[/] {_escape(first)}", soft_wrap=True)
     for line in rest:
-        out.print(f"[dim]{_escape(line[:11])}[/]{_escape(line[11:])}", soft_wrap=True)
+        label, text = line[:11], line[11:]
+        text = as_options(text, takes or {}) if label.strip() == "try" else text
+        out.print(f"[dim]{_escape(label)}[/]{_escape(text)}", soft_wrap=True)
+
+
+def as_options(text: str, takes: Mapping[str, Any]) -> str:
+    """A text in which arguments of the library, `drop=['a:b']`, are options, `--drop a:b`, where there are such.
+
+    Args:
+        text: Calls in it stay as they are.
+        takes: The options of a command, and their types.
+    """
+
+    def option(found: re.Match[str]) -> str:
+        known = (name for name in (found[1], found[1].removesuffix("s")) if takes.get(name, bool) is not bool)
+        before = text[: found.start()]
+        if (name := next(known, None)) is None or before.count("(") > before.count(")"):
+            return found[0]
+        values = re.findall(r"[^\s,()\[\]']+", found[2])
+        flag = f"--{name.replace('_', '-')}"
+        several = any(get_origin(kind) is list for kind in (takes[name], *get_args(takes[name])))
+        return " ".join(f"{flag} {value}" for value in values) if several else f"{flag} {','.join(values)}"
+
+    return re.sub(r"\b([a-z_]+)=(\([^()]*\)|\[[^\[\]]*\]|'[^']*'|\d[\d.]*)", option, text)
 
 
 def show(table: Table) -> None:

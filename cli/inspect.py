@@ -32,9 +32,9 @@ Cuts = Annotated[
 Shares = Annotated[
     str | None,
     typer.Option(
-        metavar="N|SHARES",
-        help="Show the plan for so many sub-models, or for shares of the MACs such as 0.7,0.4; what each leaves "
-        "out is chosen.",
+        metavar="auto|N|SHARES",
+        help="Show the plan for two or so many sub-models, or for shares of the MACs such as 0.7,0.4; what each "
+        "leaves out is chosen.",
     ),
 ]
 
@@ -169,13 +169,15 @@ def _show_plan(plan: DetachPlan, as_json: bool, in_toml: bool) -> None:
             note(f"[family.models.{model.name}]\ndrop = {json.dumps([str(span) for span in model.spans])}")
 
 
-def _parse_shares(text: str) -> int | list[float]:
-    """`2` or `0.7,0.4`."""
+def _parse_shares(text: str) -> Literal["auto"] | int | list[float]:
+    """`auto`, `2` or `0.7,0.4`."""
+    if text == "auto":
+        return "auto"
     try:
         return int(text) if text.isdecimal() else [float(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(
-            "write a number of sub-models or shares, for example 2 or 0.7,0.4", param_hint="--sub-models"
+            "write 'auto', a number of sub-models or shares, for example 2 or 0.7,0.4", param_hint="--sub-models"
         ) from None
 
 

@@ -89,7 +89,12 @@ def known_root(checkpoint: Path, data_root: Path | None) -> Path | None:
         told = parse_json(read_file(folder / "run.json")).get("data_root")
     except (OSError, ValueError, AttributeError):
         return None
-    return Path(told) if isinstance(told, str) and Path(told).is_dir() else None
+    if not isinstance(told, str):
+        return None
+    if not Path(told).is_dir():
+        logger.info("%s, where the run found its data, is gone", told)
+        return None
+    return Path(told)
 
 
 def all_test_images(

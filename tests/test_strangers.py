@@ -239,6 +239,15 @@ def test_what_a_run_noted_may_be_deep(tmp_path: Path) -> None:
     assert known_root(tmp_path, None) is None
 
 
+def test_where_a_run_found_its_data_may_be_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "run.json").write_text(json.dumps({"data_root": str(tmp_path)}))
+    assert (known_root(tmp_path, None), caplog.messages) == (tmp_path, [])
+    (tmp_path / "run.json").write_text(json.dumps({"data_root": str(tmp_path / "there")}))
+    assert known_root(tmp_path, None) is None
+    assert caplog.messages == [f"{tmp_path / 'there'}, where the run found its data, is gone"]
+
+
 @pytest.fixture(scope="module")
 def graphs(net: detachnet.DetachableNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("graphs")

@@ -12,8 +12,8 @@ from detachnet.errors import BudgetError
 UNITS = {"latency_ms": "ms", "macs": "MACs", "memory_mb": "MB", "accuracy": ""}
 
 
-class Candidate(NamedTuple):
-    """A model to choose, with what is known of it.
+class ModelCosts(NamedTuple):
+    """What is known of a model that may be chosen.
 
     Attributes:
         model: Its name.
@@ -37,7 +37,7 @@ class Candidate(NamedTuple):
         return float(figure / value)
 
 
-def choose(candidates: Sequence[Candidate], limits: Mapping[str, float]) -> str:
+def choose(candidates: Sequence[ModelCosts], limits: Mapping[str, float]) -> str:
     """The most accurate model within some limits; given only an accuracy, the fastest model that reaches it.
 
     Args:
@@ -73,7 +73,7 @@ def check(limits: Mapping[str, Any]) -> None:
         )
 
 
-def _impossible(nearest: Candidate, limits: Mapping[str, float]) -> BudgetError:
+def _impossible(nearest: ModelCosts, limits: Mapping[str, float]) -> BudgetError:
     """No model keeps the limits; the one that misses them least, with its figures."""
     asked = ", ".join(f"{name}={value:g}" for name, value in limits.items())
     missed = [name for name, value in limits.items() if nearest.excess(name, value) > 1]

@@ -70,7 +70,7 @@ class Scores:
         return len(next(iter(self.right.values())))
 
 
-class Point(Fields):
+class CascadePoint(Fields):
     """A chain of models at one threshold.
 
     Attributes:
@@ -113,12 +113,12 @@ class Curve(Fields):
     refused_as = {"": BudgetError}
 
     num_calibration: int
-    singles: tuple[Point, ...]
-    points: tuple[Point, ...]
-    chosen: Point | None = None
+    singles: tuple[CascadePoint, ...]
+    points: tuple[CascadePoint, ...]
+    chosen: CascadePoint | None = None
     base_macs: int = 0
 
-    def better_single(self, point: Point) -> str | None:
+    def better_single(self, point: CascadePoint) -> str | None:
         """The model that alone is at least as accurate as a cascade for no more MACs."""
         for single in reversed(self.singles):
             if single.accuracy >= point.accuracy and single.mean_macs <= point.mean_macs:
@@ -133,7 +133,8 @@ class Curve(Fields):
         rows += [self._row(self.chosen, "chosen")] if self.chosen else []
         apart = ("from the image",) if self.reuses else ()
         header = ("models", "", "threshold", "answers", "mean MACs", "of base", *apart, "accuracy")
-        return Table(header, tuple(rows), left=2)
+        notes = (f"{SHOWN} of {len(self.points)} cascades, evenly spaced",) if len(self.points) > SHOWN else ()
+        return Table(header, tuple(rows), notes=notes, left=2)
 
     @property
     def reuses(self) -> bool:
@@ -163,11 +164,11 @@ class Curve(Fields):
             lines.append(f"Use {name} alone instead of the cascade chosen: {figures}.")
         return lines
 
-    def _verdict(self, point: Point) -> str:
+    def _verdict(self, point: CascadePoint) -> str:
         name = self.better_single(point)
         return f"worse than {name}" if name else ""
 
-    def _row(self, point: Point, remark: str) -> tuple[str, ...]:
+    def _row(self, point: CascadePoint, remark: str) -> tuple[str, ...]:
         alone = len(point.models) == 1
         base_macs = self.base_macs or self.singles[-1].mean_macs
         return (
@@ -304,7 +305,7 @@ def order(macs: Mapping[str, int]) -> list[str]:
     return sorted(macs, key=macs.__getitem__)
 
 
-def evaluate(scores: Scores, models: Sequence[str], threshold: float) -> Point:
+def evaluate(scores: Scores, models: Sequence[str], threshold: float) -> CascadePoint:
     """A chain's shares, mean MACs and accuracy; what the models of an image do not share adds up."""
     count = scores.num_images
     left = torch.ones(count, dtype=torch.bool)
@@ -316,7 +317,7 @@ def evaluate(scores: Scores, models: Sequence[str], threshold: float) -> Point:
         right += int(scores.right[name][done].sum())
         shares[name] = int(done.sum()) / count
         left = left & ~done
-    return Point(
+    return CascadePoint(
         models=tuple(models),
         threshold=threshold,
         shares=shares,
@@ -327,7 +328,7 @@ def evaluate(scores: Scores, models: Sequence[str], threshold: float) -> Point:
     )
 
 
-def all_points(scores: Scores) -> list[Point]:
+def all_points(scores: Scores) -> list[CascadePoint]:
     """Every chain of two or more models with rising costs, at thresholds between its models' confidences."""
     names = order(scores.macs)
     chains = [chain for length in range(2, len(names) + 1) for chain in combinations(names, length)]
@@ -341,16 +342,16 @@ def _thresholds(scores: Scores, chain: Sequence[str]) -> list[float]:
     return sorted(set(torch.quantile(confidence, steps, interpolation="nearest").tolist()))
 
 
-def pareto(points: Sequence[Point]) -> list[Point]:
+def pareto(points: Sequence[CascadePoint]) -> list[CascadePoint]:
     """Those that no other point beats in accuracy for no more MACs; the cheapest first."""
-    front: list[Point] = []
+    front: list[CascadePoint] = []
     for point in sorted(points, key=lambda p: (p.mean_macs, -p.accuracy)):
         if not front or point.accuracy > front[-1].accuracy:
             front.append(point)
     return front
 
 
-def thin(points: Sequence[Point], count: int) -> list[Point]:
+def thin(points: Sequence[CascadePoint], count: int) -> list[CascadePoint]:
     """At most `count` points, from first to last, spread evenly."""
     if len(points) <= count:
         return list(points)
@@ -358,8 +359,8 @@ def thin(points: Sequence[Point], count: int) -> list[Point]:
 
 
 def _choose(
-    front: Sequence[Point], singles: Sequence[Point], accuracy: float | None, macs: float | None
-) -> Point | None:
+    front: Sequence[CascadePoint], singles: Sequence[CascadePoint], accuracy: float | None, macs: float | None
+) -> CascadePoint | None:
     """The cheapest point that is accurate enough, or the most accurate one that is cheap enough."""
     if accuracy is None and macs is None:
         return None

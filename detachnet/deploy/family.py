@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from detachnet.checkpoint.loading import load_family
 from detachnet.data.images import read_image, to_tensor
 from detachnet.deploy.backends import Backend, Costs, OnnxBackend, TorchBackend
-from detachnet.deploy.budget import Candidate, check, choose
+from detachnet.deploy.budget import ModelCosts, check, choose
 from detachnet.deploy.profile import Profile, read_profile
 from detachnet.errors import BudgetError, CutError, DataError, MeasurementError, nearest
 from detachnet.machine import find_device, hardware
@@ -132,7 +132,7 @@ class Family:
         check(limits)
         accuracy_of = self.known_accuracy()
         needs_latency = latency_ms is not None or set(limits) == {"accuracy"}
-        return choose([self._candidate(n, needs_latency, memory_mb is not None) for n in accuracy_of], limits)
+        return choose([self._costs_of(n, needs_latency, memory_mb is not None) for n in accuracy_of], limits)
 
     def known_accuracy(self) -> dict[str, float]:
         """`accuracy`, where it is known of a model.
@@ -220,12 +220,12 @@ class Family:
             raise MeasurementError(f"{self.path} runs on {device}, but was measured on {measured}", hint=command)
         return self.profile
 
-    def _candidate(self, name: str, latency: bool, memory: bool) -> Candidate:
+    def _costs_of(self, name: str, latency: bool, memory: bool) -> ModelCosts:
         row = self._measured()[name] if latency or memory else None
         if row is not None and memory and row.peak_memory_bytes is None:
             how = self.profile.memory if self.profile else ""
             raise MeasurementError(f"{self.path} was measured without its peak memory", what=how)
-        return Candidate(
+        return ModelCosts(
             name,
             self.accuracy[name],
             self.macs[name],

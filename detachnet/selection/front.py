@@ -18,7 +18,7 @@ UNITS: dict[By, str] = {"macs": "MACs", "bytes": "bytes", "latency_ms": "ms"}
 
 
 @dataclass(frozen=True)
-class Point:
+class FrontPoint:
     """A sub-model that was tried.
 
     Attributes:
@@ -46,7 +46,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Found(Point):
+class Found(FrontPoint):
     """A sub-model that was chosen.
 
     Attributes:
@@ -78,9 +78,9 @@ class Front:
 
     net: DetachableNet
     by: By
-    base: Point
+    base: FrontPoint
     found: tuple[Found, ...]
-    points: tuple[Point, ...]
+    points: tuple[FrontPoint, ...]
     tries: int
     images: int
     seconds: float
@@ -116,7 +116,7 @@ class Front:
         said = f"{self.how}; segments added up are off by {100 * self.deviation:.1f} % at most"
         return Table(header, tuple(rows), self.title, (said,) if self.how else (), left=2)
 
-    def _row(self, point: Point, measured: float | None) -> tuple[str, ...]:
+    def _row(self, point: FrontPoint, measured: float | None) -> tuple[str, ...]:
         ms = (f"{measured or 0:.3f}", f"{point.cost:.3f}") if self.how else ()
         share = f"{100 * point.macs / max(1, self.base.macs):.0f} %"
         return *ms, si(point.macs), share, si(point.num_params), f"{100 * point.accuracy:.2f} %"
@@ -145,7 +145,7 @@ class Front:
         return str(self.table)
 
 
-def _told(point: Point) -> dict[str, Any]:
+def _told(point: FrontPoint) -> dict[str, Any]:
     model = {} if point.model is None else point.model.model_dump(mode="json")
     return {
         "model": model,
@@ -156,9 +156,9 @@ def _told(point: Point) -> dict[str, Any]:
     }
 
 
-def unbeaten(points: Iterable[Point]) -> tuple[Point, ...]:
+def unbeaten(points: Iterable[FrontPoint]) -> tuple[FrontPoint, ...]:
     """Those that nothing cheaper, or as cheap, is as accurate as; the cheapest first."""
-    kept: list[Point] = []
+    kept: list[FrontPoint] = []
     for point in sorted(points, key=lambda p: (p.cost, -p.accuracy)):
         if not kept or point.accuracy > kept[-1].accuracy:
             kept.append(point)

@@ -25,7 +25,7 @@ from detachnet.selection.costs import checked, counted
 from detachnet.selection.drawn import drawn
 from detachnet.selection.even import evenly
 from detachnet.selection.evolution import evolve as evolved
-from detachnet.selection.front import UNITS, By, Found, Front, Point, name_of, unbeaten
+from detachnet.selection.front import UNITS, By, Found, Front, FrontPoint, name_of, unbeaten
 from detachnet.selection.greedy import best_within, greedy, put_back
 from detachnet.selection.journal import Journal, Trials
 from detachnet.selection.latency import Latency
@@ -331,13 +331,13 @@ def _chosen(
     return chosen
 
 
-def _point(space: Space, cost: Cost, candidate: Candidate, worth: Worth) -> Point:
+def _point(space: Space, cost: Cost, candidate: Candidate, worth: Worth) -> FrontPoint:
     """A candidate as it is reported."""
     plan, costs = space.plan(candidate), cost(candidate)
     assert plan is not None
     assert costs is not None
     sub = None if candidate.is_base else candidate.asked
-    return Point(sub, costs, plan.macs, plan.num_params, worth.accuracy)
+    return FrontPoint(sub, costs, plan.macs, plan.num_params, worth.accuracy)
 
 
 def _already(net: DetachableNet, sub: SubModel) -> str:

@@ -178,7 +178,7 @@ def _no_chain(model: str, points: Sequence[CutPoint], keep: Sequence[float], ent
     return CutError(
         f"{model} has no {near if count <= 4 else f'{count} cuts spread over its MACs'}",
         what=what,
-        hint=f"sub_models={min(count, 16)} leaves out blocks inside instead{cheaper}",
+        hint=f"sub_models={min(count, 16)} leaves out blocks inside instead, where there are such{cheaper}",
     )
 
 

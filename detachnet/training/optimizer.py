@@ -75,7 +75,7 @@ def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) 
         milestones = [epoch * steps + 1 for epoch in table.milestones]  # timm's m applies at step m - 1
         warmup["warmup_prefix"] = False
         return MultiStepLRScheduler(optimizer, milestones, decay_rate=table.decay, **warmup)
-    rest = max(1, recipe.train.epochs * steps - warmup_steps)
+    rest = max(2, recipe.train.epochs * steps - warmup_steps)  # timm takes a cosine of one step for a mistake
     if table.name == "linear":
         return PolyLRScheduler(optimizer, t_initial=rest, power=1.0, warmup_prefix=True, **warmup)
     return CosineLRScheduler(optimizer, t_initial=rest, warmup_prefix=True, **warmup)

@@ -155,7 +155,7 @@ def parse_text(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} is not valid TOML", what=one_line(error)) from error
     for override in overrides:
         _override(tables, override)
-    recipe = parse_recipe(tables, str(path))
+    recipe = parse_recipe(tables, " with --set ".join([str(path), *overrides]))
     recipe._name, recipe._folder = path.stem, path.parent
     return recipe
 
@@ -199,8 +199,9 @@ def parse_recipe(tables: Mapping[str, Any], where: str = "") -> Recipe:
     try:
         return Recipe.model_validate_json(json.dumps(tables, default=str))
     except ValidationError as error:
-        (first, known), *others = explain(error, tables, Recipe)
-        more = "; ".join(text for text, _ in others)
+        problems = explain(error, tables, Recipe)
+        first, *others = (text for text, _ in problems)
+        more, known = "; ".join(others), next((names for _, names in problems if names), [])
         raise RecipeError(first, what=f"also: {more}" if more else "", where=where, nearest=known) from error
 
 

@@ -183,7 +183,9 @@ def test_inspect_chooses_routes() -> None:
     plan = json.loads(run("inspect", "torchvision:resnet18", "--sub-models", "0.8,0.5", "--json")[1])
     assert [f"{span['start']}:{span['end']}" for span in plan["models"][1]["spans"]] == drop
     assert [model["macs"] / plan["models"][0]["macs"] for model in plan["models"]][2] <= 0.5
-    assert "sub1" in run("inspect", "torchvision:resnet18", "--sub-models", "2")[1]
+    two = run("inspect", "torchvision:resnet18", "--sub-models", "2")[1]
+    assert "sub1" in two
+    assert run("inspect", "torchvision:resnet18", "--sub-models", "auto")[1] == two
     code, out = run("inspect", "torchvision:resnet18", "--sub-models", "half")
     assert code == 2
     assert "example 2 or 0.7,0.4" in out

@@ -9,6 +9,7 @@ from detachnet_cli.app import app
 from rich.console import Console
 from typer.testing import CliRunner
 
+from detachnet.errors import DetachNetError
 from detachnet.text import Table
 
 HEADER = ("model", "MACs", "parameters", "MB", "p50 ms", "p90 ms", "p99 ms", "images/s", "peak MB", "accuracy")
@@ -63,6 +64,40 @@ def _shown(table: Table, width: int, monkeypatch: pytest.MonkeyPatch) -> list[st
     monkeypatch.setattr(console, "console", lambda: Console(file=out, width=width, highlight=False))
     console.show(table)
     return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+TAKES = {
+    "device": str,
+    "input_size": str | None,
+    "sub_models": str | None,
+    "drop": list[str] | None,
+    "cut": list[str] | None,
+    "width": list[float] | None,
+    "widths": bool,
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("device='cpu'", "--device cpu"),
+        ("input_size=(3, 224, 224), or another", "--input-size 3,224,224, or another"),
+        ("sub_models=2, sub_models=[0.7, 0.4]", "--sub-models 2, --sub-models 0.7,0.4"),
+        ("drop=['a:b', ':c']", "--drop a:b --drop :c"),
+        ("cuts=[0.7, 0.3]", "--cut 0.7 --cut 0.3"),
+        ("widths=[0.75, 0.5]", "--width 0.75 --width 0.5"),
+        ("norm='private'", "norm='private'"),
+        (
+            "make_detachable(model, sub_models=2); or device='cpu'",
+            "make_detachable(model, sub_models=2); or --device cpu",
+        ),
+    ],
+)
+def test_what_to_try_is_in_the_words_of_the_command(
+    said: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.show_error(DetachNetError("wrong", what=said, hint=said), takes=TAKES)
+    assert capsys.readouterr().err.splitlines() == ["Error: wrong", f"  what     {said}", f"  try      {shown}"]
 
 
 def test_what_the_library_says_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:

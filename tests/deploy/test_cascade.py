@@ -101,6 +101,8 @@ def test_says_where_a_single_model_is_better() -> None:
     assert curve.better_single(just) == "large"  # as accurate for the same
     remarks = [row[1] for row in curve.table.rows]
     assert remarks == ["alone", "alone", "alone", "", "worse than large", "chosen"]
+    many = curve.model_copy(update={"points": (good,) * 20}).table
+    assert (len(many.rows), many.notes, curve.table.notes) == (16, ("12 of 20 cascades, evenly spaced",), ())
     better = curve.model_copy(update={"chosen": good, "points": (good,)})
     assert better.verdicts() == ["0 of 1 cascades are worse than a single model alone: no cheaper, no better."]
 

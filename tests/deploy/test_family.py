@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import detachnet
 from detachnet.deploy.backends import TorchBackend
-from detachnet.deploy.budget import Candidate, choose
+from detachnet.deploy.budget import ModelCosts, choose
 from detachnet.deploy.cascade import Cascade
 from detachnet.deploy.family import Family
 from detachnet.deploy.profile import write_profile
@@ -151,7 +151,7 @@ def test_the_nearest_model_is_an_attribute(family: Family) -> None:
 
 
 def test_of_equally_accurate_models_the_cheaper() -> None:
-    assert choose([Candidate("large", 0.8, 100), Candidate("small", 0.8, 10)], {}) == "small"
+    assert choose([ModelCosts("large", 0.8, 100), ModelCosts("small", 0.8, 10)], {}) == "small"
 
 
 def test_an_array_is_no_image(family: Family, net: detachnet.DetachableNet) -> None:

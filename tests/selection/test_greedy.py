@@ -7,7 +7,7 @@ import pytest
 from detachnet.selection.candidate import PARTS, Candidate
 from detachnet.selection.costs import counted
 from detachnet.selection.evolution import evolve
-from detachnet.selection.front import Point, unbeaten
+from detachnet.selection.front import FrontPoint, unbeaten
 from detachnet.selection.greedy import best_within, greedy, put_back
 from detachnet.selection.journal import Journal, Trials
 from detachnet.selection.worth import Worth
@@ -91,7 +91,7 @@ def test_evolution_is_its_seed() -> None:
 
 def test_nothing_on_the_front_is_beaten() -> None:
     costs = [(3.0, 0.5), (1.0, 0.2), (2.0, 0.6), (2.0, 0.4), (4.0, 0.6)]
-    points = [Point(None, cost, 0, 0, accuracy) for cost, accuracy in costs]
+    points = [FrontPoint(None, cost, 0, 0, accuracy) for cost, accuracy in costs]
     assert [(p.cost, p.accuracy) for p in unbeaten(points)] == [(1.0, 0.2), (2.0, 0.6)]
 
 

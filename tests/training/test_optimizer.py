@@ -99,6 +99,12 @@ def test_half_a_wave_behind_the_warm_up() -> None:
     assert rates("schedule.name=cosine", "schedule.warmup_epochs=0") == pytest.approx(whole)
 
 
+def test_a_warm_up_to_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    up = [0.6 * i / 20 for i in range(20)]
+    assert rates("schedule.name=cosine", "schedule.warmup_epochs=4") == pytest.approx(up)
+    assert not caplog.records  # timm warns of a cosine of one step
+
+
 def test_a_triangle() -> None:
     up, down = [0.6 * i / 6 for i in range(6)], [0.6 * (1 - i / 14) for i in range(14)]
     assert rates("schedule.name=linear", "schedule.warmup_epochs=1.2") == pytest.approx(up + down)

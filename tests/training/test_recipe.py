@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import detachnet
-from detachnet.training.recipe import load_recipe, parse_recipe
+from detachnet.training.recipe import load_recipe, parse_recipe, parse_text
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
@@ -78,6 +78,17 @@ def test_loss_weights_are_those_of_the_trained_models() -> None:
     assert load_recipe(QUICKSTART, options).loss_weights == {"base": 0.5, "sub1": 0.2}
     assert load_recipe(QUICKSTART, [*options, 'train.models=["base", "sub0"]']).loss_weights == {"base": 0.5}
     assert load_recipe(QUICKSTART, [*options, 'train.models=["sub1"]']).loss_weights == {}
+
+
+def test_of_several_problems_the_known_names_are_shown() -> None:
+    text = QUICKSTART.read_text().replace('name = "detachnet:vgg16_cifar"', 'nam = "detachnet:vgg16_cifar"')
+    with pytest.raises(detachnet.RecipeError, match=r"model.name is missing[\s\S]*'nam' in[\s\S]*nearest  'name'"):
+        parse_text(text, QUICKSTART)
+
+
+def test_a_problem_is_of_the_file_and_what_overrides_it() -> None:
+    with pytest.raises(detachnet.RecipeError, match=r"where    .*quickstart\.toml with --set train\.epochs=0"):
+        load_recipe(QUICKSTART, ["train.epochs=0"])
 
 
 @pytest.mark.parametrize(
