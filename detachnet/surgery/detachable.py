@@ -15,7 +15,7 @@ from detachnet.errors import CutError, StepDownError, TraceError, nearest
 from detachnet.facts import Facts
 from detachnet.surgery.codegen import Run
 from detachnet.surgery.derived import Tracing, derive
-from detachnet.surgery.detaching import as_module, detached_name
+from detachnet.surgery.detaching import Names, as_module
 from detachnet.surgery.following import follow, way_of
 from detachnet.surgery.graph import TracedGraph, TracedModel
 from detachnet.surgery.legs import Leg, find_legs
@@ -307,7 +307,8 @@ class DetachableNet(nn.Module):
 
         Args:
             name: Which one.
-            share: Keep the family's own layers and tensors instead of copying them, in the mode they are in.
+            share: Keep the family's own layers and tensors instead of copying them, in the mode they are in; one
+                with fewer filters does not pickle then.
 
         Raises:
             CutError: No model has that name.
@@ -333,10 +334,11 @@ class DetachableNet(nn.Module):
             Name of a tensor of the detached model → the base-model's tensor, and what is kept of it.
         """
         found: dict[str, tuple[Tensor, Pick]] = {}
+        names = Names(self.base)
         for node in build_view(self._derived.sources[name][False], (name,)).nodes:
-            layer = attribute(self, str(node.target)) if node.op == "call_module" else None
-            if isinstance(layer, SlicedLayer):
-                path = detached_name(str(node.target), "", "")
+            if node.op in ("call_module", "get_attr"):
+                path, layer = names.of(str(node.target)), attribute(self, str(node.target))
+            if node.op == "call_module" and isinstance(layer, SlicedLayer):
                 found |= {f"{path}.{tensor}": part for tensor, part in layer.parts.items()}
         return found
 

@@ -30,12 +30,18 @@ def as_module(
         share: Keep the family's own layers and tensors, in the mode they are in.
     """
     memo: dict[int, Any] = copies_of_computed_tensors(net)
-    parts = [dict(_parts(net, graph, share, memo)) for graph in graphs]
+    names = Names(net.get_submodule(BASE))
+    parts = [dict(_parts(net, graph, share, memo, names)) for graph in graphs]
     written = [graph.python_code("self") for graph in graphs]
     codes = [Code(code.src, code.globals) for code in written]
     only_in_training = sorted(parts[-1].keys() - parts[0].keys())
     others = [
-        [path for path, part in mode.traced.root.base.named_modules() if path and part.training != mode.training]
+        [
+            name
+            for path, part in mode.traced.root.base.named_modules()
+            if path and part.training != mode.training
+            for name in names.of_part(path)
+        ]
         for mode in modes
     ]
     detached = DetachedModel(label, codes[0], parts[0], codes[-1], only_in_training, others)
@@ -46,22 +52,20 @@ def as_module(
     return detached
 
 
-def _parts(net: nn.Module, graph: fx.Graph, share: bool, memo: dict[int, Any]) -> Iterator[tuple[str, Any]]:
+def _parts(
+    net: nn.Module, graph: fx.Graph, share: bool, memo: dict[int, Any], names: Names
+) -> Iterator[tuple[str, Any]]:
     """Name in a detached model → part, of a graph that is written in those names, in place."""
-    entry, bridge = (_free_name(net.get_submodule(BASE), name) for name in ("stepdown", "bridge"))
     read = dict[fx.Node, Any]()
     for node in list(graph.nodes):
         if node.op in ("call_module", "get_attr"):
             value = attribute(net, str(node.target))
-            node.target = detached_name(str(node.target), entry, bridge)
+            node.target = names.of(str(node.target))
             if isinstance(value, SlicedTensor) and not share:
                 (of,) = node.all_input_nodes
                 yield str(of.target), value.detached(read[of])
                 node.replace_all_uses_with(of)
                 graph.erase_node(node)
-            elif isinstance(value, SlicedTensor):
-                node.target = f"{node.target}_part"
-                yield node.target, value
             else:
                 own = isinstance(value, SlicedLayer) and not share
                 part = value.detached() if own else value if share else copy.deepcopy(value, memo)
@@ -69,19 +73,68 @@ def _parts(net: nn.Module, graph: fx.Graph, share: bool, memo: dict[int, Any]) -
                 yield str(node.target), read[node]
 
 
-def _free_name(base: nn.Module, name: str) -> str:
-    """A name that the base-model has no part of."""
-    while hasattr(base, name):
-        name += "_"
-    return name
+class Names:
+    """What a family's parts are called in a detached model: as in the base-model, each by a name of its own.
+
+    Args:
+        base: The base-model.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self._base = base
+        self._given: dict[str, str] = {}
+
+    def of(self, target: str) -> str:
+        """The name of what a target of the family's graphs means; the first one that asks for a name gets it."""
+        if target not in self._given:
+            original = _original(target)
+            name = original or _of_own(target)
+            while self._is_taken(name, target) or (name != original and self._has(name)):
+                name += "_"
+            self._given[target] = name
+        return self._given[target]
+
+    def _is_taken(self, name: str, target: str) -> bool:
+        """Whether a name is another part's, or that of a part of another's or around one."""
+        for other, given in self._given.items():
+            if given == name:
+                return True
+            related = f"{given}.".startswith(f"{name}.") or f"{name}.".startswith(f"{given}.")
+            if related and _place(other) != _place(target):
+                return True
+        return False
+
+    def _has(self, path: str) -> bool:
+        """Whether the base-model has something of that name."""
+        try:
+            attribute(self._base, path)
+        except AttributeError:
+            return False
+        return True
+
+    def of_part(self, path: str) -> Iterator[str]:
+        """The names of a part of the base-model, and of copies of it."""
+        yield path
+        for target, name in self._given.items():
+            original = _original(target)
+            if original and name != original and f"{path}.".startswith(f"{original}."):
+                yield name + path.removeprefix(original)
 
 
-def detached_name(target: str, entry: str, bridge: str) -> str:
-    """A target of a family's graph as it is called in a detached model."""
+def _original(target: str) -> str:
+    """What the base-model calls that of which a target is a copy or a part, or which it is; else empty."""
     place, _, rest = target.partition(".")
-    owner, _, inner = rest.partition(".")
-    if place == STEPDOWNS:
-        return entry
-    if place == BRIDGES:
-        return f"{bridge}{inner}"
-    return inner if place in (NORMS, HEADS, SLICES) and owner else target.removeprefix(PREFIX)
+    if place in (NORMS, HEADS, SLICES):
+        return rest.partition(".")[2]
+    return "" if place in (STEPDOWNS, BRIDGES) else target.removeprefix(PREFIX)
+
+
+def _place(target: str) -> str:
+    """Where a target is, up to the base-model's name of it."""
+    return target.removesuffix(_original(target))
+
+
+def _of_own(target: str) -> str:
+    """What stands for a span: `stepdowns.sub0` → `stepdown`, `bridges.sub0.1` → `bridge1`."""
+    place, *_, last = target.split(".")
+    return "stepdown" if place == STEPDOWNS else f"bridge{last}"

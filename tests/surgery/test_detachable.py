@@ -74,6 +74,86 @@ def test_detached_equals_attached(net: detachnet.DetachableNet, share: bool) -> 
         assert torch.equal(detached(IMAGES), net(IMAGES, which=name))
 
 
+def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Recurrent(nn.Module):
+    """A block before and behind what may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.last, self.fc = block(3, 8, 2), block(8, 8), block(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.block(self.last(self.block(self.stem(x)))).mean((2, 3)))
+
+
+class Apart(nn.Module):
+    """The same, where a layer of a block is called by itself besides the block, which is kept whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.last, self.fc = block(3, 8, 2), block(8, 8), block(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.block[1](self.stem(x)))
+        return self.fc(self.block(x).mean((2, 3)))
+
+
+class Named(nn.Module):
+    """Layers with the names that a sub-model's own get."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.stem, self.mid, self.bridge0 = block(3, 8, 2), block(8, channels), nn.Conv2d(channels, 8, 1)
+        self.stepdown, self.fc = nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.stepdown(self.bridge0(self.mid(self.stem(x)))).mean((2, 3)))
+
+
+class Gains(nn.Module):
+    """Parameters of which a narrower model reads parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mid, self.fc = block(3, 16, 2), block(16, 16), nn.Linear(16, 4)
+        self.g, self.g_, self.g_part = (nn.Parameter(torch.rand(16, 1, 1)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.mid(self.stem(x) * self.g * self.g_ + self.g_part).mean((2, 3)))
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize(
+    ("model", "sub", "options"),
+    [
+        (Recurrent(), SubModel(drop=["block:last"]), {}),
+        (Apart(), SubModel(drop=["stem:last"]), {"leaf_modules": ["block"]}),
+        (Apart(), SubModel(drop=["block.1:last"]), {"leaf_modules": ["block"]}),
+        (Named(16), SubModel(drop=["stem:mid"]), {}),
+        (Named(8), SubModel(drop=["stem:mid"]), {}),
+        (Named(8), SubModel(drop=[":stem"]), {}),
+        (Gains(), SubModel(width=0.5), {}),
+    ],
+)
+def test_each_part_has_a_name_of_its_own_alone(
+    model: nn.Module, sub: SubModel, options: dict[str, Any], share: bool
+) -> None:
+    net = detachnet.make_detachable(model, {"sub": sub}, (3, 16, 16), **options).double().train()
+    images = torch.randn(8, 3, 16, 16).double()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(2):  # norms of its own are others than the base-model's from then on
+        sum(out.square().mean() for out in net(images, which="all").values()).backward()
+        optimizer.step()
+    net.eval()
+    expected, alone = net(images, which="sub"), net.detach("sub", share=share)
+    assert torch.equal(alone(images), expected)
+    if not share:  # what is shared with a family cannot be written without it
+        assert torch.equal(pickle.loads(pickle.dumps(alone))(images), expected)
+
+
 def test_detached_names_and_ownership(net: detachnet.DetachableNet) -> None:
     copied, shared = net.detach("sub1"), net.detach("sub1", share=True)
     assert set(dict(shared.named_parameters())) == {
@@ -92,7 +172,7 @@ class HasStepdown(nn.Module):
         self.conv = nn.Conv2d(3, 4, 3, padding=1)
         self.stepdown = nn.Conv2d(4, 5, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.stepdown(self.conv(x)).mean((2, 3))
 
 
@@ -153,7 +233,7 @@ class Sensitive(nn.Module):
         self.seen: list[str] = []
         self.net.register_forward_hook(lambda *_: self.seen.append("forward"))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
@@ -346,7 +426,7 @@ class WithOutput(models.Plain):
 
 @pytest.mark.slow
 def test_outputs_of_a_dataclass_train_and_are_exported(tmp_path: Path) -> None:
-    cuts = {"sub0": "pool", "half": detachnet.SubModel(width=0.5)}
+    cuts = {"sub0": "pool", "half": SubModel(width=0.5)}
     net = detachnet.make_detachable(WithOutput(), cuts, (3, 8, 8), head="private").train()
     outputs: Any = net(IMAGES, which="all")
     detachnet.MultiModelLoss({})(outputs, torch.zeros(4, dtype=torch.int64)).backward()
