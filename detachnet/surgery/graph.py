@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 import warnings
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from detachnet.errors import TraceError
-from detachnet.surgery.modules import attribute, random_states_kept
+from detachnet.surgery.modules import attribute, copy_model, random_states_kept
 from detachnet.surgery.outside import Outside
 from detachnet.surgery.tracer import NO_LEAVES, PROBE_BATCH, Leaves, Spec, leaves_of, thaw
 from detachnet.surgery.whole import Reason
@@ -86,7 +85,7 @@ class _Propagator(fx.Interpreter):
         """Run a layer or a function that needs its input's values, with zeros for weights and inputs."""
         layer: Any = n.target
         if n.op == "call_module":
-            layer = copy.deepcopy(self.fetch_attr(str(n.target)))
+            layer = copy_model(self.fetch_attr(str(n.target)))
             if not isinstance(layer, torch.jit.ScriptModule):  # which has its tensors where it was compiled
                 layer = layer.to_empty(device="cpu")
                 for tensor in [*layer.parameters(), *layer.buffers()]:

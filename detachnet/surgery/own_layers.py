@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.surgery.contents import PLAIN
-from detachnet.surgery.modules import Folder, put, with_leaves
+from detachnet.surgery.modules import Folder, copies_of_computed_tensors, put, with_leaves
 from detachnet.surgery.ownership import HEADS, NORMS, ViewSource
 from detachnet.surgery.plan import BASE
 from detachnet.surgery.routes import folder
@@ -53,10 +53,11 @@ def put_own_layers(
             continue
         layer = net.get_submodule(f"{BASE}.{path}")
         before, kinds[target] = kinds.get(target), _classes(layer)
+        memo = _of_others(net.get_submodule(BASE), layer)
         own = (
-            own_statistics(layer, statistics.get(path, ()))
+            own_statistics(layer, statistics.get(path, ()), memo)
             if place == NORMS
-            else with_leaves(copy.deepcopy(layer))
+            else with_leaves(copy.deepcopy(layer, memo))
         )
         mode = path not in sources[name][False].layers  # some are run in training only
         own = sources[name][mode].own_layer(path, own)
@@ -66,6 +67,12 @@ def put_own_layers(
             put(net, target, own)
             what = "had other shapes" if other else "was of another class"
             logger.warning("%s gets a copy of the new %r: its own %s", name, path, what)
+
+
+def _of_others(base: nn.Module, layer: nn.Module) -> dict[int, Any]:
+    """What stands in a copy of a layer for others that it refers to, and for tensors that hooks have computed."""
+    others = set(base.modules()) - set(layer.modules())
+    return copies_of_computed_tensors(layer) | {id(other): other for other in others}
 
 
 def _own_layers(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -6,7 +6,7 @@ A layer is run in training on two random batches: what its buffers hold then dif
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,10 +110,16 @@ def _buffers_after(
     return {name: tensor for name, tensor in [*copied.named_buffers(), *frozen] if tensor.is_floating_point()}
 
 
-def own_statistics(layer: nn.Module, parts: tuple[str, ...] = ()) -> nn.Module:
-    """A copy of a layer with norms, and whatever else keeps statistics, of its own; the rest stays shared."""
+def own_statistics(layer: nn.Module, parts: Sequence[str], memo: Mapping[int, Any]) -> nn.Module:
+    """A copy of a layer with norms, and whatever else keeps statistics, of its own; the rest stays shared.
+
+    Args:
+        layer: It.
+        parts: Names of what keeps statistics in it besides batch norms; empty for itself.
+        memo: What is no part of it, by its id.
+    """
     kept = [m for m in layer.modules() if isinstance(m, _BatchNorm)] + [layer.get_submodule(p) for p in parts]
     own = {id(t) for m in kept for t in [*m._parameters.values(), *m._buffers.values()]}
     shared: list[Any] = [t for t in [*layer.parameters(), *layer.buffers()] if id(t) not in own]
     shared += [m for m in layer.modules() if not any(part is one for part in m.modules() for one in kept)]
-    return copy.deepcopy(layer, {id(one): one for one in shared})
+    return copy.deepcopy(layer, {**memo, **{id(one): one for one in shared}})

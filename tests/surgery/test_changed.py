@@ -35,6 +35,43 @@ def test_another_head_is_every_models(asked: Any, caplog: pytest.LogCaptureFixtu
     assert net.base.fc.bias.grad is None
 
 
+def test_another_head_whose_weight_is_computed_is_every_models() -> None:
+    net, x = (
+        detachnet.make_detachable(models.Around(nn.Identity()), ["a"], SIZE, head="private"),
+        torch.randn(4, *SIZE),
+    )
+    net.base.fc = nn.utils.weight_norm(nn.Linear(16, 9))
+    net.base(x)  # its weight is no leaf from here on, which deepcopy refuses
+    assert {key: output.shape for key, output in net(x, which="all").items()} == {"base": (4, 9), "sub0": (4, 9)}
+    assert net.heads.get_submodule("sub0.fc").weight_g is not net.base.fc.weight_g
+
+
+class Referring(nn.Module):
+    """Kept whole; has a norm and refers to a layer that is another module's."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.others = nn.BatchNorm2d(8), [conv]
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = x.abs().mean((1, 2, 3), keepdim=True)
+        return self.norm(self.others[0](x / scale))  # type: ignore[no-any-return]
+
+
+def test_a_copy_of_a_layer_refers_to_what_the_layer_refers_to() -> None:
+    model = models.Around(nn.Identity())
+    model.mid = nn.Sequential(nn.Conv2d(8, 8, 1))
+    model.mid.append(Referring(model.mid[0]))
+    net = detachnet.make_detachable(model, ["a"], SIZE)
+    own = net.norms.get_submodule("sub0.mid.1")
+    assert own.others == net.base.mid[1].others == [net.base.mid[0]]
+    assert own.norm is not net.base.mid[1].norm
+    conv, referring = net.detach("sub0").mid.children()
+    assert referring.others == [conv]
+    assert conv is not net.base.mid[0]
+
+
 def test_another_base_model_is_the_familys() -> None:
     """An average of the weights, or the best copy, put in its place; or another model of the same layers."""
     net, x = detachnet.make_detachable(models.Around(Level()), ["a"], SIZE).eval(), torch.randn(4, *SIZE)
