@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib import resources
 from pathlib import Path
 
 from detachnet.errors import RecipeError, nearest
+
+logger = logging.getLogger("detachnet")
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -32,6 +35,8 @@ def find_recipe(name: str | Path) -> Path:
     known = shipped_recipes()
     is_name = path.name == str(name) and path.suffix in ("", ".toml")
     if is_name and path.stem in known:
+        if path.suffix:
+            logger.info("there is no file %s: it is the recipe that comes with detachnet", path)
         return known[path.stem]
     raise RecipeError(
         f"there is no recipe {name}",
