@@ -18,4 +18,5 @@ structure, views -> derived                   what of the model has changed, all
 difference, passes -> proof -> following      the family compared with the model, and again where that has changed
 detachable -> making, enlarging               the family, what makes it of a model, a larger one of it
 recalibration, importance, layout             statistics and worth of spans, measured; how images lie in memory
+synchronizing                                 norms over all processes of a training
 """

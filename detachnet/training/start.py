@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from detachnet.errors import CheckpointError, RecipeError, TraceError
@@ -23,6 +22,7 @@ from detachnet.surgery.ownership import HEADS, NORMS
 from detachnet.surgery.plan import BASE, DetachPlan, ModelPlan
 from detachnet.surgery.routes import SubModel, folder
 from detachnet.surgery.stepdown import Stem
+from detachnet.surgery.synchronizing import synchronize_norms
 from detachnet.text import number_of
 from detachnet.training.data import Source
 from detachnet.training.recipe import Recipe
@@ -161,7 +161,7 @@ def starting_family(
     with _taking_in(source):
         net = build_family(recipe, source.input_size, like)
     if several and on_cuda:
-        net = convert_sync_batchnorm(net)  # timm's, which keeps the activations of its norms
+        synchronize_norms(net)
     net.facts = net.facts.updated(data=source.info)
     check_classes(net, takes_num_classes(recipe.model.name, recipe.folder))
     if recipe.train.freeze_base and not recipe.train.init and (layers := new_layers(net.base)):
