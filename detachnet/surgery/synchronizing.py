@@ -33,7 +33,7 @@ def synchronize_norms(net: DetachableNet) -> None:
     left = []
     for path, norm in net.named_modules():
         if found := [over_all for kind, over_all in _KINDS if type(norm).forward is kind.forward]:
-            norm.__class__ = _over_all(type(norm), found[0])
+            norm.__class__ = _over_all(type(norm), found[0])  # type: ignore[arg-type]  # classes have a hash
         elif isinstance(norm, _BatchNorm) and not isinstance(norm, nn.SyncBatchNorm):
             left.append(path)
     if left:
@@ -43,6 +43,7 @@ def synchronize_norms(net: DetachableNet) -> None:
     net.keep_classes()
 
 
+@cache
 @cache
 def _over_all(kind: type[_BatchNorm], synchronized: type[nn.SyncBatchNorm]) -> type[nn.SyncBatchNorm]:
     """A kind of norms that is synchronized on CUDA, where torch can, and is what it was elsewhere."""

@@ -6,12 +6,15 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from detachnet.errors import RecipeError, nearest
 from detachnet.training.recipe import Recipe
@@ -25,13 +28,18 @@ PROJECT = "detachnet"
 def open_processes(recipe: Recipe, folder: RunFolder) -> Iterator[Accelerator]:
     """This process among those of a run; a process group that is opened for it is closed afterwards.
 
+    An accelerator of the user's own is afterwards what it was.
+
     Raises:
         RecipeError: The recipe cannot be trained by so many processes, or its tracker cannot be used.
     """
     check_tracker(recipe.train.log_with)
     theirs = torch.distributed.is_initialized()
+    before = dict(AcceleratorState._shared_state)
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and not theirs and (number := next(_groups)):
+        _open_group(number)
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
         cpu=True if several and not torch.cuda.is_available() else None,
@@ -47,6 +55,20 @@ def open_processes(recipe: Recipe, folder: RunFolder) -> Iterator[Accelerator]:
         if torch.distributed.is_initialized() and not theirs:
             torch.distributed.destroy_process_group()
             AcceleratorState._reset_state(reset_partial_state=True)  # which would take the group for open
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(before)
+
+
+_groups = count()
+"""Numbers of the process groups that are opened in this process; the first one is accelerate's to open."""
+
+
+def _open_group(number: int) -> None:
+    """Open another process group, with keys of its own: for those that the last one left it would wait."""
+    store, rank, world_size = next(rendezvous("env://"))
+    own = PrefixStore(f"{PROJECT}{number}", store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=world_size)
 
 
 def _check_number(recipe: Recipe, processes: int) -> None:

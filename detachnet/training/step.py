@@ -11,6 +11,7 @@ from torch import Tensor
 
 from detachnet.losses import MultiModelLoss, logits
 from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.modules import random_states_kept
 
 Strategy = Literal["joint", "separate"]
 
@@ -96,7 +97,8 @@ class TrainingStep:
         for name in models:
             with self.net.in_turn(name, models):
                 found, made = self._run(images, labels, (name,), teacher)
-            self.backward(self.loss.weights.get(name, 1.0) * found[name])
+            if found[name].requires_grad:  # a frozen base-model's does not
+                self.backward(self.loss.weights.get(name, 1.0) * found[name])
             losses.append(found[name].detach())
             if not teacher or self.loss.teacher == "larger":
                 teacher = {name: made[name].detach()}
@@ -120,6 +122,25 @@ class TrainingStep:
         graphs = self.joint and on_cuda  # several would free each other's gradients
         mode = "reduce-overhead" if graphs else None
         return torch.compile(run, mode=mode)
+
+
+def without_gradient(net: DetachableNet, models: Sequence[str], loss: MultiModelLoss) -> list[str]:
+    """Names of parameters that ask for a gradient and that the loss gives none, such as those of auxiliary heads.
+
+    Args:
+        net: The family, in the mode it is trained in; a copy of it makes a pass.
+        models: Which of its models are trained.
+        loss: Of each of them.
+    """
+    like = next(net.parameters())
+    with random_states_kept(like.device):
+        alone = net.copied()
+        optimizer = torch.optim.SGD([like], 0.0)
+        images = torch.rand(2, *net.plan.input_size, device=like.device, dtype=net.input_dtype)
+        labels = torch.zeros(2, dtype=torch.long, device=like.device)
+        TrainingStep(alone, models, loss, optimizer).add_gradients(images, labels)
+    every = alone.named_parameters()
+    return [name for name, parameter in every if parameter.requires_grad and parameter.grad is None]
 
 
 def sample_models(models: Sequence[str], macs: Mapping[str, int], count: int, seed: int) -> tuple[str, ...]:

@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from detachnet_cli.app import app
-from timm.layers import convert_sync_batchnorm
 from typer.testing import CliRunner
 
 import detachnet
@@ -46,7 +44,7 @@ import detachnet
 theirs = len(sys.argv) > 3
 if theirs:
     torch.distributed.init_process_group("gloo")
-for name in ("one", "two") if theirs else ("one",):
+for name in ("one", "two"):
     result = detachnet.train(detachnet.load_recipe("quickstart", sys.argv[2].split()), f"{sys.argv[1]}/{name}")
     assert torch.distributed.is_initialized() == theirs
     print(f"process {os.environ['RANK']}: {name} {result.status}")
@@ -62,23 +60,43 @@ def test_the_library_closes_the_process_group_it_opened(tmp_path: Path, theirs: 
     overrides = " ".join([*SMALL, "train.epochs=1", "data.num_train=200"])
     words = [str(tmp_path / "twice.py"), str(tmp_path), overrides, *(["theirs"] if theirs else [])]
     out = torchrun(2, *words)
-    names = ("one", "two") if theirs else ("one",)
+    names = ("one", "two")
     assert all(f"process {i}: {name} finished" in out for i in range(2) for name in names)
     assert len({(tmp_path / name / "metrics.jsonl").read_bytes() for name in names}) == 1
 
 
-def test_synchronized_norms_keep_their_activations() -> None:
-    net = detachnet.make_detachable(
-        detachnet.create_model("timm:test_efficientnet"), ["blocks.2"], (3, 32, 32), check="none"
-    ).eval()
-    images = torch.randn(2, 3, 32, 32)
-    expected = net(images, which="all")
-    same = convert_sync_batchnorm(net)
-    found = {type(m).__name__ for m in same.modules()}
-    assert "SyncBatchNormAct" in found
-    # On a CPU they run in evaluation mode only.
-    for name, out in same(images, which="all").items():
-        torch.testing.assert_close(out, expected[name])
+AUXILIARY = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.front, self.back = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3, 2)
+        self.head, self.other = nn.Linear(8, 10), nn.Linear(8, 10)
+
+    def forward(self, x):
+        h = self.front(x).relu()
+        out = self.head(self.back(h).relu().mean((2, 3)))
+        return (out, self.other(h.mean((2, 3)))) if self.training else out
+
+def make():
+    return Net()
+"""
+
+
+def test_what_the_loss_gives_no_gradient_stays_as_it_is(tmp_path: Path) -> None:
+    """A head that is for training only, and whose output the loss does not take: two steps of two processes."""
+    (tmp_path / "own.py").write_text(AUXILIARY)
+    words = [
+        f"model.name={tmp_path / 'own.py'}:make",
+        "model.kwargs={}",
+        "family.cuts=['front']",
+        "data.num_train=100",
+    ]
+    options = [part for word in [*SMALL, "train.epochs=1", *words] for part in ("--set", word)]
+    torchrun(2, DETACHNET, "train", "quickstart", *options, "--out", str(tmp_path / "run"))
+    assert (tmp_path / "run" / "results.json").exists()
 
 
 REFUSED = {

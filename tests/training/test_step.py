@@ -1,7 +1,7 @@
 """One step of a family's training: the same whichever way it is made."""
 
 import copy
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 import detachnet
 from detachnet.losses import MultiModelLoss
 from detachnet.surgery.plan import Norm
-from detachnet.training.step import Strategy, TrainingStep
+from detachnet.training.step import Strategy, TrainingStep, without_gradient
 from tests import models
 from tests.helpers import nightly_but
 
@@ -142,3 +142,40 @@ def test_the_compiled_step_is_one_graph_and_the_same(
     torch._dynamo.reset()
     loss = MultiModelLoss(distillation=1.0, hint=0.5 if strategy == "joint" else 0.0)
     assert_close(gradients(loss, norm, strategy), gradients(loss, norm, strategy, compiled=True))
+
+
+def test_a_frozen_base_model_is_frozen_in_both_ways() -> None:
+    found = []
+    for strategy in get_args(Strategy):
+        net = family()
+        net.base.requires_grad_(False)
+        step = TrainingStep(net, net.names, MultiModelLoss(distillation=1.0), sgd(net), strategy=strategy)
+        losses = step.add_gradients(IMAGES, LABELS)
+        found.append({"losses": losses} | {n: p.grad for n, p in net.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(found[0], found[1])
+    assert not [name for name in found[0] if name.startswith("base.")]
+
+
+class Auxiliary(torch.nn.Module):
+    """A model with a head for training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.back = torch.nn.Conv2d(3, 8, 3, 2), torch.nn.Conv2d(8, 8, 3, 2)
+        self.norm, self.head, self.other = torch.nn.BatchNorm2d(8), torch.nn.Linear(8, 10), torch.nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        h = self.norm(self.front(x)).relu()
+        out = self.head(self.back(h).relu().mean((2, 3)))
+        return (out, self.other(h.mean((2, 3)))) if self.training else out
+
+
+def test_what_the_loss_gives_no_gradient() -> None:
+    net = detachnet.make_detachable(Auxiliary(), ["front"], (3, 16, 16)).train()
+    before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    assert without_gradient(net, net.names, MultiModelLoss()) == ["base.other.weight", "base.other.bias"]
+    torch.testing.assert_close(net.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(parameter.grad is None for parameter in net.parameters())
+    net.base.other.requires_grad_(False)
+    assert without_gradient(net, net.names, MultiModelLoss()) == []

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import detachnet
@@ -24,7 +25,9 @@ from detachnet.surgery.layout import image_layout
 from detachnet.training.loop import Listener
 from detachnet.training.optimizer import make_loss, make_optimizer
 from detachnet.training.preview import preview
+from detachnet.training.processes import open_processes
 from detachnet.training.recipe import load_recipe
+from detachnet.training.runs import RunFolder
 from detachnet.training.start import build_family, start_from
 from detachnet.training.step import TrainingStep
 from detachnet.training.trainer import train
@@ -697,3 +700,10 @@ def test_important_filters_of_the_file_a_run_starts_from(whole: Path) -> None:
             assert torch.equal(value, net.state_dict()[name]), name
     # A run that goes on keeps the filters it began with, whatever the weights it is built from.
     assert build_family(recipe(*NARROW), (3, 32, 32), net.plan).plan["best"].kept == net.plan["best"].kept
+
+
+def test_an_accelerator_of_ones_own_stays_as_it_is(tmp_path: Path) -> None:
+    theirs = Accelerator(mixed_precision="bf16", cpu=True)
+    with open_processes(recipe(), RunFolder(tmp_path)) as ours:
+        assert ours.mixed_precision == "no"
+    assert theirs.mixed_precision == "bf16"
