@@ -51,7 +51,8 @@ def predict(
         raise typer.BadParameter("name the model or give a budget, not both", param_hint="--budget-ms")
     path, net = open_family(checkpoint, model_file)
     net.to(fastest_device())
-    name = net.facts.model(net.names, model) if budget_ms is None else _within(budget_ms, path, net)
+    largest_first = sorted(net.names, key=lambda name: -net.plan[name].macs)
+    name = net.facts.model(largest_first, model) if budget_ms is None else _within(budget_ms, path, net)
     reader = _Reader(net)
     answers = list(_answers(net, name, top, reader.tensors(images)))
     if as_json:

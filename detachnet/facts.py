@@ -83,12 +83,12 @@ class Facts(Fields):
         return self.trained or names
 
     def model(self, names: Sequence[str], name: str | None = None) -> str:
-        """One of a family's models that was trained: the one named, else the largest.
+        """One of a family's models that was trained: the one named, else the first of the names.
 
         Raises:
             CheckpointError: There is no such model, or it was not trained.
         """
-        models = self.models(names)
+        models = [model for model in names if model in self.models(names)]
         if name is None:
             return models[0]
         if name not in models:

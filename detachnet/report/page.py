@@ -199,9 +199,10 @@ _MS = Axis("median milliseconds", "{:g}".format, from_zero=True)
 
 
 def _curves(run: RunRecord, field: str, epochs: Sequence[int]) -> tuple[Series, ...]:
-    """A metric of each model over the epochs."""
+    """A metric of each model over the epochs, those without one left out."""
+    rows = [(x, row[field]) for x, row in zip(epochs, run.metrics, strict=True)]
     return tuple(
-        Series(name, tuple(Point(x, row[field][name]) for x, row in zip(epochs, run.metrics, strict=True)), i)
+        Series(name, tuple(Point(x, values[name]) for x, values in rows if name in values), i)
         for i, name in enumerate(run.recipe.models)
     )
 

@@ -204,7 +204,11 @@ class Loop:
         row = {
             "epoch": state.epoch + 1,
             "lr": state.optimizer.param_groups[0]["lr"],
-            "train_loss": dict(zip(self.recipe.models, sums.tolist(), strict=True)),
+            "train_loss": {
+                name: loss
+                for name, loss, count in zip(self.recipe.models, sums.tolist(), state.counts, strict=True)
+                if count  # with `train.sample` a model may have been trained in no step
+            },
             "test_loss": {name: score["loss"] for name, score in scores.items()},
             "test_accuracy": {name: score["accuracy"] for name, score in scores.items()},
         }

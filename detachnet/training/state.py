@@ -153,7 +153,7 @@ class RunState:
         for name, tensor in tensors.items():
             parameter, _, key = name.rpartition(".")
             owner = self.parameters[parameter]
-            on_cpu = key == "step" and owner.device.type != "cuda"  # where fused updates have it on the device
+            on_cpu = key == "step" and not self.optimizer.defaults.get("fused")  # which has it on the device
             alike = tensor.shape == owner.shape  # fused updates want the parameter's layout, too
             here = torch.empty_like(owner, dtype=tensor.dtype) if alike else tensor.to(owner.device)
             self.optimizer.state[owner][key] = tensor.clone() if on_cpu else here.detach().copy_(tensor)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from detachnet.errors import RecipeError
 from detachnet.losses import MultiModelLoss, logits
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.modules import random_states_kept
@@ -32,6 +34,9 @@ class TrainingStep:
         backward: Adds the gradients of a loss.
         compiled: Forward pass and losses through `torch.compile`, the joint one on CUDA as a CUDA graph.
 
+    Raises:
+        RecipeError: Each model is to learn from the next larger one, and they do not go from large to small.
+
     Examples:
         >>> step = TrainingStep(net.train(), net.names, MultiModelLoss(), torch.optim.SGD(net.parameters(), 0.1))
         >>> losses = step(images, labels)
@@ -52,6 +57,7 @@ class TrainingStep:
         self.net, self.models, self.loss, self.optimizer = net, tuple(models), loss, optimizer
         self.joint, self.forward, self.backward = strategy == "joint", forward or net, backward
         self.wants_features = bool(loss.hint) and len(self.models) > 1
+        _check_teachers(net, self.models, loss)
         self._run: Callable[..., Any] = self._total if self.joint else self._losses
         if compiled:
             self._run = self._compiled(self._run)
@@ -122,6 +128,22 @@ class TrainingStep:
         graphs = self.joint and on_cuda  # several would free each other's gradients
         mode = "reduce-overhead" if graphs else None
         return torch.compile(run, mode=mode)
+
+
+def _check_teachers(net: DetachableNet, models: Sequence[str], loss: MultiModelLoss) -> None:
+    """Refuse to have a model learn from a smaller one that was named before it.
+
+    Raises:
+        RecipeError: It would.
+    """
+    if not loss.distillation or loss.teacher != "larger":
+        return
+    for before, name in pairwise(models):
+        if net.plan[name].macs > net.plan[before].macs:
+            raise RecipeError(
+                f"loss.teacher = 'larger': {name} would learn from {before}, which is smaller",
+                hint="name sub-models from large to small; or loss.teacher = 'base'",
+            )
 
 
 def without_gradient(net: DetachableNet, models: Sequence[str], loss: MultiModelLoss) -> list[str]:

@@ -92,6 +92,11 @@ def test_outputs_without_names_are_refused(net: detachnet.DetachableNet) -> None
         _ = net.facts.known_data
 
 
+def test_the_first_of_the_names_that_was_trained_answers(net: detachnet.DetachableNet) -> None:
+    net.facts = net.facts.updated(trained=("base", "sub0"))
+    assert net.facts.model(("sub1", "sub0", "base")) == "sub0"
+
+
 def test_only_trained_models_answer(net: detachnet.DetachableNet) -> None:
     net.facts = net.facts.updated(trained=("sub0",))
     assert net.facts.model(net.names) == "sub0"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import detachnet
 from detachnet.losses import MultiModelLoss
+from detachnet.report.page import make_page
 from detachnet.training.loop import Listener
 from detachnet.training.recipe import Recipe, load_recipe
 from detachnet.training.step import TrainingStep, sample_models
@@ -68,6 +69,17 @@ def test_each_step_trains_a_few_and_leaves_the_others(tmp_path: Path, strategy: 
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for row in rows:  # means over the steps that trained a model, not over all of them
         assert 1.5 < min(row["train_loss"].values()) <= max(row["train_loss"].values()) < 4
+
+
+def test_a_model_that_no_step_trained_has_no_training_loss(tmp_path: Path) -> None:
+    """Neither in the metrics nor in a page of the run."""
+    seeing = Seeing()
+    chosen = recipe("train.sample=1", "train.epochs=2", "data.num_train=50", "schedule.warmup_epochs=0")
+    train(chosen, tmp_path / "run", listener=seeing)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [tuple(row["train_loss"]) for row in rows] == seeing.steps  # an epoch is one step
+    assert all(len(row["test_accuracy"]) == 5 for row in rows)
+    assert "Training loss" in make_page([tmp_path / "run"]).html
 
 
 def test_what_only_others_have_is_left_alone() -> None:

@@ -113,7 +113,7 @@ def test_separate_passes_give_the_same_gradients(norm: Norm, teacher: str) -> No
 @pytest.mark.parametrize("strategy", ["joint", "separate"])
 def test_a_step_of_a_small_family_is_the_loss_of_its_outputs(strategy: Strategy, teacher: Teacher) -> None:
     """Losses, gradients, and statistics, which move once where two models are one network."""
-    subs = {"front": detachnet.SubModel(drop=[":pool"]), "late": detachnet.SubModel(drop=["conv2:bn2"])}
+    subs = {"late": detachnet.SubModel(drop=["conv2:bn2"]), "front": detachnet.SubModel(drop=[":pool"])}
     net = detachnet.make_detachable(models.Plain(), subs, (3, 8, 8), check="none").double().train()
     other, images, labels = copy.deepcopy(net), torch.randn(6, 3, 8, 8).double(), torch.arange(6) % 5
     loss = MultiModelLoss({"late": 0.3}, distillation=0.7, temperature=2.0, teacher=teacher)
@@ -154,6 +154,19 @@ def test_a_frozen_base_model_is_frozen_in_both_ways() -> None:
         found.append({"losses": losses} | {n: p.grad for n, p in net.named_parameters() if p.grad is not None})
     torch.testing.assert_close(found[0], found[1])
     assert not [name for name in found[0] if name.startswith("base.")]
+
+
+def test_no_model_learns_from_a_smaller_one_as_the_larger() -> None:
+    sizes = {"small": detachnet.SubModel(width=0.25), "large": detachnet.SubModel(width=0.75)}
+    model, larger = (
+        detachnet.create_model("detachnet:vgg16_cifar", width=0.25),
+        MultiModelLoss(distillation=1.0, teacher="larger"),
+    )
+    net = detachnet.make_detachable(model, sizes, check="none")
+    with pytest.raises(detachnet.RecipeError, match="large would learn from small, which is smaller"):
+        TrainingStep(net, net.names, larger, sgd(net))
+    TrainingStep(net, ("base", "small"), larger, sgd(net))
+    TrainingStep(net, net.names, MultiModelLoss(distillation=1.0), sgd(net))
 
 
 class Auxiliary(torch.nn.Module):
