@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -168,7 +169,7 @@ class Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Trace a module's call and note what its path means."""
-        if self.aside:
+        if self.aside or self._is_made_in_passing(m):
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         self.stack.append(path)
@@ -179,6 +180,23 @@ class Tracer(fx.Tracer):
             if out.node.target == path and is_users(type(m).__module__):
                 self.watch.calls(out.node, path.removeprefix(PREFIX))
         return out
+
+    def _is_made_in_passing(self, m: nn.Module) -> bool:
+        """Whether a forward pass has made a module of layers that the model has, or that have no tensors.
+
+        `self.features[:16](x)`, say, or `nn.ReLU()(x)`.
+        """
+        if m in self._parts:
+            return False
+        made = [part for part in m.modules() if part not in self._parts]
+        return not any(
+            tensor is not None for part in made for tensor in (*part._parameters.values(), *part._buffers.values())
+        )
+
+    @cached_property
+    def _parts(self) -> set[nn.Module]:
+        """The modules of what is traced."""
+        return set(self.root.modules())
 
     def _opened(self, m: nn.Module, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A module's forward while its watch listens; that of what is inside a wrapper such as DataParallel."""

@@ -1,6 +1,7 @@
 """Awkward models: other ranks, memory orders, wrappers, dtypes, leaves, and cuts found for the user."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,36 @@ def test_nsn_of_the_paper() -> None:
         detachnet.create_model("detachnet:nsn"), ["hidden.0", "hidden.1"], stepdown="identity"
     )
     assert [model.num_params for model in net.plan.models] == [1_238_730, 623_290, 7_850]
+
+
+class InPassing(nn.Module):
+    """Its forward makes modules of its layers, and some without tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = (
+            nn.Conv2d(3, 8, 3, 2, 1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, 1, 1),
+            nn.Conv2d(8, 8, 1),
+        )
+        self.features, self.fc = nn.Sequential(*layers), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = nn.Sequential(self.features[:3], nn.Tanh())(x)
+        h = nn.ReLU()(self.features[3:](h))
+        return self.fc(h.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "asked", ["features.2", detachnet.SubModel(drop=["features.2:features.4"]), detachnet.SubModel(width=0.5)]
+)
+def test_modules_that_a_forward_pass_makes_of_the_layers(asked: Any) -> None:
+    model, images = InPassing(), torch.randn(2, 3, 16, 16)
+    net = detachnet.make_detachable(model, {"sub": asked}, (3, 16, 16)).eval()
+    assert torch.equal(net(images), model.eval()(images))
+    assert torch.equal(net.detach("sub")(images), net(images, which="sub"))
 
 
 def test_which_call_of_a_module_is_meant() -> None:
