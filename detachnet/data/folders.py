@@ -179,7 +179,7 @@ class Files:
 
     def _name(self, index: int) -> str:
         """What errors call an image."""
-        if isinstance(self.reader, Listed) or self.name == "folder":
+        if isinstance(self.reader, Listed):
             return str(self.reader.filename(index, absolute=True))
         return f"image {index} of {self.name}, {self.split}"
 
@@ -315,21 +315,55 @@ def _undivided(root: str | Path | None) -> Path | None:
 
 
 def _classes_of(name: str, folder: Path, split: str) -> Files:
-    """A folder of classes."""
-    reader = _create(name, str(folder), split, search_split=False).reader
-    start = len(str(folder)) + 1
-    full = {str(path)[start:].partition("/")[0] for path, _ in reader.samples}
-    for sub in sorted(folder.iterdir()):
-        if sub.is_dir() and sub.name not in full and not sub.name.startswith("."):
-            raise DataError(f"the class {sub.name!r} is empty: there is no image in {sub}")
-    if "" in reader.class_to_idx:
+    """A folder of classes: the first folder on the way to an image is its class."""
+    found: dict[str, list[str]] = {}
+    try:
+        for path in sorted(folder.iterdir(), key=lambda path: _in_order(path.name)):
+            if path.is_dir() and not path.name.startswith("."):
+                found[path.name] = list(_images_below(path))
+            elif _is_image(path.name):
+                raise DataError(
+                    f"there are images in {folder} itself, which belong to no class",
+                    what=str(path),
+                    hint=f"put them in a folder per class: {folder}/CLASS/*.jpg",
+                )
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be read", what=str(error)) from error
+    if empty := [each for each, paths in found.items() if not paths]:
         raise DataError(
-            f"there are images in {folder} itself, which belong to no class",
-            what=next(str(path) for path, label in reader.samples if label == reader.class_to_idx[""]),
-            hint=f"put them in a folder per class: {folder}/CLASS/*.jpg",
+            f"the class {empty[0]!r} is empty: there is no image in {folder / empty[0]}",
+            hint=f"suffixes looked for: {' '.join(SUFFIXES)}",
         )
-    samples = Listed([(str(path), label) for path, label in reader.samples], str(folder))
-    return Files(name, split, tuple(reader.class_to_idx), len(reader), reader=samples)
+    if not found:
+        raise DataError(f"there is no folder of a class in {folder}", hint=f"it has {folder}/CLASS/*.jpg")
+    samples = [(path, label) for label, paths in enumerate(found.values()) for path in paths]
+    samples.sort(key=lambda sample: _in_order(sample[0]))
+    return Files(name, split, tuple(found), len(samples), reader=Listed(samples, str(folder)))
+
+
+def _images_below(folder: Path) -> Iterator[str]:
+    """Paths of the images in a folder and in those in it, linked ones too; none that begins with a dot.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (os.path.join(place, name) for name in files if _is_image(name))
+
+
+def _is_image(name: str) -> bool:
+    """Whether a file is one of those that are looked for."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _in_order(name: str) -> tuple[list[str | int], str]:
+    """What names are sorted by, as timm's reader does: numbers as numbers, letters of either case alike."""
+    return natural_key(name), name
 
 
 def _table(name: str, root: str | Path | None, split: str, held: Held | None) -> Files:
@@ -356,7 +390,7 @@ def _table(name: str, root: str | Path | None, split: str, held: Held | None) ->
             what=f"its splits are {', '.join(sorted(splits))}" if divided else "it has no column 'split'",
             nearest=nearest(split, splits),
         )
-    classes = tuple(sorted({label for _, label, _ in rows}, key=natural_key))
+    classes = tuple(sorted({label for _, label, _ in rows}, key=_in_order))
     samples = [(path, classes.index(label)) for path, label, _ in rows]
     if divided or held is None:
         return Files(name, split, classes, len(samples), reader=Listed(samples, str(file.parent)))
@@ -443,10 +477,10 @@ def _hub(name: str, root: str | Path | None, split: str) -> Files:
     return Files(name, split, tuple(reader.class_to_idx), len(reader), reader=reader)
 
 
-def _create(name: str, root: str | None, split: str, **options: Any) -> Any:
+def _create(name: str, root: str | None, split: str) -> Any:
     """timm's `create_dataset`, whose libraries raise anything where data is missing."""
     try:
-        return create_dataset(name, root, split, **options)
+        return create_dataset(name, root, split)
     except Exception as error:
         what = first_line(error)
         where = f" in {root}" if root else ""

@@ -12,6 +12,7 @@ from detachnet.data.datasets import Split, describe_data
 from detachnet.data.folders import Files, Held, open_files
 from detachnet.data.images import evaluation_transform
 from detachnet.data.loader import EVAL_BATCH as FILES_EVAL_BATCH, Augmentation, FileBatches
+from detachnet.errors import DataError
 from detachnet.evaluation import EVAL_BATCH
 from detachnet.facts import DataInfo
 from detachnet.progress import counted
@@ -81,6 +82,11 @@ class FileSource:
         self.table = table
         held = Held(table.val_split, table.val_share, table.split_seed)
         self.train = open_files(table.name, root, table.train_split, held=held)
+        if len(self.train.classes) < 2:
+            raise DataError(
+                f"all training images are of one class, {self.train.classes[0]!r}",
+                hint="in a folder of images the folders right below DIR/train, or DIR, are the classes",
+            )
         if table.holdout:
             self.train, self.test = self.train.without(table.holdout)
         else:

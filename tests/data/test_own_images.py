@@ -117,6 +117,13 @@ def test_a_table_as_spreadsheets_write_it(photos: Path) -> None:
     assert train.classes == ("0", "10")
 
 
+def test_classes_of_a_table_in_capitals_have_an_order(photos: Path) -> None:
+    names = ("Coin", "coin", "COIN", "CoIn")
+    lines = [f"coin/coin_{i:02}.jpg,{names[i % 4]}\n" for i in range(8)]
+    (photos / "labels.csv").write_text("path,label\n" + "".join(lines))
+    assert open_files("labels.csv", photos, "train", held=HELD).classes == ("COIN", "CoIn", "Coin", "coin")
+
+
 def test_where_a_table_is_looked_for(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_table(photos)
     monkeypatch.chdir(tmp_path)

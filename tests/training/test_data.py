@@ -248,6 +248,14 @@ def test_held_out_images_in_place_of_the_validation_images(folder: Path) -> None
     assert open_test_files(source.info, folder).num_images == 12
 
 
+def test_images_of_one_class_are_not_trained_on(folder: Path, tmp_path: Path) -> None:
+    """Such as folders of classes that lie one folder too deep."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "images").symlink_to(folder / "train", target_is_directory=True)
+    with pytest.raises(detachnet.DataError, match=r"are of one class, 'images'\n  try .* right below DIR/train"):
+        FileSource(recipe().data, tmp_path, "timm:resnet18")  # type: ignore[arg-type]
+
+
 def test_evaluating_batches_directly(folder: Path, whole: Path) -> None:
     from detachnet.data.folders import open_files
     from detachnet.training.data import evaluation_batches
