@@ -27,11 +27,13 @@ class Source(Protocol):
         info: What the family's file says of them.
         input_size: Shape of one image, `(C, H, W)`.
         num_train: Number of training images.
+        place: Where image files were found, of the places that were looked in.
     """
 
     info: DataInfo
     input_size: tuple[int, ...]
     num_train: int
+    place: Path | None
 
     def batches(
         self, train: TrainTable, device: torch.device, share: tuple[int, int], layout: torch.memory_format
@@ -51,6 +53,7 @@ class MemorySource:
         self.info = info.model_copy(update={"num_test": 0}) if table.holdout else info
         self.input_size = tuple(splits[0].images.shape[1:])
         self.num_train = len(splits[0])
+        self.place: Path | None = None
 
     def batches(
         self, train: TrainTable, device: torch.device, share: tuple[int, int], layout: torch.memory_format
@@ -90,7 +93,8 @@ class FileSource:
         if table.holdout:
             self.train, self.test = self.train.without(table.holdout)
         else:
-            self.test = open_files(table.name, root, table.val_split, self.train.classes, held)
+            place = self.train.place or root
+            self.test = open_files(table.name, place, table.val_split, self.train.classes, self.train.held)
         is_divided = self.train.held is None
         mean, std = normalization(model)
         self.info = DataInfo(
@@ -107,6 +111,7 @@ class FileSource:
         )
         self.input_size: tuple[int, ...] = (3, table.image_size, table.image_size)
         self.num_train = self.train.num_images
+        self.place = self.train.place
 
     def batches(
         self, train: TrainTable, device: torch.device, share: tuple[int, int], layout: torch.memory_format
@@ -146,7 +151,7 @@ def open_test_files(info: DataInfo, root: str | Path | None, name: str | None = 
 
     Args:
         info: What the family was trained on.
-        root: Where to look first.
+        root: Where to look, as `open_files` has it.
         name: The other data set.
 
     Raises:
@@ -160,7 +165,7 @@ def open_train_files(info: DataInfo, root: str | Path | None) -> Files:
 
     Args:
         info: What the family was trained on.
-        root: Where to look first.
+        root: Where to look, as `open_files` has it.
 
     Raises:
         DataError: As `open_files`.

@@ -137,7 +137,10 @@ def test_a_folder_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPa
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(detachnet.DataError, match=r"the folder .*train cannot be read\n  what .*denied: '.*dog'"):
+    with pytest.raises(detachnet.DataError, match=r"the folder .*train.dog cannot be read\n  what .*denied"):
+        open_files("folder", folder, "train")
+    monkeypatch.setattr(Path, "iterdir", lambda self: refuse(self / "dog"))
+    with pytest.raises(detachnet.DataError, match=r"the folder .*train.dog cannot be read\n  what .*denied"):
         open_files("folder", folder, "train")
 
 
