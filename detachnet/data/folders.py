@@ -18,14 +18,13 @@ from PIL import Image
 from timm.data import create_dataset
 from timm.utils.misc import natural_key
 
-from detachnet.data.datasets import places_of
+from detachnet.data.datasets import places_of, synonyms
 from detachnet.data.images import SUFFIXES, read_image, to_mode
 from detachnet.errors import DataError, first_line, nearest
 from detachnet.storage import open_file, read_file
 
-_SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
-"""Names of folders that stand for one another, as in timm's `create_dataset`."""
-_SPLITS = {"test", *(name for group in _SYNONYMS for name in group)}
+_SPLITS = {"test", *synonyms("train"), *synonyms("validation")}
+"""Names of folders that are no classes where a data set may be undivided."""
 CLASSES = "classes.txt"
 """Beside shards: the name of each class, one a line."""
 Sample = Mapping[str, Any]
@@ -283,11 +282,6 @@ def open_files(
     return replace(opened, classes=tuple(classes), labels=labels)
 
 
-def _synonyms(split: str) -> tuple[str, ...]:
-    """A split's name, and those that stand for it."""
-    return (split, *(s for group in _SYNONYMS if split in group for s in group if s != split))
-
-
 def _places(root: str | Path | None) -> list[Path]:
     """Where image files are looked for: in a given folder alone, for other places have other images."""
     return places_of(root)[:1] if root else places_of(None)
@@ -297,7 +291,7 @@ def _folder(name: str, root: str | Path | None, split: str, held: Held | None) -
     """A folder with a folder of images per class."""
     places = _places(root)
     place = places[0] if root else next((path for path in places if _decides(path, split, held)), None)
-    looked = [path / folder for path in ([place] if place else places) for folder in _synonyms(split)]
+    looked = [path / folder for path in ([place] if place else places) for folder in synonyms(split)]
     if (folder := next((path for path in looked if path.is_dir()), None)) is not None:
         return replace(_classes_of(name, folder, split), place=place)
     if place and held and _is_undivided(place, split, held):
@@ -317,7 +311,7 @@ def _folder(name: str, root: str | Path | None, split: str, held: Held | None) -
 def _decides(place: Path, split: str, held: Held | None) -> bool:
     """Whether a place has splits, be it others than this one, or images to divide: no other is looked at then."""
     inside = _folders_in(place)
-    if any(name.lower() in _SPLITS or name in _synonyms(split) for name in inside):
+    if any(name.lower() in _SPLITS or name in synonyms(split) for name in inside):
         return True
     if held is None or not _is_undivided(place, split, held):
         return False
@@ -329,7 +323,7 @@ def _is_undivided(place: Path, split: str, held: Held) -> bool:
     known = {*_SPLITS, split.lower(), held.split.lower()}
     inside = _folders_in(place)
     return bool(inside) and not any(
-        name.lower() in known or any(path.is_dir() for path in (place / name / s for s in _synonyms("train")))
+        name.lower() in known or any(path.is_dir() for path in (place / name / s for s in synonyms("train")))
         for name in inside
     )
 
@@ -416,7 +410,7 @@ def _table(name: str, root: str | Path | None, split: str, held: Held | None) ->
         )
     splits = {where for *_, where in rows}
     if divided := splits != {""}:
-        rows = [row for row in rows if row[2] in _synonyms(split)]
+        rows = [row for row in rows if row[2] in synonyms(split)]
     if not rows or (not divided and held is None):
         raise DataError(
             f"{file} names no {split} images",
@@ -461,9 +455,11 @@ def _rows(file: Path) -> list[tuple[str, str, str]]:
         if not path or not label or ("split" in names and not split):
             lack = "path" if not path else "label" if not label else "split"
             raise DataError(f"line {number} of {file} has no {lack}")
-        if (full := str(file.parent / path)) in line_of:
-            raise DataError(f"lines {line_of[full]} and {number} of {file} name the same image, {path}")
-        line_of[full] = number
+        full = str(file.parent / path)
+        plain = os.path.normcase(os.path.abspath(full))  # without x/.. and ./
+        if plain in line_of:
+            raise DataError(f"lines {line_of[plain]} and {number} of {file} name the same image, {path}")
+        line_of[plain] = number
         rows.append((full, label, split))
     return rows
 

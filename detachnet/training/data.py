@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -95,6 +96,7 @@ class FileSource:
         else:
             place = self.train.place or root
             self.test = open_files(table.name, place, table.val_split, self.train.classes, self.train.held)
+            _check_apart(self.train, self.test)
         is_divided = self.train.held is None
         mean, std = normalization(model)
         self.info = DataInfo(
@@ -131,6 +133,15 @@ class FileSource:
             layout=layout,
         )
         return batches, evaluation_batches(self.test, self.info, size, device, table.num_workers, share)
+
+
+def _check_apart(train: Files, test: Files) -> None:
+    """Refuse splits of shards or of folders that are the same under two names."""
+    same = min({*train.shards} & {*test.shards}, default=None)
+    if train.name == "folder" and train.held is None and os.path.samefile(train.reader.root, test.reader.root):
+        same = test.reader.root
+    if same is not None:
+        raise DataError(f"the splits {train.split!r} and {test.split!r} both have the images of {same}")
 
 
 def evaluation_batches(

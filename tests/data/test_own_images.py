@@ -99,6 +99,10 @@ def test_a_folder_without_splits_is_not_divided_unasked(photos: Path) -> None:
         ("path,label\ncoin/9.jpg,coin\n", r"names an image that is not there: .*9.jpg\n  try +paths are relative"),
         ("path,label\n" + 2 * "coin/coin_00.jpg,coin\n", "lines 2 and 3 of .* name the same image"),
         (
+            "path,label,split\ncoin/coin_00.jpg,coin,train\nleaf/.././coin/coin_00.jpg,coin,val\n",
+            r"lines 2 and 3 of .* name the same image, leaf/\.\./",
+        ),
+        (
             "path,label,split\ncoin/coin_00.jpg,coin,test\n",
             r"names no validation images\n  what +its splits are test",
         ),
