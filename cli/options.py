@@ -15,6 +15,9 @@ ModelFile = Annotated[
     str | None,
     typer.Option(metavar="FILE.py:FUNCTION", help="Code that makes the base-model, where it is one of your own."),
 ]
-DataRoot = Annotated[Path | None, typer.Option(help="Where data sets are; then $DETACHNET_DATA, then ./data.")]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(help="Where data sets are, image files only there; then $DETACHNET_DATA, then ./data."),
+]
 Download = Annotated[bool, typer.Option("--download", help="Fetch a data set that is not found.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

@@ -38,6 +38,8 @@ _MNIST = {
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 """SHA-256 of the official files, unpacked."""
+_SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
+"""Names of splits of image files that stand for one another, as in timm's `create_dataset`."""
 _CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -87,6 +89,11 @@ def load_data(name: str, root: str | Path | None = None, download: bool = False)
 def is_files(name: str) -> bool:
     """Whether a data set is one of image files: `folder`, `FILE.csv`, and timm's `wds/NAME` and `hfds/NAME`."""
     return name == "folder" or name.endswith(".csv") or name.startswith(("wds/", "hfds/"))
+
+
+def synonyms(split: str) -> tuple[str, ...]:
+    """A split's name, and those that stand for it."""
+    return (split, *(s for group in _SYNONYMS if split in group for s in group if s != split))
 
 
 def select(splits: tuple[Split, Split], num_train: int = 0, holdout: int = 0) -> tuple[Split, Split]:

@@ -18,14 +18,13 @@ from PIL import Image
 from timm.data import create_dataset
 from timm.utils.misc import natural_key
 
-from detachnet.data.datasets import places_of
+from detachnet.data.datasets import places_of, synonyms
 from detachnet.data.images import SUFFIXES, read_image, to_mode
 from detachnet.errors import DataError, first_line, nearest
 from detachnet.storage import open_file, read_file
 
-_SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
-"""Names of folders that stand for one another, as in timm's `create_dataset`."""
-_TEST = "test"
+_SPLITS = {"test", *synonyms("train"), *synonyms("validation")}
+"""Names of folders that are no classes where a data set may be undivided."""
 CLASSES = "classes.txt"
 """Beside shards: the name of each class, one a line."""
 Sample = Mapping[str, Any]
@@ -111,6 +110,7 @@ class Files:
         numbers: Those of the reader's images that the split has, where it has not all.
         labels: timm's labels to ours, where they differ.
         held: How the data set is divided, where it does not say so itself.
+        place: Which of the places that were looked in they are in; its other splits are there, too.
     """
 
     name: str
@@ -123,6 +123,7 @@ class Files:
     numbers: Sequence[int] | None = None
     labels: Mapping[int, int] = field(default_factory=dict)
     held: Held | None = None
+    place: Path | None = None
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """An image in colours, and its label.
@@ -179,7 +180,7 @@ class Files:
 
     def _name(self, index: int) -> str:
         """What errors call an image."""
-        if isinstance(self.reader, Listed) or self.name == "folder":
+        if isinstance(self.reader, Listed):
             return str(self.reader.filename(index, absolute=True))
         return f"image {index} of {self.name}, {self.split}"
 
@@ -253,7 +254,8 @@ def open_files(
         name: `folder`: a folder per class; `FILE.csv`: a table of paths and labels; `wds/NAME`: WebDataset shards;
             `hfds/NAME`: a data set of Hugging Face's, or the folder of one, which `datasets` fetches if it is not
             there.
-        root: Where to look first; then `$DETACHNET_DATA`, then `./data`. For `hfds/NAME` the folder in which
+        root: Where to look, and nowhere else. If not given, the first of `$DETACHNET_DATA` and `./data` that has
+            such images decides. A CSV file may lie where its name says, too. For `hfds/NAME` the folder in which
             `datasets` keeps what it has fetched; its own if none is given.
         split: A folder's name or a synonym of it (`val` for `validation`), a value of the column `split`, a split
             of the shards' `_info.json` or `NAME-{0000..0127}.tar|COUNT`, or a split of the data set.
@@ -280,68 +282,127 @@ def open_files(
     return replace(opened, classes=tuple(classes), labels=labels)
 
 
-def _synonyms(split: str) -> tuple[str, ...]:
-    """A split's name, and those that stand for it."""
-    return (split, *(s for group in _SYNONYMS if split in group for s in group if s != split))
+def _places(root: str | Path | None) -> list[Path]:
+    """Where image files are looked for: in a given folder alone, for other places have other images."""
+    return places_of(root)[:1] if root else places_of(None)
 
 
 def _folder(name: str, root: str | Path | None, split: str, held: Held | None) -> Files:
     """A folder with a folder of images per class."""
-    looked = [place / folder for place in places_of(root) for folder in _synonyms(split)]
-    folder = next((path for path in looked if path.is_dir()), None)
-    if folder is None and held and (place := _undivided(root)):
+    places = _places(root)
+    place = places[0] if root else next((path for path in places if _decides(path, split, held)), None)
+    looked = [path / folder for path in ([place] if place else places) for folder in synonyms(split)]
+    if (folder := next((path for path in looked if path.is_dir()), None)) is not None:
+        return replace(_classes_of(name, folder, split), place=place)
+    if place and held and _is_undivided(place, split, held):
         whole = _classes_of(name, place, split)
         samples = held.part(whole.reader.samples, str(place), split)
-        return replace(whole, num_images=len(samples), reader=Listed(samples, str(place)), held=held)
-    if folder is None:
-        missing = f"; {root} does not exist" if root and not Path(root).exists() else ""
-        undivided = ", or DIR/CLASS/*.jpg" if held else ""
-        raise DataError(
-            f"there is no folder of {split} images{missing}",
-            what="looked for " + ", ".join(map(str, looked)),
-            hint=f"--data-root DIR or DETACHNET_DATA=DIR says where it is: DIR/train/CLASS/*.jpg{undivided}",
-        )
-    return _classes_of(name, folder, split)
+        divided = Listed(samples, str(place))
+        return replace(whole, num_images=len(samples), reader=divided, held=held, place=place)
+    missing = f"; {root} does not exist" if root and not places[0].exists() else ""
+    undivided = ", or DIR/CLASS/*.jpg" if held else ""
+    raise DataError(
+        f"there is no folder of {split} images{missing}",
+        what="looked for " + ", ".join(map(str, looked)),
+        hint=f"--data-root DIR or DETACHNET_DATA=DIR says where it is: DIR/train/CLASS/*.jpg{undivided}",
+    )
 
 
-def _undivided(root: str | Path | None) -> Path | None:
-    """The first place with folders none of which is a split: those are classes."""
-    known = {_TEST, *(name for group in _SYNONYMS for name in group)}
-    for place in places_of(root):
-        if place.is_dir():
-            inside = {path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")}
-            return place if inside and not inside & known else None
-    return None
+def _decides(place: Path, split: str, held: Held | None) -> bool:
+    """Whether a place has splits, be it others than this one, or images to divide: no other is looked at then."""
+    inside = _folders_in(place)
+    if any(name.lower() in _SPLITS or name in synonyms(split) for name in inside):
+        return True
+    if held is None or not _is_undivided(place, split, held):
+        return False
+    return any(path for name in inside for path in _images_below(place / name))
+
+
+def _is_undivided(place: Path, split: str, held: Held) -> bool:
+    """Whether a place has folders, none of which is a split or has one for trainings: those are classes."""
+    known = {*_SPLITS, split.lower(), held.split.lower()}
+    inside = _folders_in(place)
+    return bool(inside) and not any(
+        name.lower() in known or any(path.is_dir() for path in (place / name / s for s in synonyms("train")))
+        for name in inside
+    )
+
+
+def _folders_in(place: Path) -> list[str]:
+    """Names of the folders in a place, if it is there."""
+    return [path.name for path in _entries(place) if path.is_dir()] if place.is_dir() else []
 
 
 def _classes_of(name: str, folder: Path, split: str) -> Files:
-    """A folder of classes."""
-    reader = _create(name, str(folder), split, search_split=False).reader
-    start = len(str(folder)) + 1
-    full = {str(path)[start:].partition("/")[0] for path, _ in reader.samples}
-    for sub in sorted(folder.iterdir()):
-        if sub.is_dir() and sub.name not in full and not sub.name.startswith("."):
-            raise DataError(f"the class {sub.name!r} is empty: there is no image in {sub}")
-    if "" in reader.class_to_idx:
+    """A folder of classes: the first folder on the way to an image is its class."""
+    found: dict[str, list[str]] = {}
+    for path in _entries(folder):
+        if path.is_dir():
+            found[path.name] = list(_images_below(path))
+        elif _is_image(path.name):
+            raise DataError(
+                f"there are images in {folder} itself, which belong to no class",
+                what=str(path),
+                hint=f"put them in a folder per class: {folder}/CLASS/*.jpg",
+            )
+    if empty := [each for each, paths in found.items() if not paths]:
         raise DataError(
-            f"there are images in {folder} itself, which belong to no class",
-            what=next(str(path) for path, label in reader.samples if label == reader.class_to_idx[""]),
-            hint=f"put them in a folder per class: {folder}/CLASS/*.jpg",
+            f"the class {empty[0]!r} is empty: there is no image in {folder / empty[0]}",
+            hint=f"suffixes looked for: {' '.join(SUFFIXES)}",
         )
-    samples = Listed([(str(path), label) for path, label in reader.samples], str(folder))
-    return Files(name, split, tuple(reader.class_to_idx), len(reader), reader=samples)
+    if not found:
+        raise DataError(f"there is no folder of a class in {folder}", hint=f"it has {folder}/CLASS/*.jpg")
+    samples = [(path, label) for label, paths in enumerate(found.values()) for path in paths]
+    samples.sort(key=lambda sample: _in_order(sample[0]))
+    return Files(name, split, tuple(found), len(samples), reader=Listed(samples, str(folder)))
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, in order, but for names that begin with a dot."""
+    try:
+        inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise _unreadable(error) from error
+    return sorted(inside, key=lambda path: _in_order(path.name))
+
+
+def _images_below(folder: Path) -> Iterator[str]:
+    """Paths of the images in a folder and in those in it, linked ones too; none that begins with a dot."""
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error) from error
+
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (os.path.join(place, name) for name in files if _is_image(name))
+
+
+def _unreadable(error: OSError) -> DataError:
+    """What is said of a folder of images that cannot be looked into."""
+    return DataError(f"the folder {error.filename} cannot be read", what=str(error))
+
+
+def _is_image(name: str) -> bool:
+    """Whether a file is one of those that are looked for."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _in_order(name: str) -> tuple[list[str | int], str]:
+    """What names are sorted by, as timm's reader does: numbers as numbers, letters of either case alike."""
+    return natural_key(name), name
 
 
 def _table(name: str, root: str | Path | None, split: str, held: Held | None) -> Files:
     """A CSV file with the columns `path`, `label` and, where it says the splits, `split`."""
-    looked = [*(place / name for place in places_of(root)), Path(name)]
-    file = next((path for path in looked if path.is_file()), None)
-    if file is None:
+    places = [*_places(root), Path()]
+    place = next((path for path in places if (path / name).is_file()), None)
+    if place is None:
         raise DataError(
             f"there is no file {name}",
-            what="looked for " + ", ".join(map(str, dict.fromkeys(looked))),
+            what="looked for " + ", ".join(dict.fromkeys(str(path / name) for path in places)),
             hint="--data-root DIR or DETACHNET_DATA=DIR says which folder it is in",
         )
+    file = place / name
     rows = _rows(file)
     if missing := next((path for path, *_ in rows if not os.path.isfile(path)), None):
         raise DataError(
@@ -349,19 +410,22 @@ def _table(name: str, root: str | Path | None, split: str, held: Held | None) ->
         )
     splits = {where for *_, where in rows}
     if divided := splits != {""}:
-        rows = [row for row in rows if row[2] in _synonyms(split)]
+        rows = [row for row in rows if row[2] in synonyms(split)]
     if not rows or (not divided and held is None):
         raise DataError(
             f"{file} names no {split} images",
             what=f"its splits are {', '.join(sorted(splits))}" if divided else "it has no column 'split'",
             nearest=nearest(split, splits),
         )
-    classes = tuple(sorted({label for _, label, _ in rows}, key=natural_key))
+    classes = tuple(sorted({label for _, label, _ in rows}, key=_in_order))
     samples = [(path, classes.index(label)) for path, label, _ in rows]
-    if divided or held is None:
-        return Files(name, split, classes, len(samples), reader=Listed(samples, str(file.parent)))
-    samples = held.part(samples, str(file.parent), split)
-    return Files(name, split, classes, len(samples), reader=Listed(samples, str(file.parent)), held=held)
+    if divided:
+        held = None
+    elif held is not None:
+        samples = held.part(samples, str(file.parent), split)
+    reader = Listed(samples, str(file.parent))
+    found_in = None if file == Path(name) and file.is_absolute() else place
+    return Files(name, split, classes, len(samples), reader=reader, held=held, place=found_in)
 
 
 def _rows(file: Path) -> list[tuple[str, str, str]]:
@@ -391,9 +455,11 @@ def _rows(file: Path) -> list[tuple[str, str, str]]:
         if not path or not label or ("split" in names and not split):
             lack = "path" if not path else "label" if not label else "split"
             raise DataError(f"line {number} of {file} has no {lack}")
-        if (full := str(file.parent / path)) in line_of:
-            raise DataError(f"lines {line_of[full]} and {number} of {file} name the same image, {path}")
-        line_of[full] = number
+        full = str(file.parent / path)
+        plain = os.path.normcase(os.path.abspath(full))  # without x/.. and ./
+        if plain in line_of:
+            raise DataError(f"lines {line_of[plain]} and {number} of {file} name the same image, {path}")
+        line_of[plain] = number
         rows.append((full, label, split))
     return rows
 
@@ -401,7 +467,7 @@ def _rows(file: Path) -> list[tuple[str, str, str]]:
 def _shards(name: str, root: str | Path | None, split: str) -> Files:
     """WebDataset shards: `KEY.jpg` and `KEY.cls` in tar files."""
     _need("webdataset", "WebDataset shards", "wds")
-    places = places_of(root)
+    places = _places(root)
     place = next((path for path in places if any(path.glob("*.tar"))), None)
     if place is None:
         raise DataError(
@@ -418,7 +484,8 @@ def _shards(name: str, root: str | Path | None, split: str) -> Files:
     shards = tuple(str(place / file) for file in info.filenames)
     if missing := [shard for shard in shards if not Path(shard).is_file()]:
         raise DataError(f"{len(missing)} of {len(shards)} shards are missing", what=missing[0])
-    return Files(name, split, _class_names(place), info.num_samples, shards, tuple(info.shard_lengths))
+    lengths = tuple(info.shard_lengths)
+    return Files(name, split, _class_names(place), info.num_samples, shards, lengths, place=place)
 
 
 def _class_names(place: Path) -> tuple[str, ...]:
@@ -443,10 +510,10 @@ def _hub(name: str, root: str | Path | None, split: str) -> Files:
     return Files(name, split, tuple(reader.class_to_idx), len(reader), reader=reader)
 
 
-def _create(name: str, root: str | None, split: str, **options: Any) -> Any:
+def _create(name: str, root: str | None, split: str) -> Any:
     """timm's `create_dataset`, whose libraries raise anything where data is missing."""
     try:
-        return create_dataset(name, root, split, **options)
+        return create_dataset(name, root, split)
     except Exception as error:
         what = first_line(error)
         where = f" in {root}" if root else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from detachnet.data.datasets import Split, describe_data
 from detachnet.data.folders import Files, Held, open_files
 from detachnet.data.images import evaluation_transform
 from detachnet.data.loader import EVAL_BATCH as FILES_EVAL_BATCH, Augmentation, FileBatches
+from detachnet.errors import DataError
 from detachnet.evaluation import EVAL_BATCH
 from detachnet.facts import DataInfo
 from detachnet.progress import counted
@@ -26,11 +28,13 @@ class Source(Protocol):
         info: What the family's file says of them.
         input_size: Shape of one image, `(C, H, W)`.
         num_train: Number of training images.
+        place: Where image files were found, of the places that were looked in.
     """
 
     info: DataInfo
     input_size: tuple[int, ...]
     num_train: int
+    place: Path | None
 
     def batches(
         self, train: TrainTable, device: torch.device, share: tuple[int, int], layout: torch.memory_format
@@ -50,6 +54,7 @@ class MemorySource:
         self.info = info.model_copy(update={"num_test": 0}) if table.holdout else info
         self.input_size = tuple(splits[0].images.shape[1:])
         self.num_train = len(splits[0])
+        self.place: Path | None = None
 
     def batches(
         self, train: TrainTable, device: torch.device, share: tuple[int, int], layout: torch.memory_format
@@ -81,10 +86,17 @@ class FileSource:
         self.table = table
         held = Held(table.val_split, table.val_share, table.split_seed)
         self.train = open_files(table.name, root, table.train_split, held=held)
+        if len(self.train.classes) < 2:
+            raise DataError(
+                f"all training images are of one class, {self.train.classes[0]!r}",
+                hint="in a folder of images the folders right below DIR/train, or DIR, are the classes",
+            )
         if table.holdout:
             self.train, self.test = self.train.without(table.holdout)
         else:
-            self.test = open_files(table.name, root, table.val_split, self.train.classes, held)
+            place = self.train.place or root
+            self.test = open_files(table.name, place, table.val_split, self.train.classes, self.train.held)
+            _check_apart(self.train, self.test)
         is_divided = self.train.held is None
         mean, std = normalization(model)
         self.info = DataInfo(
@@ -101,6 +113,7 @@ class FileSource:
         )
         self.input_size: tuple[int, ...] = (3, table.image_size, table.image_size)
         self.num_train = self.train.num_images
+        self.place = self.train.place
 
     def batches(
         self, train: TrainTable, device: torch.device, share: tuple[int, int], layout: torch.memory_format
@@ -122,6 +135,15 @@ class FileSource:
         return batches, evaluation_batches(self.test, self.info, size, device, table.num_workers, share)
 
 
+def _check_apart(train: Files, test: Files) -> None:
+    """Refuse splits of shards or of folders that are the same under two names."""
+    same = min({*train.shards} & {*test.shards}, default=None)
+    if train.name == "folder" and train.held is None and os.path.samefile(train.reader.root, test.reader.root):
+        same = test.reader.root
+    if same is not None:
+        raise DataError(f"the splits {train.split!r} and {test.split!r} both have the images of {same}")
+
+
 def evaluation_batches(
     files: Files,
     info: DataInfo,
@@ -140,7 +162,7 @@ def open_test_files(info: DataInfo, root: str | Path | None, name: str | None = 
 
     Args:
         info: What the family was trained on.
-        root: Where to look first.
+        root: Where to look, as `open_files` has it.
         name: The other data set.
 
     Raises:
@@ -154,7 +176,7 @@ def open_train_files(info: DataInfo, root: str | Path | None) -> Files:
 
     Args:
         info: What the family was trained on.
-        root: Where to look first.
+        root: Where to look, as `open_files` has it.
 
     Raises:
         DataError: As `open_files`.

@@ -44,7 +44,7 @@ def preview(recipe: Recipe, data_root: str | Path | None = None, download: bool 
 
     Args:
         recipe: The experiment.
-        data_root: Where data sets are looked for first.
+        data_root: Where data sets are looked for first; image files nowhere else.
         download: Fetch a data set that is not found.
 
     Raises:

@@ -34,7 +34,7 @@ class RunFolder:
     """Paths and files of a run.
 
     Attributes:
-        data_root: Where the run looks for its data first, if it was told; evaluations look there, too.
+        data_root: Where the run looks for its data first, if it was told, or found it; evaluations, too.
         recipe: The resolved recipe, TOML.
         info: Versions, machine and seconds, JSON.
         metrics: One line of JSON per epoch; depends on nothing but the recipe.

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from detachnet.data.datasets import is_files
+from detachnet.data.datasets import is_files, synonyms
 from detachnet.errors import RecipeError
 from detachnet.fields import Fields
 from detachnet.models import MOST
@@ -201,6 +201,13 @@ class FilesTable(RecipeTable):
     """Alpha of cutmix; 0 for none. With both, one is chosen for each batch."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 4
     """Processes that read and augment images, for each process that trains; 0 for none beside it."""
+
+    @model_validator(mode="after")
+    def _splits_differ(self) -> FilesTable:
+        if self.val_split in synonyms(self.train_split):
+            names = f"data.train_split = {self.train_split!r} and data.val_split = {self.val_split!r}"
+            raise ValueError(f"{names} are the same images")
+        return self
 
 
 IN_MEMORY, IN_FILES = "(data sets in memory)", "(image files)"

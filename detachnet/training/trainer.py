@@ -75,7 +75,7 @@ def train(
             given, of the recipe's file.
         resume: Resume from the last checkpoint. On a CPU the metrics equal an uninterrupted run's exactly; with
             WebDataset shards, if the numbers of processes and workers are the same.
-        data_root: Where data sets are looked for first.
+        data_root: Where data sets are looked for first; image files nowhere else.
         download: Fetch a data set that is not found.
         max_minutes: Stop with a checkpoint after that time.
         listener: Is told how it goes.
@@ -118,6 +118,7 @@ def _train(
     recipe = folder.as_started(recipe) if resume else recipe
     saved = folder.saved(recipe) if resume else None
     source = open_source(recipe, data_root, download)
+    folder.data_root = source.place or folder.data_root
     recipe = decided(recipe, source)
     with _own_random_numbers_and_search(), open_processes(recipe, folder) as accelerator:
         several = accelerator.num_processes > 1

@@ -1,16 +1,20 @@
 import io
 import json
+import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 import detachnet
 from detachnet.data import folders as files, shards
 from detachnet.data.datasets import is_files, load_data
 from detachnet.data.folders import Held, open_files
+from detachnet.data.images import SUFFIXES
 from detachnet.facts import DataInfo
 from detachnet.training.data import hold
 from detachnet.training.recipe import load_recipe
@@ -70,8 +74,74 @@ def test_what_can_be_wrong_with_a_folder(folder: Path, tmp_path: Path, monkeypat
     with pytest.raises(detachnet.DataError, match=r"there are images in .*val itself[\s\S]*stray.png"):
         open_files("folder", folder, "val")
     (tmp_path / "bare" / "train").mkdir(parents=True)
-    with pytest.raises(detachnet.DataError, match="the split 'train' of folder cannot be opened"):
+    with pytest.raises(
+        detachnet.DataError, match=r"there is no folder of a class in bare.train\n  try +it has bare"
+    ):
         open_files("folder", "bare", "train")
+
+
+def copies(picture: Path, folder: Path, *names: str) -> None:
+    """The same picture under several names."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture.read_bytes())
+
+
+def listed(root: Path, split: str = "train") -> dict[str, str]:
+    """Path of each image and the class that it is of."""
+    opened = open_files("folder", root, split)
+    return {Path(p).relative_to(root / split).as_posix(): opened.classes[i] for p, i in opened.reader.samples}
+
+
+def test_the_class_is_the_first_folder(folder: Path, tmp_path: Path) -> None:
+    """Whatever folders there are in it; timm takes the last one for it."""
+    names = [f"{pet}/{place}/{i}.png" for pet in ("cat", "dog") for place in ("indoor", "outdoor") for i in (0, 1)]
+    copies(folder / "val" / "cat" / "0.png", tmp_path / "train", *names, "dog/2.png")
+    assert listed(tmp_path) == {name: name[:3] for name in (*names, "dog/2.png")}
+
+
+def test_names_that_begin_with_a_dot_are_left_out(folder: Path, tmp_path: Path) -> None:
+    hidden = ("cat/.ipynb_checkpoints/0-checkpoint.png", "cat/._0.png", ".trash/0.png", ".0.png")
+    copies(folder / "val" / "cat" / "0.png", tmp_path / "train", "cat/0.png", "dog/0.png", *hidden)
+    assert listed(tmp_path) == {"cat/0.png": "cat", "dog/0.png": "dog"}
+
+
+def test_a_folder_has_images_of_all_formats_that_are_read(tmp_path: Path) -> None:
+    names = [f"{pet}/{i}{suffix}" for pet in ("cat", "dog") for i, suffix in enumerate(SUFFIXES)]
+    for name in (*names, "dog/12.JPG"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        mode = "1" if name.endswith(".pbm") else "RGB"
+        Image.new(mode, (8, 8)).save(tmp_path / "train" / name, SUFFIXES[Path(name).suffix.lower()])
+    (tmp_path / "train" / "dog" / "about.txt").write_text("no image")
+    assert set(listed(tmp_path)) == {*names, "dog/12.JPG"}
+    opened = open_files("folder", tmp_path, "train")
+    assert {opened.read(i)[0].mode for i in range(opened.num_images)} == {"RGB"}
+
+
+def test_labels_and_order_are_those_of_timms_reader(folder: Path, tmp_path: Path) -> None:
+    """A family that was trained before keeps its classes, a training its order."""
+    names = [f"{pet}/{i}.png" for pet in ("b2", "b10", "b", "A", "c d") for i in (10, 9, "x")]
+    copies(folder / "val" / "cat" / "0.png", tmp_path / "train", *names)
+    (tmp_path / "train" / "linked").symlink_to(folder / "train" / "cat", target_is_directory=True)
+    ours, theirs = open_files("folder", tmp_path, "train"), ReaderImageFolder(str(tmp_path / "train"))
+    assert ours.classes == tuple(theirs.class_to_idx) == ("A", "b", "b2", "b10", "c d", "linked")
+    assert ours.reader.samples == theirs.samples
+
+
+def test_a_folder_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = os.scandir
+
+    def refuse(path: Path) -> Iterator[os.DirEntry[str]]:
+        if Path(path).name == "dog":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(detachnet.DataError, match=r"the folder .*train.dog cannot be read\n  what .*denied"):
+        open_files("folder", folder, "train")
+    monkeypatch.setattr(Path, "iterdir", lambda self: refuse(self / "dog"))
+    with pytest.raises(detachnet.DataError, match=r"the folder .*train.dog cannot be read\n  what .*denied"):
+        open_files("folder", folder, "train")
 
 
 def test_images_are_held_out(folder: Path) -> None:

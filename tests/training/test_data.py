@@ -248,6 +248,38 @@ def test_held_out_images_in_place_of_the_validation_images(folder: Path) -> None
     assert open_test_files(source.info, folder).num_images == 12
 
 
+def test_images_of_one_class_are_not_trained_on(folder: Path, tmp_path: Path) -> None:
+    """Such as folders of classes that lie one folder too deep."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "images").symlink_to(folder / "train", target_is_directory=True)
+    with pytest.raises(detachnet.DataError, match=r"are of one class, 'images'\n  try .* right below DIR/train"):
+        FileSource(recipe().data, tmp_path, "timm:resnet18")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "train_split", "val_split"),
+    [("folder", "train", "train"), ("a.csv", "val", "validation"), ("wds/x", "training", "train")],
+)
+def test_training_images_are_not_tested_on(name: str, train_split: str, val_split: str) -> None:
+    said = f"data.train_split = '{train_split}' and data.val_split = '{val_split}' are the same images"
+    with pytest.raises(detachnet.RecipeError, match=said):
+        recipe(data={"name": name, "train_split": train_split, "val_split": val_split})
+
+
+def test_folders_and_shards_are_not_trained_and_tested_on(folder: Path, tmp_path: Path) -> None:
+    """Whatever they are called."""
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(folder / "train", target_is_directory=True)
+    with pytest.raises(detachnet.DataError, match=r"'train' and 'validation' both have the images of .*val$"):
+        FileSource(recipe().data, tmp_path, "timm:resnet18")  # type: ignore[arg-type]
+    pytest.importorskip("webdataset")
+    shards = make_shards(folder, tmp_path / "shards", 12)
+    splits = {"train_split": "train-{000000..000002}.tar|36", "val_split": "train-{000002..000003}.tar|24"}
+    chosen = recipe(data={"name": "wds/x", **splits}).data
+    with pytest.raises(detachnet.DataError, match=r"both have the images of .*train-000002.tar$"):
+        FileSource(chosen, shards, "timm:resnet18")  # type: ignore[arg-type]
+
+
 def test_evaluating_batches_directly(folder: Path, whole: Path) -> None:
     from detachnet.data.folders import open_files
     from detachnet.training.data import evaluation_batches
