@@ -184,6 +184,44 @@ def test_a_model_with_a_stepdown_of_its_own() -> None:
     assert {name for name, _ in detached.named_children()} == {"stepdown", "stepdown_"}
 
 
+class Keyed(nn.Module):
+    """Layers and a parameter by names that are words of Python, or no names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = block(3, 16, 2), nn.Linear(16, 4)
+        self.ops = nn.ModuleDict({key: block(16, 16) for key in ("class", "None", '"in\\', "3x3", "é", "<0>")})
+        self.register_parameter("lambda", nn.Parameter(torch.rand(16, 1, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x) * getattr(self, "lambda")  # noqa: B009
+        for op in self.ops.values():
+            x = op(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_layers_may_have_any_name() -> None:
+    model, x = Keyed().eval(), torch.randn(2, 3, 16, 16)
+    subs = {"front": "ops.class", "inner": SubModel(drop=["ops.None:ops.3x3"]), "narrow": SubModel(width=0.5)}
+    net = detachnet.make_detachable(model, subs, (3, 16, 16)).eval()
+    assert torch.equal(net(x), model(x))
+    for name in net.names:
+        detached = net.detach(name)
+        torch.testing.assert_close(detached(x), net(x, which=name))
+        torch.testing.assert_close(pickle.loads(pickle.dumps(detached))(x), detached(x))
+
+
+class Silent(models.Around):
+    """What sets its mode returns nothing, as many write it."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        self.a[1].eval()
+
+    def eval(self) -> None:  # type: ignore[override]
+        self.train(False)
+
+
 class Entry(nn.Conv2d):
     """A step-down that does so, too."""
 
