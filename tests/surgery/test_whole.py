@@ -416,6 +416,41 @@ def by_processes(module: Any, x: Tensor) -> Tensor:
     return h
 
 
+def by_export(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if torch.onnx.is_in_onnx_export() else 1)
+    return h
+
+
+def by_dtype_of_autocast(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if torch.get_autocast_dtype("cpu") == torch.float16 else 1)
+    return h
+
+
+def by_dtype_by_default(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if torch.get_default_dtype() == torch.float64 else 1)
+    return h
+
+
+def by_determinism(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if torch.are_deterministic_algorithms_enabled() else 1)
+    return h
+
+
+def by_threads(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * torch.get_num_threads()
+    return h
+
+
+def by_flag(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if torch.backends.cudnn.benchmark else 1)
+    return h
+
+
+def by_flag_of_matrices(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if torch.backends.cuda.matmul.allow_tf32 else 1)
+    return h
+
+
 KEPT: dict[Run, str] = {
     without_gradients: "no_grad",
     inferred: "no_grad",
@@ -462,6 +497,13 @@ KEPT: dict[Run, str] = {
     by_gradients: "a question about is_grad_enabled",
     by_inference: "a question about is_inference_mode_enabled",
     by_processes: "a question about is_initialized",
+    by_export: "a question about is_in_onnx_export",
+    by_dtype_of_autocast: "a question about get_autocast_dtype",
+    by_dtype_by_default: "a question about get_default_dtype",
+    by_determinism: "a question about are_deterministic_algorithms_enabled",
+    by_threads: "a question about get_num_threads",
+    by_flag: "a question about a flag of torch.backends",
+    by_flag_of_matrices: "a question about a flag of torch.backends",
 }
 """What a module's own forward may do, and how the plan says that it is kept whole for it."""
 
@@ -480,6 +522,8 @@ REFUSED = {
         by_identity,
         by_lookup,
     ),
+    *(by_export, by_dtype_of_autocast, by_dtype_by_default, by_determinism, by_threads),
+    *(by_flag, by_flag_of_matrices),
 }
 """What is refused in the model's own forward, which cannot be kept whole."""
 LATER = {kept_for_the_next, first_pass_only, kept_in_a_place}
