@@ -67,14 +67,15 @@ def watching(watch: Watch) -> Iterator[None]:
         _local.watch = before
 
 
-def answer_isinstance(module: nn.Module) -> None:
-    """Until the trace ends, `isinstance` in the files of a module's classes knows what traced values stand for."""
+def answer_builtins(module: nn.Module) -> None:
+    """Until the trace ends, `isinstance` and `len` in the files of a module's classes know of traced values."""
     files = [vars(sys.modules[c.__module__]) for c in type(module).__mro__ if c.__module__ in sys.modules]
     called = (function.__globals__ for function in functions_of(module))
     for names in [*files, *(names for names in called if is_users(names.get("__name__")))]:
-        if "isinstance" not in names and not names["__name__"].startswith(("torch.", "builtins")):
-            names["isinstance"] = _is_instance
-            _PATCHES.asking.append(names)
+        for name, answer in {"isinstance": _is_instance, "len": _length}.items():
+            if name not in names and not names["__name__"].startswith(("torch.", "builtins")):
+                names[name] = answer
+                _PATCHES.asking.append((names, name))
 
 
 def _is_instance(value: Any, kind: Any) -> bool:
@@ -85,13 +86,21 @@ def _is_instance(value: Any, kind: Any) -> bool:
     return issubclass(watch.tracer.class_of(value), kind)
 
 
+def _length(value: Any) -> Any:
+    """`len`, which of a traced batch is as its shape has it, a traced number."""
+    watch = _current() if isinstance(value, fx.Proxy) else None
+    if watch is None or watch.tracer.known(value.node, length_only=True)[0]:
+        return len(value)
+    return value.shape[0] if issubclass(watch.tracer.class_of(value), torch.Tensor) else len(value)
+
+
 class _Patches:
     """What classes have in their own namespaces, replaced while a thread traces; others wait, for torch.fx."""
 
     def __init__(self) -> None:
         self.tracing = 0
         self.originals: list[tuple[Any, str, Any]] = []
-        self.asking: list[dict[str, Any]] = []
+        self.asking: list[tuple[dict[str, Any], str]] = []
 
     def __enter__(self) -> None:
         TURN.acquire()
@@ -110,7 +119,8 @@ class _Patches:
             else:
                 setattr(owner, name, original)
         while not self.tracing and self.asking:
-            del self.asking.pop()["isinstance"]
+            names, answered = self.asking.pop()
+            del names[answered]
         TURN.release()
 
 
