@@ -405,8 +405,8 @@ class _Prover:
         """A refusal that names the module to keep whole."""
         base = self.net.base
         owner = owner if owner in dict(base.named_modules()) else ""
-        while owner and isinstance(base.get_submodule(owner), _TORCHS):
-            owner = owner.rpartition(".")[0]  # torch's own layers are kept whole anyway
+        while owner and _is_plain(base.get_submodule(owner)):
+            owner = owner.rpartition(".")[0]
         module = base.get_submodule(owner) if owner else base
         kept = f"leaf_modules=[{owner!r}] keeps it whole"
         if owner in self.net._tracing.leaves.paths:
@@ -424,14 +424,18 @@ class _Prover:
         return error
 
 
-_TORCHS = (
-    nn.Sequential,
-    nn.ModuleList,
-    nn.ModuleDict,
-    nn.Linear,
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
-)
+_CONTAINERS = (nn.Sequential.forward, nn.Module.forward)
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module only runs its layers, or is a layer that is kept whole anyway; not what has both names.
+
+    Fused layers of torch.ao are containers by their class, with a forward of their own.
+    """
+    is_alone = next(module.children(), None) is None and isinstance(module, _LAYERS)
+    is_container = getattr(type(module), "forward", None) in _CONTAINERS
+    return is_alone or is_container or isinstance(module, nn.modules.batchnorm._NormBase)
 
 
 def _telling(net: DetachableNet) -> set[str]:
