@@ -53,7 +53,8 @@ def answer(model: nn.Module, input_size: tuple[int, ...]) -> Answer | None:
     numbers = torch.arange(math.prod(input_size), dtype=torch.float64)
     image = torch.sin(numbers * 0.7).view(1, *input_size).to(like)
     try:
-        asked = silence_hooks(copy_model(model)).eval()
+        asked = silence_hooks(copy_model(model))
+        asked.eval()
         with _left_as_found(asked, like.device), torch.no_grad():
             first, second = (_summary(asked(image.clone())) for _ in range(2))
     except Exception:  # whatever the forward pass of a user's model raises: it is asked, not used

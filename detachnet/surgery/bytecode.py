@@ -26,6 +26,12 @@ def has_effect(forward: Any) -> bool:
     return calls or not {"STORE_ATTR", "STORE_SUBSCR", "RAISE_VARARGS"}.isdisjoint(steps)
 
 
+def gives_something(function: Any) -> bool:
+    """Whether code returns anything but None."""
+    steps = [(step.opname, step.argval) for step in steps_of(function)]
+    return any(one != ("LOAD_CONST", None) for one, two in pairwise(steps) if two[0] == "RETURN_VALUE")
+
+
 @lru_cache
 def compares_dtypes(code: CodeType) -> bool:
     """Whether code asks if something *is* a dtype, which no traced value can answer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import keyword
 import linecache
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -12,6 +13,7 @@ from types import CodeType
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.fx.graph import PythonCode
 
 Run = Callable[[nn.Module, Tensor], Any]
 _number = count()
@@ -21,8 +23,30 @@ _parsing = Lock()
 
 def compile_graph(graph: fx.Graph, label: str) -> Run:
     """A graph as a function of (module, images)."""
-    code = graph.python_code("self")
+    code = written(graph)
     return compile_source(code.src, code.globals, label)
+
+
+def written(graph: fx.Graph) -> PythonCode:
+    """A graph as Python, in which any name may be a layer's: torch.fx writes `self.class` of one called so."""
+    targets = {n: str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
+    odd = {node: target for node, target in targets.items() if not all(map(_is_plain, target.split(".")))}
+    parts = {part: f"<{i}>" for i, part in enumerate({p for target in odd.values() for p in target.split(".")})}
+    try:
+        for node, target in odd.items():  # what is no name stands in quotes
+            node.target = ".".join(p if _is_plain(p) else parts[p] for p in target.split("."))
+        code = graph.python_code("self")
+    finally:
+        for node, target in odd.items():
+            node.target = target
+    for part, stand_in in parts.items():
+        code.src = code.src.replace(f', "{stand_in}")', f", {part!r})")
+    return code
+
+
+def _is_plain(part: str) -> bool:
+    """Whether Python reads what torch.fx writes of a name."""
+    return part.isascii() and part.isprintable() and not (keyword.iskeyword(part) or {'"', "\\", "<"} & {*part})
 
 
 def compile_source(source: str, scope: Mapping[str, Any], label: str) -> Run:

@@ -97,7 +97,9 @@ class DetachableNet(nn.Module):
         self._proven, self._varied = frozenset({way_of(self)}), frozenset[str]()
         like = weight_of(base)
         for path, module in bridges.items():
-            put(self, path, module.to(like.device, like.dtype).train(base.training))
+            module.to(like.device, like.dtype)
+            module.train(base.training)
+            put(self, path, module)
         self._put_own_layers()
         self._count_own_params()
         self.training = base.training
@@ -318,7 +320,8 @@ class DetachableNet(nn.Module):
         if name == BASE and not share:
             base = copy_model(self.base)
             base.zero_grad()
-            return base.eval()
+            base.eval()  # a user's may return nothing, and so may `train`
+            return base
         modes = [self._derived.sources[name][training] for training in (False, True)]
         differ = modes[0].traced.source != modes[1].traced.source
         graphs = [build_view(mode, (name,)) for mode in modes[: 1 + differ]]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from detachnet.surgery.codegen import written
 from detachnet.surgery.detached import Code, DetachedModel
 from detachnet.surgery.modules import attribute, copies_of_computed_tensors, with_leaves
 from detachnet.surgery.ownership import HEADS, NORMS, SLICES, ViewSource
@@ -32,8 +33,7 @@ def as_module(
     memo: dict[int, Any] = copies_of_computed_tensors(net)
     names = Names(net.get_submodule(BASE))
     parts = [dict(_parts(net, graph, share, memo, names)) for graph in graphs]
-    written = [graph.python_code("self") for graph in graphs]
-    codes = [Code(code.src, code.globals) for code in written]
+    codes = [Code(code.src, code.globals) for code in map(written, graphs)]
     only_in_training = sorted(parts[-1].keys() - parts[0].keys())
     others = [
         [

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import PythonCode
 from torch.fx.node import map_aggregate
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from detachnet.errors import TraceError
+from detachnet.surgery.codegen import written
 from detachnet.surgery.modules import attribute, copy_model, random_states_kept
 from detachnet.surgery.outside import Outside
 from detachnet.surgery.tracer import NO_LEAVES, PROBE_BATCH, Leaves, Spec, leaves_of, thaw
@@ -45,6 +47,14 @@ class Root(nn.Module):
     def forward(self, x: Any) -> Any:
         """What the model returns."""
         return self.base(x)
+
+
+class _Interpreted(fx.GraphModule):
+    """A graph with its modules that is never run as code, so that none is compiled."""
+
+    def recompile(self) -> PythonCode:
+        """Write the code, as torch.fx does where a graph is set."""
+        return written(self.graph)
 
 
 class _Propagator(fx.Interpreter):
@@ -154,12 +164,12 @@ class TracedGraph:
     @cached_property
     def module(self) -> fx.GraphModule:
         """The graph with its modules, on the meta device."""
-        return fx.GraphModule(self.root, self.graph)
+        return _Interpreted(self.root, self.graph)
 
     @cached_property
     def source(self) -> str:
         """The graph as Python."""
-        return self.graph.python_code("self").src
+        return written(self.graph).src
 
     @cached_property
     def _probe(self) -> _Propagator:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import timm
@@ -34,10 +35,24 @@ _LIBRARIES = (
 _CASTS = "decorate_fwd"
 """What `torch.amp.custom_fwd` makes of a forward, which asks for autocast."""
 _OF_PROCESSES = ("is_initialized", "get_world_size", "get_rank") if torch.distributed.is_available() else ()
+
+
+def _questions(part: ModuleType) -> Iterator[tuple[ModuleType, str]]:
+    """The functions of a part of torch that tell what is switched on: something sets it, or they are called so."""
+    for name, function in vars(part).items():
+        has_setter = name.startswith("get_") and name.replace("get_", "set_", 1) in vars(part)
+        is_called_so = name.startswith("is_in_") or name.endswith("_enabled")
+        is_other = name.startswith(("_", "set_")) or "rng" in name  # random numbers are another matter
+        if callable(function) and (has_setter or is_called_so) and not is_other:
+            yield part, name
+
+
 _QUESTIONS = (
-    *((torch, name) for name in ("is_autocast_enabled", "is_grad_enabled", "is_inference_mode_enabled")),
+    *(question for part in (torch, torch.onnx, torch.backends.cuda) for question in _questions(part)),
     *((torch.distributed, name) for name in _OF_PROCESSES),
 )
+_FLAGS = ((torch.backends.ContextProp, "__get__"), (type(torch.backends.cuda.matmul), "__getattr__"))
+"""How flags such as `torch.backends.cudnn.benchmark` are read."""
 
 
 @contextmanager
@@ -52,14 +67,15 @@ def watching(watch: Watch) -> Iterator[None]:
         _local.watch = before
 
 
-def answer_isinstance(module: nn.Module) -> None:
-    """Until the trace ends, `isinstance` in the files of a module's classes knows what traced values stand for."""
+def answer_builtins(module: nn.Module) -> None:
+    """Until the trace ends, `isinstance` and `len` in the files of a module's classes know of traced values."""
     files = [vars(sys.modules[c.__module__]) for c in type(module).__mro__ if c.__module__ in sys.modules]
     called = (function.__globals__ for function in functions_of(module))
     for names in [*files, *(names for names in called if is_users(names.get("__name__")))]:
-        if "isinstance" not in names and not names["__name__"].startswith(("torch.", "builtins")):
-            names["isinstance"] = _is_instance
-            _PATCHES.asking.append(names)
+        for name, answer in {"isinstance": _is_instance, "len": _length}.items():
+            if name not in names and not names["__name__"].startswith(("torch.", "builtins")):
+                names[name] = answer
+                _PATCHES.asking.append((names, name))
 
 
 def _is_instance(value: Any, kind: Any) -> bool:
@@ -70,13 +86,21 @@ def _is_instance(value: Any, kind: Any) -> bool:
     return issubclass(watch.tracer.class_of(value), kind)
 
 
+def _length(value: Any) -> Any:
+    """`len`, which of a traced batch is as its shape has it, a traced number."""
+    watch = _current() if isinstance(value, fx.Proxy) else None
+    if watch is None or watch.tracer.known(value.node, length_only=True)[0]:
+        return len(value)
+    return value.shape[0] if issubclass(watch.tracer.class_of(value), torch.Tensor) else len(value)
+
+
 class _Patches:
     """What classes have in their own namespaces, replaced while a thread traces; others wait, for torch.fx."""
 
     def __init__(self) -> None:
         self.tracing = 0
         self.originals: list[tuple[Any, str, Any]] = []
-        self.asking: list[dict[str, Any]] = []
+        self.asking: list[tuple[dict[str, Any], str]] = []
 
     def __enter__(self) -> None:
         TURN.acquire()
@@ -95,7 +119,8 @@ class _Patches:
             else:
                 setattr(owner, name, original)
         while not self.tracing and self.asking:
-            del self.asking.pop()["isinstance"]
+            names, answered = self.asking.pop()
+            del names[answered]
         TURN.release()
 
 
@@ -136,17 +161,24 @@ def _noted_autocast(original: Callable[..., Any]) -> Callable[..., Any]:
     return enter
 
 
-def _noted_question(original: Callable[..., Any]) -> Callable[..., Any]:
+def _noted_question(original: Callable[..., Any], name: str = "") -> Callable[..., Any]:
     """A question about what is switched on around the model, where a model asks it."""
+    asked = name or original.__name__
 
     def ask(*args: Any, **kwargs: Any) -> Any:
         code = sys._getframe(1).f_code
-        is_libraries = code.co_filename.startswith(_LIBRARIES) and code.co_name != _CASTS
+        is_cast = code.co_name == _CASTS and asked == "is_autocast_enabled"
+        is_libraries = code.co_filename.startswith(_LIBRARIES) and not is_cast
         if (watch := _current()) and not is_libraries:
-            watch.note(f"a question about {original.__name__}", decides=True)
+            watch.note(f"a question about {asked}", decides=True)
         return original(*args, **kwargs)
 
     return ask
+
+
+def _noted_flag(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The same of a flag of torch.backends."""
+    return _noted_question(original, "a flag of torch.backends")
 
 
 def _noted_getattribute(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,6 +252,7 @@ def _has_proxy(value: Any) -> bool:
 _REPLACED: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (torch, "is_tensor", lambda _: lambda value: _is_instance(value, torch.Tensor)),
     *((owner, name, _noted_question) for owner, name in _QUESTIONS),
+    *((owner, name, _noted_flag) for owner, name in _FLAGS),
     (torch.autograd.Function, "apply", _traced_apply),
     (torch.autocast, "__init__", _told_device),
     (torch.autocast, "__enter__", _noted_autocast),

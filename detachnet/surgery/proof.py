@@ -7,6 +7,7 @@ trace has lost shows in the outputs, the gradients or the buffers. All of it run
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,8 +86,17 @@ def prove(net: DetachableNet, check: Check) -> Proof:
         try:
             return prover.run()
         except _CannotRunError as error:
-            said = f"nothing was compared with the model, which does not run here: {error}"
+            said = "; ".join([*dict.fromkeys(prover.notes), f"{_missed(prover.compared)} here: {error}"])
             return Proof(said, (*left_out_hooks(net), *left_out(net)))
+
+
+def _missed(compared: Sequence[bool]) -> str:
+    """What was not compared, by the modes in which passes were, where the model fails."""
+    if not compared:
+        return "nothing was compared with the model, which does not run"
+    if not compared[-1]:
+        return "only evaluation mode was compared with the model, which does not run in training mode"
+    return "no later pass was compared with the model's, which does not run a second time"
 
 
 class UnlikeError(TraceError):
@@ -115,6 +125,8 @@ class _Prover:
         self.of_joint = self.gradients & _telling(net) if self.passes.one_image else self.gradients
         """The parameters whose gradients are compared, and those of joint passes."""
         self.dtype, self.notes = dtype, list[str]()
+        self.compared: list[bool] = []
+        """The modes that have been compared."""
         self.exact: _Prover | None = None
         """Compares joint passes in float64 instead; a model may ask for its own dtype, as autocast does."""
 
@@ -130,6 +142,7 @@ class _Prover:
             if not training and sums_to_one(expected.outputs):
                 hints = (*hints, "in evaluation mode it returns probabilities; what takes logits normalizes again")
             self._compare_joint_exactly(training, found)
+            self.compared.append(training)
         self._compare_later_passes()
         if not self.gradients:
             self.notes.append("no gradients were compared with the model's")
@@ -392,8 +405,8 @@ class _Prover:
         """A refusal that names the module to keep whole."""
         base = self.net.base
         owner = owner if owner in dict(base.named_modules()) else ""
-        while owner and isinstance(base.get_submodule(owner), _TORCHS):
-            owner = owner.rpartition(".")[0]  # torch's own layers are kept whole anyway
+        while owner and _is_plain(base.get_submodule(owner)):
+            owner = owner.rpartition(".")[0]
         module = base.get_submodule(owner) if owner else base
         kept = f"leaf_modules=[{owner!r}] keeps it whole"
         if owner in self.net._tracing.leaves.paths:
@@ -411,14 +424,18 @@ class _Prover:
         return error
 
 
-_TORCHS = (
-    nn.Sequential,
-    nn.ModuleList,
-    nn.ModuleDict,
-    nn.Linear,
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
-)
+_CONTAINERS = (nn.Sequential.forward, nn.Module.forward)
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module only runs its layers, or is a layer that is kept whole anyway; not what has both names.
+
+    Fused layers of torch.ao are containers by their class, with a forward of their own.
+    """
+    is_alone = next(module.children(), None) is None and isinstance(module, _LAYERS)
+    is_container = getattr(type(module), "forward", None) in _CONTAINERS
+    return is_alone or is_container or isinstance(module, nn.modules.batchnorm._NormBase)
 
 
 def _telling(net: DetachableNet) -> set[str]:

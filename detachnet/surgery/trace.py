@@ -71,7 +71,8 @@ def trace(
 def without_values(error: UnrunnableError, model: nn.Module, image: Spec) -> TraceError:
     """The same refusal, with another reason where the model itself does run."""
     try:
-        copied = copy_model(model).eval()
+        copied = copy_model(model)
+        copied.eval()
         like = weight_of(copied)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

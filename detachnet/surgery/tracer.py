@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.errors import TraceError
 from detachnet.surgery.batches import OtherBatches
-from detachnet.surgery.listening import answer_isinstance, watching
+from detachnet.surgery.listening import answer_builtins, watching
 from detachnet.surgery.modules import attribute, inner_model, random_states_kept
 from detachnet.surgery.variables import is_users
 from detachnet.surgery.whole import Watch
@@ -202,7 +202,7 @@ class Tracer(fx.Tracer):
         """A module's forward while its watch listens; that of what is inside a wrapper such as DataParallel."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            answer_isinstance(m)
+            answer_builtins(m)
             with self.watch.inside(m, (path + ".").removeprefix(PREFIX).rstrip(".")):
                 inner = inner_model(m)
                 return forward(*args, **kwargs) if inner is None else inner(*args, **kwargs)

@@ -25,7 +25,7 @@ from torch import fx, nn
 from torch.utils import checkpoint
 
 from detachnet.surgery.attributes import names_read
-from detachnet.surgery.bytecode import compares_dtypes, has_effect, steps_of
+from detachnet.surgery.bytecode import compares_dtypes, gives_something, has_effect, steps_of
 from detachnet.surgery.contents import TRACED
 from detachnet.surgery.generators import drawn_from
 from detachnet.surgery.state import marks_of, state_of
@@ -438,8 +438,14 @@ def _hooks(module: nn.Module) -> str:
         "a backward hook": [*module._backward_pre_hooks.values(), *module._backward_hooks.values()],
     }
     for said, hooks in kinds.items():
-        own = [h for h in hooks if not getattr(h, "__module__", type(h).__module__).startswith("torch.")]
+        own = [hook for hook in hooks if _counts(hook)]
         if own:
             code = getattr(inspect.unwrap(own[0]), "__code__", None)
             return f"{said} from {Path(code.co_filename).name}:{code.co_firstlineno}" if code else said
     return ""
+
+
+def _counts(hook: Any) -> bool:
+    """Whether a hook is a user's, or one of torch's that gives something: others of torch's compute weights."""
+    is_users_own = not getattr(hook, "__module__", type(hook).__module__).startswith("torch.")
+    return is_users_own or gives_something(hook if hasattr(hook, "__code__") else type(hook).__call__)

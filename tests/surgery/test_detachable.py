@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import detachnet
 from detachnet import SubModel
+from detachnet.checkpoint.answer import answer
 from tests import models
 
 
@@ -181,6 +182,78 @@ def test_a_model_with_a_stepdown_of_its_own() -> None:
     detached = net.detach("sub0")
     assert torch.equal(detached(IMAGES), net(IMAGES, which="sub0"))
     assert {name for name, _ in detached.named_children()} == {"stepdown", "stepdown_"}
+
+
+class Keyed(nn.Module):
+    """Layers and a parameter by names that are words of Python, or no names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = block(3, 16, 2), nn.Linear(16, 4)
+        self.ops = nn.ModuleDict({key: block(16, 16) for key in ("class", "None", '"in\\', "3x3", "é", "<0>")})
+        self.register_parameter("lambda", nn.Parameter(torch.rand(16, 1, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x) * getattr(self, "lambda")  # noqa: B009
+        for op in self.ops.values():
+            x = op(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_layers_may_have_any_name() -> None:
+    model, x = Keyed().eval(), torch.randn(2, 3, 16, 16)
+    subs = {"front": "ops.class", "inner": SubModel(drop=["ops.None:ops.3x3"]), "narrow": SubModel(width=0.5)}
+    net = detachnet.make_detachable(model, subs, (3, 16, 16)).eval()
+    assert torch.equal(net(x), model(x))
+    for name in net.names:
+        detached = net.detach(name)
+        torch.testing.assert_close(detached(x), net(x, which=name))
+        torch.testing.assert_close(pickle.loads(pickle.dumps(detached))(x), detached(x))
+
+
+class Silent(models.Around):
+    """What sets its mode returns nothing, as many write it."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        self.a[1].eval()
+
+    def eval(self) -> None:  # type: ignore[override]
+        self.train(False)
+
+
+class Entry(nn.Conv2d):
+    """A step-down that does so, too."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 8, 2, 2)
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+class Unsized(Silent):
+    """It goes by what an operation raises."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            x = x.view(x.shape[0], 7, -1)
+        except RuntimeError:
+            x = x * 2
+        return super().forward(x)
+
+
+def test_what_sets_a_mode_may_return_nothing() -> None:
+    silent = Silent(nn.Identity())
+    net = detachnet.make_detachable(silent, ["a"], (3, 16, 16), stepdown=lambda i, f: Entry())
+    x = torch.randn(4, 3, 16, 16)
+    base = net.eval().detach("base")
+    assert not base.training
+    assert torch.equal(base(x), net(x))
+    assert torch.equal(net.detach("sub0")(x), net(x, which="sub0"))
+    assert answer(silent, (3, 16, 16)) is not None
+    with pytest.raises(detachnet.TraceError, match="Unsized: it runs, but not without values"):
+        detachnet.make_detachable(Unsized(nn.Identity()), ["a"], (3, 16, 16))
 
 
 def test_sharing_leaves_the_mode_of_the_family_alone() -> None:

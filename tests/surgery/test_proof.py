@@ -204,6 +204,43 @@ def test_a_model_that_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> None
     assert said.endswith("model, which does not run here: NotImplementedError: no kernel for this device")
 
 
+class InPlace(models.Around):
+    """It has no gradients: a value that they need is overwritten, in training mode alone."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).sigmoid()
+        return self.fc(self.b(x.mul_(2) if self.training else x * 2).mean((2, 3)))
+
+
+class Once(models.Around):
+    """It keeps a value of its first pass, and refuses a second one."""
+
+    last: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.last is not None:
+            raise RuntimeError("once only")
+        self.last = x
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (InPlace(), "only evaluation mode was compared with the model, which does not run in training mode"),
+        (Once(), "no later pass was compared with the model's, which does not run a second time"),
+    ],
+)
+def test_of_a_model_that_runs_in_part_what_was_not_compared_is_said(model: nn.Module, said: str) -> None:
+    assert said in detachnet.make_detachable(model, ["a"], (3, 16, 16)).plan.checked
+
+
 def test_the_plan_says_what_joins_the_images_of_a_batch() -> None:
     mixed = detachnet.make_detachable(Net(lambda x: x.flip(0)), ["a"], (3, 16, 16)).plan
     assert mixed.checked == "'flip' joins the images of a batch and runs model by model"

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import detachnet
@@ -28,7 +29,9 @@ from detachnet.surgery.contents import parts_of
 from detachnet.surgery.generators import generators_of
 from detachnet.surgery.listening import _REPLACED
 from detachnet.surgery.plan import DetachPlan
+from detachnet.surgery.proof import _is_plain
 from detachnet.surgery.trace import trace
+from detachnet.surgery.whole import hooked
 from tests import models
 from tests.helpers import assert_joint_equals_separate
 
@@ -416,6 +419,41 @@ def by_processes(module: Any, x: Tensor) -> Tensor:
     return h
 
 
+def by_export(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if torch.onnx.is_in_onnx_export() else 1)
+    return h
+
+
+def by_dtype_of_autocast(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if torch.get_autocast_dtype("cpu") == torch.float16 else 1)
+    return h
+
+
+def by_dtype_by_default(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if torch.get_default_dtype() == torch.float64 else 1)
+    return h
+
+
+def by_determinism(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if torch.are_deterministic_algorithms_enabled() else 1)
+    return h
+
+
+def by_threads(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * torch.get_num_threads()
+    return h
+
+
+def by_flag(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if torch.backends.cudnn.benchmark else 1)
+    return h
+
+
+def by_flag_of_matrices(module: Any, x: Tensor) -> Tensor:
+    h: Tensor = module.conv(x) * (2 if torch.backends.cuda.matmul.allow_tf32 else 1)
+    return h
+
+
 KEPT: dict[Run, str] = {
     without_gradients: "no_grad",
     inferred: "no_grad",
@@ -462,6 +500,13 @@ KEPT: dict[Run, str] = {
     by_gradients: "a question about is_grad_enabled",
     by_inference: "a question about is_inference_mode_enabled",
     by_processes: "a question about is_initialized",
+    by_export: "a question about is_in_onnx_export",
+    by_dtype_of_autocast: "a question about get_autocast_dtype",
+    by_dtype_by_default: "a question about get_default_dtype",
+    by_determinism: "a question about are_deterministic_algorithms_enabled",
+    by_threads: "a question about get_num_threads",
+    by_flag: "a question about a flag of torch.backends",
+    by_flag_of_matrices: "a question about a flag of torch.backends",
 }
 """What a module's own forward may do, and how the plan says that it is kept whole for it."""
 
@@ -480,6 +525,8 @@ REFUSED = {
         by_identity,
         by_lookup,
     ),
+    *(by_export, by_dtype_of_autocast, by_dtype_by_default, by_determinism, by_threads),
+    *(by_flag, by_flag_of_matrices),
 }
 """What is refused in the model's own forward, which cannot be kept whole."""
 LATER = {kept_for_the_next, first_pass_only, kept_in_a_place}
@@ -740,6 +787,47 @@ def test_a_container_with_hooks_is_kept_whole_and_runs_them() -> None:
         assert detachnet.make_detachable(model, ["middle.conv"], SIZE).plan.whole == {}
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.ao says of itself that it is deprecated
+def test_hooks_of_torchs_that_give_something_are_run() -> None:
+    quantization = pytest.importorskip("torch.ao.quantization")
+    middle = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU()).train()
+    middle.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    model = Net(quantization.prepare_qat(quantization.fuse_modules_qat(middle, [["0", "1", "2"]])))
+    model(torch.randn(4, *SIZE))
+    model.eval().apply(quantization.disable_observer)
+    net = detachnet.make_detachable(model, ["a"], SIZE, check="none")
+    assert net.plan.whole["middle.0"].startswith("a forward hook from ")
+    images = torch.randn(2, *SIZE)
+    torch.testing.assert_close(net(images), model(images))
+
+
+def test_hooks_of_torchs_that_compute_weights_keep_nothing_whole() -> None:
+    class Weighed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.norm = nn.Parameter(torch.randn(8, 8, 1, 1)), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(F.conv2d(x, self.weight))
+
+    for compute in (nn.utils.spectral_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)):
+        assert hooked(compute(Weighed())) == {}
+
+
+def test_fused_layers_are_no_containers() -> None:
+    for plain in (Stem(), nn.ModuleList([nn.ReLU()]), nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)):
+        assert _is_plain(plain)
+    for own in (Block(by_export), Fused(nn.Conv2d(1, 1, 1))):
+        assert not _is_plain(own)
+
+
+class Fused(nn.Sequential):
+    """A container with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
 def test_a_cut_inside_of_what_is_kept_whole_is_refused_with_the_reason() -> None:
     with pytest.raises(
         detachnet.CutError,
@@ -911,6 +999,7 @@ NUMBERS: dict[str, Run] = {
     ),
     "isinstance": lambda m, x: m.conv(x) if isinstance(x, Tensor) and isinstance(x.shape[1], int) else x,
     "is_tensor": lambda m, x: m.conv(sum([x] if torch.is_tensor(x) else x)),
+    "len": lambda m, x: m.conv(x).view(len(x), 2 * len(x.shape), -1).view(x.shape),
     "isinstance of a tuple": lambda m, x: (
         m.conv(x.chunk(2, 1)[0].repeat(1, 2, 1, 1)) if isinstance(x.chunk(2, 1), tuple) else x
     ),
@@ -1373,7 +1462,7 @@ def test_isinstance_in_a_function_of_another_file(monkeypatch: pytest.MonkeyPatc
     net = detachnet.make_detachable(Net(nn.Sequential(Asking(), nn.Conv2d(8, 8, 1))), ["a"], SIZE).eval()
     x = torch.randn(2, *SIZE)
     torch.testing.assert_close(net(x), net.base(x))
-    assert "isinstance" not in vars(elsewhere)
+    assert not {"isinstance", "len"} & vars(elsewhere).keys()
 
 
 def test_a_decision_by_values_inside_a_try_is_none_of_a_traces() -> None:

@@ -11,7 +11,7 @@ from torch.fx.node import map_aggregate
 from detachnet.surgery.graph import TracedGraph, TracedModel
 from detachnet.surgery.modules import attribute, evaluating
 from detachnet.surgery.tracer import PREFIX, Leaves, Spec, leaves_of, thaw
-from detachnet.surgery.widths.channels import SHARED, Channels, WholeError, lean
+from detachnet.surgery.widths.channels import CONSTANT, SHARED, Channels, WholeError, lean
 from detachnet.surgery.widths.functions import run_function, tensors_of
 from detachnet.surgery.widths.layers import MOVES, class_names, is_known, run_layer
 from detachnet.surgery.widths.opening import open_layers
@@ -37,6 +37,7 @@ def find_channels_of(graph: TracedGraph, leaves: Leaves) -> Channels:
     for node in graph.live:
         run.step(node)
     run.keep_layers_read_twice()
+    run.unite_rows_not_read()
     return run.channels
 
 
@@ -62,6 +63,24 @@ class _Run:
             values[node] = self._tensor(str(node.target))
         else:
             values[node] = self._call(node, args, kwargs)
+
+    def unite_rows_not_read(self) -> None:
+        """A row of a tensor that no layer's channels meet goes with one that they meet: it is cut as that is."""
+        for atoms in self.channels.tensors.values():
+            for axis in range(atoms.ndim) if atoms.ndim > 1 else ():
+                rows = atoms.movedim(axis, 0).flatten(1)
+                is_met = self._met()[rows.clamp_min(CONSTANT)].any(1)
+                for row in rows[~is_met] if is_met.any() else ():
+                    self.channels.atoms.unite_pairs(rows[is_met][0], row)
+
+    def _met(self) -> Tensor:
+        """Atom → whether its class has channels of a layer."""
+        roots = self.channels.atoms.roots()
+        met = torch.zeros(len(roots), dtype=torch.bool)
+        for layer in self.channels.layers.values():
+            for _, made in layer.sides():
+                met[roots[made.clamp_min(CONSTANT)]] = True
+        return met[roots]
 
     def _tensor(self, target: str) -> Any:
         """A parameter, buffer or constant: new atoms for its elements."""

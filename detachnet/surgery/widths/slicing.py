@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from detachnet.surgery.codegen import written
 from detachnet.surgery.detached import Code, DetachedModel
 from detachnet.surgery.graph import Root, TracedGraph, TracedModel
 from detachnet.surgery.modules import attribute, copies_of_computed_tensors, silence_hooks, unwrap, with_leaves
@@ -50,7 +51,7 @@ def slice_model(model: nn.Module, traced: TracedModel, kept: Kept) -> nn.Module:
             value = with_leaves(copied) if isinstance(copied, nn.Module) else copied
         if node.target not in parts:
             parts[node.target] = _narrow(target, value, kept)
-    code = graph.python_code("self")
+    code = written(graph)
     narrow = DetachedModel(traced.class_name, Code(code.src, code.globals), parts)
     narrow.zero_grad()
     return silence_hooks(narrow).eval()

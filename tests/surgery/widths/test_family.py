@@ -496,6 +496,27 @@ def test_tensors_that_a_forward_pass_reads_itself(tmp_path: Path) -> None:
     assert int((net.base.gain.grad != 0).sum()) == 16
 
 
+class ReadInPart(models.Around):
+    """Its forward reads a row of a parameter, and a column of another."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(8, 32, 3, 1, 1))
+        self.b = nn.Conv2d(32, 16, 3, 2, 1)
+        self.rows, self.columns = nn.Parameter(torch.rand(3, 32)), nn.Parameter(torch.rand(32, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.a(x)) * self.rows[1][:, None, None] + self.columns[:, 0, None, None]
+        return self.fc(self.b(x).mean((2, 3)))
+
+
+def test_of_a_parameter_that_is_read_in_part_the_rest_goes_with_it() -> None:
+    net = detachnet.make_detachable(ReadInPart(), {"half": SubModel(width=0.5)}, (3, 16, 16)).eval()
+    alone, x = net.detach("half"), torch.randn(2, 3, 16, 16)
+    assert alone.rows.shape == (3, 16)
+    assert alone.columns.shape == (16, 3)
+    torch.testing.assert_close(alone(x), net(x, which="half"))
+
+
 @pytest.mark.slow
 def test_widths_are_short_for_sub_models() -> None:
     model = detachnet.create_model("detachnet:resnet_cifar", width=0.5)
