@@ -11,7 +11,7 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +111,17 @@ def _clean_model(model: dict[str, Any], path: Path) -> dict[str, Any]:
     graph["module_call_graph"] = [call for call in graph["module_call_graph"] if call["fqn"] == ""]
     for node in graph["graph"]["nodes"]:
         node["metadata"] = {}
+    rules: dict[str, Callable[[str], object]] = {
+        "target": _OPERATORS.fullmatch,
+        "expr_str": _EXPRESSION.fullmatch,
+        "in_spec": _is_spec,
+        "out_spec": _is_spec,
+        "name": _NAME.fullmatch,
+        "forward_arg_names": _NAME.fullmatch,
+    }
     for kind, text in _texts(model):
-        is_harmless = {
-            "target": _OPERATORS.fullmatch,
-            "expr_str": _EXPRESSION.fullmatch,
-            "in_spec": _is_spec,
-            "out_spec": _is_spec,
-            "name": _NAME.fullmatch,
-            "forward_arg_names": _NAME.fullmatch,
-        }.get(kind, _TEXT.fullmatch)
         # a buffer's or parameter's `target` is its dotted name; only a node's is an operator
-        if not is_harmless(text):
+        if not rules.get(kind, _TEXT.fullmatch)(text):
             raise _foreign(path, f"{_MODEL}: {kind} {text!r}")
     return model
 

@@ -144,11 +144,11 @@ def _are_seeds(mine: Recipe, theirs: Recipe) -> bool:
     """Whether two recipes differ in nothing but the seed, and what they start from in nothing but its own."""
     if not _are_alike(mine, theirs):
         return False
-    starts = _start_of(mine), _start_of(theirs)
-    if starts[0] is None or starts[1] is None or mine.train.init == theirs.train.init:
+    mine_from, theirs_from = _start_of(mine), _start_of(theirs)
+    if mine_from is None or theirs_from is None or mine.train.init == theirs.train.init:
         return _name_their_seeds(mine, theirs)
     has_other_numbers = re.sub(r"\d+", "", mine.train.init) == re.sub(r"\d+", "", theirs.train.init)
-    return has_other_numbers and _are_alike(*starts) and _name_their_seeds(*starts)
+    return has_other_numbers and _are_alike(mine_from, theirs_from) and _name_their_seeds(mine_from, theirs_from)
 
 
 def _are_alike(mine: Recipe, theirs: Recipe) -> bool:
