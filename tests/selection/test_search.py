@@ -12,6 +12,7 @@ from detachnet_cli.app import app
 from typer.testing import CliRunner
 
 import detachnet
+from detachnet.data.datasets import Split
 from detachnet.errors import BudgetError, CheckpointError, DataError, MeasurementError
 from detachnet.progress import listening
 from detachnet.report.fronts import figure
@@ -172,6 +173,9 @@ def test_an_unknown_kind_of_budget() -> None:
 def test_no_images() -> None:
     with pytest.raises(DataError, match="there are no held-out images to search with"):
         detachnet.search(trained(), HELD_OUT.part(0, 0), [0.5])
+    unknown = Split(HELD_OUT.images, torch.full_like(HELD_OUT.labels, -100), HELD_OUT.classes)
+    with pytest.raises(DataError, match="an image is of class -100, counted from 0"):
+        detachnet.search(trained(), unknown, [0.5])
 
 
 def test_a_family_of_unknown_data() -> None:
