@@ -15,7 +15,7 @@ from detachnet.errors import CheckpointError, DataError
 from detachnet.losses import logits
 from detachnet.progress import counted
 from detachnet.surgery.detachable import DetachableNet, family_in
-from detachnet.surgery.modules import evaluating, on_device
+from detachnet.surgery.modules import evaluating, in_type_of, on_device, weight_of
 from detachnet.text import number_of
 
 EVAL_BATCH = 500
@@ -70,11 +70,11 @@ def score_batches(model: nn.Module, batches: BatchSource, models: Sequence[str])
     device = batches.device
     rows = torch.zeros(len(models), 3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     criterion = nn.CrossEntropyLoss(reduction="sum")
-    num_outputs: dict[str, int] = {}
+    weight, num_outputs = weight_of(model), dict[str, int]()
     extremes: list[Tensor] = []
     with evaluating(model), torch.no_grad():
         for images, labels in counted(batches.epoch(), len(batches), "batches of images"):
-            outputs = model(images, which=tuple(models))
+            outputs = model(in_type_of(weight, images), which=tuple(models))
             rows[:, 2] += len(labels)
             extremes += torch.aminmax(labels) if len(labels) else ()
             for i, name in enumerate(models):

@@ -78,6 +78,16 @@ def test_labels_of_no_class_are_refused(net: detachnet.DetachableNet, images: Sp
             ask()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_families_of_another_precision(net: detachnet.DetachableNet, images: Split, dtype: torch.dtype) -> None:
+    expected = evaluate(net, images)
+    net.to(dtype)
+    assert evaluate(net, images)["base"]["loss"] == pytest.approx(expected["base"]["loss"], rel=0.02)
+    assert calibrate(net, images).num_calibration == 10
+    batches = [images for images, _ in Batches(images, net.facts.known_data, 10).epoch()]
+    detachnet.recalibrate(net, batches)
+
+
 def test_a_device_is_not_waited_for_in_each_batch(
     net: detachnet.DetachableNet, images: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from detachnet.selection.front import Front
 from detachnet.selection.images import run_images
 from detachnet.selection.searching import JOURNAL
 from detachnet.selection.space import Space
-from detachnet.selection.worth import Judge
+from detachnet.selection.worth import Judge, judged
 from detachnet.training.recipe import load_recipe
 from tests.runs import QUICKSTART
 from tests.searched import DATA, SIZE, Tiny, images, trained
@@ -163,6 +163,13 @@ def test_another_network_does_not_go_on(tmp_path: Path) -> None:
 def test_a_budget_that_cannot_be(budgets: tuple[float, ...], said: str) -> None:
     with pytest.raises(BudgetError, match=said):
         search(budgets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_candidates_of_another_precision(dtype: torch.dtype) -> None:
+    expected = judged(trained(), "short", HELD_OUT, CALIBRATION)
+    found = judged(trained().to(dtype), "short", HELD_OUT, CALIBRATION)
+    assert found.loss == pytest.approx(expected.loss, rel=0.02)
 
 
 def test_an_unknown_kind_of_budget() -> None:
