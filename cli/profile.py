@@ -48,7 +48,8 @@ def profile(
         return
     show(replace(measured.table, notes=()))
     note(f"\nPeak MB: {measured.memory}.")
-    note(f"Written to {written}, from where models are chosen.")
+    chosen = "models are chosen" if batch == 1 else "models are chosen by memory; by latency only with --batch 1"
+    note(f"Written to {written}, from where {chosen}.")
 
 
 def _other_runtime(family: Path, runtime: str | None, model_file: str | None) -> MeasurementError:

@@ -15,7 +15,7 @@ from detachnet.errors import CheckpointError, DataError
 from detachnet.losses import logits
 from detachnet.progress import counted
 from detachnet.surgery.detachable import DetachableNet, family_in
-from detachnet.surgery.modules import evaluating, on_device
+from detachnet.surgery.modules import evaluating, in_type_of, on_device, weight_of
 from detachnet.text import number_of
 
 EVAL_BATCH = 500
@@ -38,7 +38,7 @@ def evaluate(
 
     Raises:
         TraceError: This is no family.
-        DataError: These are no images, or there are none.
+        DataError: These are no images, there are none, or a label is of no class that a model knows.
         CheckpointError: The family does not know what it was trained on, or a model gives no finite numbers.
     """
     net = family_in(net)
@@ -60,20 +60,32 @@ def evaluate(
 
 
 def score_batches(model: nn.Module, batches: BatchSource, models: Sequence[str]) -> Tensor:
-    """Number of right answers, sum of losses and number of images, per model: `(len(models), 3)`, float64."""
+    """Number of right answers, sum of losses and number of images, per model: `(len(models), 3)`, float64.
+
+    Labels are looked at when all batches have run: a device is not waited for meanwhile.
+
+    Raises:
+        DataError: A model has no output for a label.
+    """
     device = batches.device
     rows = torch.zeros(len(models), 3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     criterion = nn.CrossEntropyLoss(reduction="sum")
+    weight, num_outputs = weight_of(model), dict[str, int]()
+    extremes: list[Tensor] = []
     with evaluating(model), torch.no_grad():
         for images, labels in counted(batches.epoch(), len(batches), "batches of images"):
-            outputs = model(images, which=tuple(models))
+            outputs = model(in_type_of(weight, images), which=tuple(models))
             rows[:, 2] += len(labels)
-            highest = int(labels.max()) if len(labels) else -1
+            extremes += torch.aminmax(labels) if len(labels) else ()
             for i, name in enumerate(models):
                 out = logits(outputs[name]).float()
-                _check_classes(name, out.shape[1], highest)
+                num_outputs[name] = out.shape[1]
                 rows[i, 0] += (out.argmax(1) == labels).sum().to(rows.device)
-                rows[i, 1] += criterion(out, labels).to(rows.device)
+                rows[i, 1] += criterion(out, labels.clamp(0, out.shape[1] - 1)).to(rows.device)
+    if extremes:
+        seen = torch.stack(extremes).cpu()
+        for name, count in num_outputs.items():
+            check_labels(seen, count, name)
     return rows
 
 
@@ -105,17 +117,20 @@ def _check_fits(net: DetachableNet, images: Split) -> None:
         )
 
 
-def _check_classes(model: str, outputs: int, highest: int) -> None:
+def check_labels(labels: Tensor, outputs: int, model: str) -> None:
     """Refuse labels that a model has no output for.
 
     Raises:
         DataError: There is one.
     """
-    if highest >= outputs:
-        raise DataError(
-            f"an image is of class {highest}, counted from 0; {model} has {number_of(outputs, 'output')}",
-            hint="evaluate on images of the classes that it was trained on",
-        )
+    for label in map(int, torch.aminmax(labels)):
+        if not 0 <= label < outputs:
+            raise DataError(
+                f"an image is of class {label}, counted from 0; {model} has {number_of(outputs, 'output')}",
+                hint="leave out images without a class"
+                if label < 0
+                else "evaluate on images of the classes that it was trained on",
+            )
 
 
 def _check_finite(model: str, value: float) -> None:

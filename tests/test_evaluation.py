@@ -9,7 +9,8 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 import detachnet
 from detachnet.data.batches import Batches
 from detachnet.data.datasets import Split, describe_data, load_data
-from detachnet.evaluation import evaluate
+from detachnet.deploy.cascade import calibrate
+from detachnet.evaluation import evaluate, score_batches
 from detachnet.training.start import check_classes
 
 
@@ -62,6 +63,44 @@ def test_every_submodule_keeps_its_mode_after_a_failure(net: detachnet.Detachabl
     with pytest.raises(detachnet.DataError, match=said):
         evaluate(net, Split(images.images, labels, images.classes))
     assert modes(net) == before
+
+
+@pytest.mark.parametrize("label", [-100, -1, 10])
+def test_labels_of_no_class_are_refused(net: detachnet.DetachableNet, images: Split, label: int) -> None:
+    labels = images.labels.clone()
+    labels[3] = label
+    said = f"an image is of class {label}, counted from 0; base has 10 outputs"
+    hint = "leave out images without a class" if label < 0 else "of the classes that it was trained on"
+    split = Split(images.images, labels, images.classes)
+    given = [(batch, labels[i : i + 1]) for i, batch in enumerate(torch.zeros(5, 1, 3, 32, 32))]
+    for ask in (lambda: evaluate(net, split), lambda: evaluate(net, given), lambda: calibrate(net, split)):
+        with pytest.raises(detachnet.DataError, match=rf"{said}\n  try +.*{hint}"):
+            ask()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_families_of_another_precision(net: detachnet.DetachableNet, images: Split, dtype: torch.dtype) -> None:
+    expected = evaluate(net, images)
+    net.to(dtype)
+    assert evaluate(net, images)["base"]["loss"] == pytest.approx(expected["base"]["loss"], rel=0.02)
+    assert calibrate(net, images).num_calibration == 10
+    batches = [images for images, _ in Batches(images, net.facts.known_data, 10).epoch()]
+    detachnet.recalibrate(net, batches)
+
+
+def test_a_device_is_not_waited_for_in_each_batch(
+    net: detachnet.DetachableNet, images: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[str] = []
+    for name in ("__int__", "__bool__", "item"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, own=own: (waits.append(""), own(self))[1])
+    counts = []
+    for size in (20, 2):
+        waits.clear()
+        score_batches(net, Batches(images, net.facts.known_data, size), ["base"])
+        counts.append(len(waits))
+    assert counts[0] == counts[1]
 
 
 def test_images_of_other_channels_are_refused(net: detachnet.DetachableNet, images: Split) -> None:

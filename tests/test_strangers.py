@@ -282,6 +282,15 @@ def arguments(model: dict[str, Any]) -> None:
     call["forward_arg_names"] = ["x=__import__('pathlib').Path('touched').touch()"]
 
 
+def nesting(text: str) -> Change:
+    """How arguments are nested, in another way."""
+
+    def apply(model: dict[str, Any]) -> None:
+        model["graph_module"]["module_call_graph"][0]["signature"]["in_spec"] = text
+
+    return model_json(apply)
+
+
 PT2 = {
     "library": lambda m: m.update({"sub1/data/aotinductor/m/e.wrapper.so": b"\x7fELF"}),
     "pickle": lambda m: m.update({"sub1/data/constants/custom_obj_0": b"\x80\x04N."}),
@@ -294,6 +303,12 @@ PT2 = {
     "expression": expression,
     "arguments": model_json(arguments),
     "name": model_json(first_node(name="a\nimport os")),
+    "nested many times": nesting('"null"' * 40 + "!"),
+    "nested deeply": nesting("[" * 1000 + "]" * 1000),
+    "nested in code": nesting('[1, {"type": "eval(1)", "context": null, "children_spec": []}]'),
+    "nested in no names": nesting('[1, {"type": "builtins.dict", "context": "{}", "children_spec": []}]'),
+    "nested in fractions": nesting("[1.5, null]"),
+    "nested in large numbers": nesting("[10000, null]"),
     "deep": lambda m: m.update({"sub1/models/model.json": b"[" * 100_000}),
 }
 

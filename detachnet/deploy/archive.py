@@ -11,7 +11,7 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ _EXPRESSION = re.compile(
     r"|[(), =+*/<>-])*"
 )
 """Of symbolic sizes, which torch has sympy evaluate as Python."""
-_SPEC = re.compile(r'(\b\d{1,4}\b|"[A-Za-z_][\w.]*"|\bnull\b|"null"|"(\[[\w\\", ]*\])"|[\[\]{},: ])*')
+_SPEC_TEXT = re.compile(r'[A-Za-z_][\w.]*|\[[\w", ]*\]')
+"""In the JSON of how arguments are nested: names, and lists of names as text."""
 _TEXT = re.compile(r"[\w.,:+\-/ >]*")
 _NAME = re.compile(r"\w*")
 
@@ -110,19 +111,39 @@ def _clean_model(model: dict[str, Any], path: Path) -> dict[str, Any]:
     graph["module_call_graph"] = [call for call in graph["module_call_graph"] if call["fqn"] == ""]
     for node in graph["graph"]["nodes"]:
         node["metadata"] = {}
+    rules: dict[str, Callable[[str], object]] = {
+        "target": _OPERATORS.fullmatch,
+        "expr_str": _EXPRESSION.fullmatch,
+        "in_spec": _is_spec,
+        "out_spec": _is_spec,
+        "name": _NAME.fullmatch,
+        "forward_arg_names": _NAME.fullmatch,
+    }
     for kind, text in _texts(model):
-        rule = {
-            "target": _OPERATORS,
-            "expr_str": _EXPRESSION,
-            "in_spec": _SPEC,
-            "out_spec": _SPEC,
-            "name": _NAME,
-            "forward_arg_names": _NAME,
-        }.get(kind, _TEXT)
         # a buffer's or parameter's `target` is its dotted name; only a node's is an operator
-        if not rule.fullmatch(text):
+        if not rules.get(kind, _TEXT.fullmatch)(text):
             raise _foreign(path, f"{_MODEL}: {kind} {text!r}")
     return model
+
+
+def _is_spec(text: str) -> bool:
+    """Whether a text is the JSON of how arguments are nested: names, counts and null in lists and objects."""
+    try:
+        waiting = [parse_json(text)]
+    except ValueError:
+        return False
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str):
+            if not _SPEC_TEXT.fullmatch(value):
+                return False
+        elif not (value is None or (type(value) is int and 0 <= value <= 9999)):
+            return False
+    return True
 
 
 def _texts(value: Any, kind: str = "") -> Iterator[tuple[str, str]]:

@@ -20,12 +20,13 @@ from detachnet.data.datasets import Split
 from detachnet.deploy.budget import check
 from detachnet.deploy.family import Family
 from detachnet.errors import BudgetError, CutError, DataError
+from detachnet.evaluation import check_labels
 from detachnet.fields import Fields
 from detachnet.losses import logits
 from detachnet.progress import counted
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.legs import shared_macs
-from detachnet.surgery.modules import evaluating, on_device
+from detachnet.surgery.modules import evaluating, in_type_of, on_device, weight_of
 from detachnet.surgery.plan import BASE
 from detachnet.text import Table, si
 
@@ -261,7 +262,7 @@ def calibrate(
     Raises:
         BudgetError: No cascade reaches the target; or both are given.
         CheckpointError: The family does not know how its images are normalized.
-        DataError: Fewer than two images.
+        DataError: Fewer than two images, or a label is of no class that a model knows.
     """
     if target_accuracy is not None and target_macs is not None:
         raise BudgetError("a cascade has one target: an accuracy or mean MACs, not both")
@@ -286,11 +287,12 @@ def calibrate(
 def score(net: DetachableNet, split: Split, device: torch.device | str | None = None) -> Scores:
     """Confidence and rightness of every trained model on every image."""
     models, data = net.facts.models(net.names), net.facts.known_data
+    check_labels(split.labels, len(data.classes), models[0])
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in models}
     with on_device(net, device) as there, evaluating(net), torch.no_grad():
         batches = Batches(split, data, BATCH, there)
         for images, labels in counted(batches.epoch(), len(batches), "batches of images"):
-            outputs = net(images, which=models)
+            outputs = net(in_type_of(weight_of(net), images), which=models)
             for name in models:
                 best = logits(outputs[name]).float().softmax(1).max(1)
                 parts[name].append((best.values.cpu(), (best.indices == labels).cpu()))

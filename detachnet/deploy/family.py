@@ -15,6 +15,7 @@ from detachnet.checkpoint.loading import load_family
 from detachnet.data.images import read_image, to_tensor
 from detachnet.deploy.backends import Backend, Costs, OnnxBackend, TorchBackend
 from detachnet.deploy.budget import ModelCosts, check, choose
+from detachnet.deploy.measurement import Measurement
 from detachnet.deploy.profile import Profile, read_profile
 from detachnet.errors import BudgetError, CutError, DataError, MeasurementError, nearest
 from detachnet.machine import find_device, hardware
@@ -115,7 +116,8 @@ class Family:
         """The most accurate model within the budgets; given only an accuracy, the fastest model that reaches it.
 
         Args:
-            latency_ms: At most so many milliseconds in nine of ten runs, as `detachnet profile` measured them.
+            latency_ms: At most so many milliseconds for one image in nine of ten runs, as `detachnet profile`
+                measured them.
             macs: At most so many multiply-accumulates for one image.
             memory_mb: At most so much peak memory as measured, in 10^6 bytes.
             accuracy: At least this test accuracy, in [0, 1].
@@ -199,29 +201,45 @@ class Family:
         return Resumable(self._backend, batch, is_single=is_single)
 
     def latency_s(self, model: str) -> tuple[float, float]:
-        """Median and 99th percentile of a model's measured seconds.
+        """Median and 99th percentile of a model's measured seconds for one image.
 
         Raises:
-            MeasurementError: They were not measured on this device.
+            MeasurementError: They were not measured on this device, or of several images per run.
         """
-        row = self._measured()[self._known(model)]
+        row = self._of_one_image(self._known(model))
         return row.p50_s, row.p99_s
+
+    def _of_one_image(self, name: str) -> Measurement:
+        """A model's row of the profile, if its runs were of one image."""
+        row = self._measured()[name]
+        if row.batch != 1:
+            raise MeasurementError(
+                f"{self.path} was measured on {row.batch} images at once; what one takes is not known",
+                hint=f"{self._command} --batch 1",
+            )
+        return row
+
+    @property
+    def _command(self) -> str:
+        """What measures the family on this device."""
+        device = self._backend.device.type
+        where = "" if device == "cpu" else f" --device {device}"
+        return f"detachnet profile {self.path}{self._model_file}{where}"
 
     def _measured(self) -> Profile:
         """The profile, if it is of this device."""
         device = self._backend.device.type
-        command = f"detachnet profile {self.path}{self._model_file}" + (
-            "" if device == "cpu" else f" --device {device}"
-        )
         if self.profile is None:
-            raise MeasurementError(f"{self.path} was not measured on a device yet", hint=command)
+            raise MeasurementError(f"{self.path} was not measured on a device yet", hint=self._command)
         measured = self.profile.rows[0].device.partition(":")[0]
         if measured != device:
-            raise MeasurementError(f"{self.path} runs on {device}, but was measured on {measured}", hint=command)
+            raise MeasurementError(
+                f"{self.path} runs on {device}, but was measured on {measured}", hint=self._command
+            )
         return self.profile
 
     def _costs_of(self, name: str, latency: bool, memory: bool) -> ModelCosts:
-        row = self._measured()[name] if latency or memory else None
+        row = self._of_one_image(name) if latency else self._measured()[name] if memory else None
         if row is not None and memory and row.peak_memory_bytes is None:
             how = self.profile.memory if self.profile else ""
             raise MeasurementError(f"{self.path} was measured without its peak memory", what=how)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detachnet.errors import CheckpointError
+from detachnet.errors import CheckpointError, RecipeError
 from detachnet.report.chart import Axis, Chart, Point, Series, percent, write
 from detachnet.surgery.plan import BASE
 from detachnet.text import Table, si
@@ -50,9 +50,14 @@ class _Experiment:
     """Runs of one recipe with different seeds."""
 
     name: str
-    recipe: Recipe
+    recipes: list[Recipe]
     results: dict[int, list[dict[str, Any]]]
     """Seed -> the final table."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """That of its first run."""
+        return self.recipes[0]
 
     def last(self, model: str) -> tuple[float, ...]:
         """A model's accuracy after the last epoch, per seed."""
@@ -85,7 +90,8 @@ def _budget(recipe: Recipe) -> tuple[Any, ...]:
 def compare(paths: Sequence[str | Path]) -> list[Entry]:
     """Put finished runs side by side.
 
-    Runs whose recipes differ in nothing but the seed are one experiment. A run that trained the base-model only,
+    Runs whose recipes differ in nothing but the seed are one experiment; each may start from a run of its own, if
+    those differ in nothing but the seed, too. A run that trained the base-model only,
     on the same data with the same optimizer, schedule, batch size and epochs, is the baseline; one that trained a
     sub-model only is what that sub-model reaches alone.
 
@@ -108,7 +114,7 @@ def compare(paths: Sequence[str | Path]) -> list[Entry]:
 
 def _experiments(folders: Sequence[RunFolder]) -> list[_Experiment]:
     """Runs grouped by their recipe without its seed."""
-    groups: dict[str, _Experiment] = {}
+    found: list[_Experiment] = []
     for folder in folders:
         if not folder.results.exists():
             raise CheckpointError(
@@ -118,20 +124,59 @@ def _experiments(folders: Sequence[RunFolder]) -> list[_Experiment]:
                 else "give the run's folder",
             )
         recipe = load_recipe(folder.recipe)
-        start = re.sub(r"\d+", "", recipe.train.init)  # each seed may start from its own
-        same = {"seed": 0, "init": start, "log_with": ""}
-        train = recipe.train.model_copy(update=same)
-        key = recipe.model_copy(update={"train": train}).model_dump_json()
-        name = re.sub(r"[-_](seed[-_]?)?\d+$", "", folder.path.resolve().name) or folder.path.name
-        if key not in groups and any(group.name == name for group in groups.values()):
-            name = folder.path.resolve().name
-        group = groups.setdefault(key, _Experiment(name, recipe, {}))
+        group = next((e for e in found if all(_are_seeds(recipe, other) for other in e.recipes)), None)
+        if group is None:
+            name = re.sub(r"[-_](seed[-_]?)?\d+$", "", folder.path.resolve().name) or folder.path.name
+            if any(other.name == name for other in found):
+                name = folder.path.resolve().name
+            group = _Experiment(name, [], {})
+            found.append(group)
         if recipe.train.seed in group.results:
             raise CheckpointError(f"{folder.path} is the second run of seed {recipe.train.seed} of {group.name}")
+        group.recipes.append(recipe)
         group.results[recipe.train.seed] = read_results(folder.results, recipe.models)
-    if len({bool(group.recipe.data.holdout) for group in groups.values()}) > 1:
+    if len({bool(group.recipe.data.holdout) for group in found}) > 1:
         raise CheckpointError("some runs were measured on test images, others on held-out training images")
-    return list(groups.values())
+    return found
+
+
+def _are_seeds(mine: Recipe, theirs: Recipe) -> bool:
+    """Whether two recipes differ in nothing but the seed, and what they start from in nothing but its own."""
+    if not _are_alike(mine, theirs):
+        return False
+    mine_from, theirs_from = _start_of(mine), _start_of(theirs)
+    if mine_from is None or theirs_from is None or mine.train.init == theirs.train.init:
+        return _name_their_seeds(mine, theirs)
+    has_other_numbers = re.sub(r"\d+", "", mine.train.init) == re.sub(r"\d+", "", theirs.train.init)
+    return has_other_numbers and _are_alike(mine_from, theirs_from) and _name_their_seeds(mine_from, theirs_from)
+
+
+def _are_alike(mine: Recipe, theirs: Recipe) -> bool:
+    """Whether two recipes differ in the seed and in what they start from at most."""
+    same = {"seed": 0, "init": "", "log_with": ""}
+    return mine.model_copy(update={"train": mine.train.model_copy(update=same)}) == theirs.model_copy(
+        update={"train": theirs.train.model_copy(update=same)}
+    )
+
+
+def _name_their_seeds(mine: Recipe, theirs: Recipe) -> bool:
+    """Whether the paths that two recipes start from are equal, or each has its recipe's seed where they differ."""
+    paths = [re.split(r"(\d+)", recipe.train.init) for recipe in (mine, theirs)]
+    seeds = (str(mine.train.seed), str(theirs.train.seed))
+    return len(paths[0]) == len(paths[1]) and all(
+        pair[0] == pair[1] or pair == seeds for pair in zip(*paths, strict=True)
+    )
+
+
+def _start_of(recipe: Recipe) -> Recipe | None:
+    """The recipe of the run that a run starts from; None if it starts from none that can be read."""
+    path = Path(recipe.train.init)
+    try:
+        folder = RunFolder(path if path.is_dir() else path.parent)
+        is_of_run = path in (folder.path, folder.last, folder.best) and folder.recipe.exists()
+        return load_recipe(folder.recipe) if is_of_run else None
+    except (CheckpointError, RecipeError, OSError):
+        return None
 
 
 def _entry_of(experiment: _Experiment, i: int, experiments: Sequence[_Experiment]) -> Entry:

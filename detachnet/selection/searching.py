@@ -19,6 +19,7 @@ from detachnet.data.datasets import Split
 from detachnet.deploy.measurement import Runtime
 from detachnet.deploy.stopwatch import Stopwatch
 from detachnet.errors import BudgetError, CheckpointError, DataError, MeasurementError
+from detachnet.evaluation import check_labels
 from detachnet.progress import tell
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.costs import checked, counted
@@ -34,6 +35,7 @@ from detachnet.selection.worth import Judge, Worth, at_chance, judged
 from detachnet.storage import locked
 from detachnet.surgery.detachable import DetachableNet, family_in
 from detachnet.surgery.enlarging import enlarged
+from detachnet.surgery.plan import BASE
 from detachnet.surgery.routes import SubModel
 
 JOURNAL = "search.jsonl"
@@ -86,7 +88,7 @@ def search(
     Raises:
         BudgetError: A budget makes no sense, or nothing that can be left out meets it; with what comes nearest.
         ExportError: ONNX Runtime is not installed.
-        DataError: There are no images.
+        DataError: There are no images, or a label is of no class that the family knows.
         MeasurementError: The base-model, or all that is left when anything is left out, answers at chance; or a
             part of the network cannot be measured.
         CutError: Nothing can be left out.
@@ -105,7 +107,7 @@ def search(
     if not len(data):
         raise DataError("there are no held-out images to search with", hint="keep some from the training images")
     calibration = data if calibration is None else calibration
-    net.facts.known_data  # noqa: B018 - it refuses a family that does not know
+    check_labels(data.labels, len(net.facts.known_data.classes), BASE)
     space = Space(net)
     with _kept(folder) as path:
         journal = Journal(path, _about(net, data, calibration))

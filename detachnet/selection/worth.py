@@ -20,6 +20,7 @@ from detachnet.losses import logits
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.space import CANDIDATE, Space
 from detachnet.surgery.detachable import DetachableNet
+from detachnet.surgery.modules import in_type_of, weight_of
 from detachnet.surgery.plan import BASE
 from detachnet.surgery.recalibration import measure_statistics
 from detachnet.zoo import import_own, own_files
@@ -100,14 +101,15 @@ def _received(name: str, content: bytes, files: dict[str, str]) -> Judge:
 
 def judged(net: DetachableNet, name: str, held_out: Split, calibration: Split | None) -> Worth:
     """The worth of one model of a family; its own norms are measured before that, where images are given."""
-    device, info = next(net.parameters()).device, net.facts.known_data
+    weight, info = weight_of(net), net.facts.known_data
+    device = weight.device
     if calibration is not None:
         images = (batch for batch, _ in Batches(calibration, info, BATCH, device).epoch())
         measure_statistics(net, images, (name,))
     model, right, loss = net.detach(name, share=True), 0, 0.0
     with torch.no_grad():
         for batch, labels in Batches(held_out, info, BATCH, device).epoch():
-            out = logits(model(batch)).float()
+            out = logits(model(in_type_of(weight, batch))).float()
             right += int((out.argmax(1) == labels).sum())
             loss += float(nn.functional.cross_entropy(out, labels, reduction="sum"))
     return Worth(right / len(held_out), loss / len(held_out))

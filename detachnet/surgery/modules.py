@@ -61,6 +61,12 @@ def weight_of(model: nn.Module) -> Tensor:
     return next(floating, next(model.parameters(), torch.empty(0)))
 
 
+def in_type_of(weight: Tensor, images: Tensor) -> Tensor:
+    """Images in the floating-point type of a weight; those of another kind as they are."""
+    both = weight.is_floating_point() and images.is_floating_point()
+    return images.to(weight.dtype) if both else images
+
+
 def place_of_weight(model: nn.Module) -> tuple[dict[str, Any], str]:
     """Where that weight is, to ask for its type in little time; an empty place where there is none."""
     like = weight_of(model)

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.errors import DataError
 from detachnet.surgery.detachable import DetachableNet, family_in
+from detachnet.surgery.modules import in_type_of, weight_of
 from detachnet.surgery.routes import folder
 from detachnet.text import by
 
@@ -70,12 +71,12 @@ def measure_statistics(
     if own:
         norms &= {m for name in models if hasattr(net.norms, folder(name)) for m in _own_norms(net, name)}
     measured = [norm for norm in norms if norm.track_running_stats]
-    num_batches = 0
+    weight, num_batches = weight_of(net), 0
     with _averaging(measured), torch.no_grad():
         for images in _images_of(batches, net.plan.input_size):
             num_batches += 1
             for part in parts:
-                part(images)
+                part(in_type_of(weight, images))
     if not num_batches:
         raise DataError("there are no images to measure statistics on")
 

@@ -203,6 +203,10 @@ def test_a_budget_chooses_by_what_was_measured(checkpoint: Path) -> None:
     assert (code, f"try      detachnet profile {checkpoint}" in err) == (2, True)
     measured = profile(net, n=2, warmup=0, peak_memory=False)
     seconds = {"base": 0.008, "sub0": 0.003}
+    of_four = tuple(row.model_copy(update={"batch": 4}) for row in measured.rows)
+    write_profile(measured.model_copy(update={"rows": of_four}), checkpoint)
+    code, _, err = run(str(checkpoint), "red.png", "--budget-ms", "5000")
+    assert (code, "on 4 images at once" in err, f"profile {checkpoint} --batch 1" in err) == (2, True, True)
     rows = tuple(row.model_copy(update={"p90_s": seconds[row.model]}) for row in measured.rows)
     write_profile(measured.model_copy(update={"rows": rows}), checkpoint)
     for budget, model in (("8", "base"), ("7.9", "sub0")):

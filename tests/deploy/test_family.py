@@ -15,6 +15,7 @@ import detachnet
 from detachnet.deploy.backends import TorchBackend
 from detachnet.deploy.budget import ModelCosts, choose
 from detachnet.deploy.cascade import Cascade
+from detachnet.deploy.deadline import DeadlineRunner
 from detachnet.deploy.family import Family
 from detachnet.deploy.profile import write_profile
 from detachnet.surgery.plan import BASE
@@ -191,6 +192,23 @@ def test_a_profile_of_another_family_or_device(
     with caplog.at_level(logging.WARNING):
         Family(TorchBackend(net), "f", elsewhere)
     assert "f was measured on cpu (another), but runs on cpu" in caplog.text
+
+
+def test_what_several_images_take_at_once_says_nothing_of_one(net: detachnet.DetachableNet) -> None:
+    several = Family(TorchBackend(net), "f", profile_of(net, batch=32))
+    said = (
+        r"f was measured on 32 images at once; what one takes is not known\n  try +detachnet profile f --batch 1"
+    )
+    for asked in (
+        lambda: several.choose(latency_ms=20),
+        lambda: several.choose(accuracy=0.7),
+        lambda: several.run(torch.zeros(3, 32, 32), budget_ms=20),
+        lambda: several.latency_s("base"),
+        lambda: DeadlineRunner(several, target_ms=20),
+    ):
+        with pytest.raises(detachnet.MeasurementError, match=said):
+            asked()
+    assert several.choose(memory_mb=5) == "sub0"
 
 
 def test_run(family: Family, net: detachnet.DetachableNet) -> None:

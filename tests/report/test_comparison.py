@@ -126,6 +126,51 @@ def test_seeds_that_start_from_their_own_base_model_are_one_experiment(tmp_path:
     assert [len(entry.last) for entry in compare(runs)] == [2, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("starts", "together"),
+    [
+        (("runs/width25/base-{}", "runs/width25/base-{}"), True),
+        (("runs/base-0", "runs/base-0"), True),
+        (("runs/seed{}/epoch10.pth", "runs/seed{}/epoch10.pth"), True),
+        (("runs/width25/base", "runs/width100/base"), False),
+        (("epoch10.pth", "epoch50.pth"), False),
+        (("resnet18-{}.pth", "resnet50-{}.pth"), False),
+        (("runs/base-2", "runs/base-3"), False),
+    ],
+    ids=str,
+)
+def test_seeds_start_from_what_differs_in_the_seed_alone(
+    tmp_path: Path, starts: tuple[str, str], together: bool
+) -> None:
+    runs = [
+        make_run(tmp_path / f"warm-{s}", ACCURACY, f"train.init='{start.format(s)}'", f"train.seed={s}")
+        for s, start in enumerate(starts)
+    ]
+    assert len(compare(runs)) == (3 if together else 6)
+
+
+@pytest.mark.parametrize("file", ["", "/last.safetensors", "/best.safetensors"])
+@pytest.mark.parametrize(("other", "together"), [([], True), (["model.kwargs.width=0.5"], False)])
+def test_what_seeds_start_from_is_compared_by_its_recipe(
+    tmp_path: Path, file: str, other: list[str], together: bool
+) -> None:
+    runs = []
+    for s, changes in enumerate(([], other)):
+        start = make_run(tmp_path / f"base-{s + 7}", {"base": 0.7}, f"train.seed={s + 7}", *changes)
+        init = f"train.init='{start}{file}'"
+        runs.append(make_run(tmp_path / f"warm-{s}", ACCURACY, init, f"train.seed={s}"))
+    assert len(compare(runs)) == (3 if together else 6)
+
+
+def test_files_beside_a_run_are_not_its_own(tmp_path: Path) -> None:
+    make_run(tmp_path, {"base": 0.7})
+    runs = [
+        make_run(tmp_path / f"warm-{s}", ACCURACY, f"train.init='{tmp_path}/epoch{s + 7}.pth'", f"train.seed={s}")
+        for s in range(2)
+    ]
+    assert len(compare(runs)) == 6
+
+
 def test_other_recipes_keep_names_of_their_own(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / f"lr-{i}", ACCURACY, f"optimizer.lr=0.{i}") for i in (1, 2)]
     assert [entry.run for entry in compare(runs)] == ["lr"] * 3 + ["lr-2"] * 3

@@ -12,6 +12,7 @@ from detachnet_cli.app import app
 from typer.testing import CliRunner
 
 import detachnet
+from detachnet.data.datasets import Split
 from detachnet.errors import BudgetError, CheckpointError, DataError, MeasurementError
 from detachnet.progress import listening
 from detachnet.report.fronts import figure
@@ -21,7 +22,7 @@ from detachnet.selection.front import Front
 from detachnet.selection.images import run_images
 from detachnet.selection.searching import JOURNAL
 from detachnet.selection.space import Space
-from detachnet.selection.worth import Judge
+from detachnet.selection.worth import Judge, judged
 from detachnet.training.recipe import load_recipe
 from tests.runs import QUICKSTART
 from tests.searched import DATA, SIZE, Tiny, images, trained
@@ -164,6 +165,13 @@ def test_a_budget_that_cannot_be(budgets: tuple[float, ...], said: str) -> None:
         search(budgets)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_candidates_of_another_precision(dtype: torch.dtype) -> None:
+    expected = judged(trained(), "short", HELD_OUT, CALIBRATION)
+    found = judged(trained().to(dtype), "short", HELD_OUT, CALIBRATION)
+    assert found.loss == pytest.approx(expected.loss, rel=0.02)
+
+
 def test_an_unknown_kind_of_budget() -> None:
     with pytest.raises(BudgetError, match="by='watts': budgets are of macs, bytes"):
         search(by="watts")
@@ -172,6 +180,9 @@ def test_an_unknown_kind_of_budget() -> None:
 def test_no_images() -> None:
     with pytest.raises(DataError, match="there are no held-out images to search with"):
         detachnet.search(trained(), HELD_OUT.part(0, 0), [0.5])
+    unknown = Split(HELD_OUT.images, torch.full_like(HELD_OUT.labels, -100), HELD_OUT.classes)
+    with pytest.raises(DataError, match="an image is of class -100, counted from 0"):
+        detachnet.search(trained(), unknown, [0.5])
 
 
 def test_a_family_of_unknown_data() -> None:
