@@ -194,7 +194,7 @@ class Keyed(nn.Module):
         self.register_parameter("lambda", nn.Parameter(torch.rand(16, 1, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x) * getattr(self, "lambda")  # noqa: B009
+        x = self.stem(x) * getattr(self, "lambda")
         for op in self.ops.values():
             x = op(x)
         return self.fc(x.mean((2, 3)))
