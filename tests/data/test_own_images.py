@@ -7,7 +7,7 @@ import pytest
 
 import detachnet
 from detachnet.data.folders import Held, open_files
-from detachnet.training.data import FileSource
+from detachnet.training.data import FileSource, open_test_files
 from detachnet.training.tables import FilesTable
 from detachnet.training.trainer import train
 from tests.folders import recipe
@@ -138,6 +138,8 @@ def test_where_a_table_is_looked_for(photos: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     for name, root in (("photos/labels.csv", None), (str(photos / "labels.csv"), None), ("labels.csv", "photos")):
         assert open_files(name, root, "train", held=HELD).num_images == 18
+        source = FileSource(recipe(data__name=name).data, root, "timm:resnet18")  # type: ignore[arg-type]
+        assert open_test_files(source.info, source.place).num_images == source.test.num_images == 6
     with pytest.raises(
         detachnet.DataError, match=r"there is no file nothing.csv\n  what +looked for photos/nothing"
     ):
