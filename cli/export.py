@@ -69,24 +69,17 @@ def export(
 
 
 def _splits(net: DetachableNet, data_root: Path | None, download: bool, images: int | None) -> tuple[Split, Split]:
-    """Images to calibrate with, and test images; where those are not all, accuracies become those on them."""
+    """Images to calibrate with, and test images."""
     from detachnet.data.datasets import is_files, load_data
     from detachnet.deploy.quantize import CALIBRATION_IMAGES
-    from detachnet.evaluation import evaluate
     from detachnet.training.data import open_test_files, open_train_files
 
     data = net.facts.known_data
     if is_files(data.name):
         training = in_memory(net, open_train_files(data, data_root), CALIBRATION_IMAGES, "training")
-        files = open_test_files(data, data_root)
-        count, test = files.num_images, in_memory(net, files, images or MOST, "test")
-    else:
-        training, every = load_data(data.name, data_root, download)
-        count, test = len(every), every.part(0, images)
-    if len(test) < count and net.facts.accuracy:
-        accuracy = {name: score["accuracy"] for name, score in evaluate(net, test).items()}
-        net.facts = net.facts.updated(accuracy=accuracy)
-    return training, test
+        return training, in_memory(net, open_test_files(data, data_root), images or MOST, "test")
+    training, test = load_data(data.name, data_root, download)
+    return training, test.part(0, images)
 
 
 def _latency(path: Path) -> dict[str, Latency]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,8 +30,11 @@ from detachnet.surgery.modules import evaluating, in_type_of, on_device, weight_
 from detachnet.surgery.plan import BASE
 from detachnet.text import Table, si
 
+Item = TypeVar("Item")
 STEPS = 50
 """Thresholds tried per chain: quantiles of the confidences of its models."""
+MOST_CHAINS, MOST_MODELS = 1000, 40
+"""Chains that are tried, the shorter ones first, and models that they are made of, evenly spaced by their cost."""
 SHOWN = 12
 """Points of the curve that a table shows."""
 BATCH = 250
@@ -109,6 +112,7 @@ class Curve(Fields):
         points: The cascades that no other cascade beat on the calibration images, the cheapest first.
         chosen: The one for the target, if one was given.
         base_macs: Multiply-accumulates of the base-model, which may be none of these; 0 for the dearest of them.
+        tried: Which chains were tried, in words, where these are not all.
     """
 
     refused_as = {"": BudgetError}
@@ -118,6 +122,7 @@ class Curve(Fields):
     points: tuple[CascadePoint, ...]
     chosen: CascadePoint | None = None
     base_macs: int = 0
+    tried: str = ""
 
     def better_single(self, point: CascadePoint) -> str | None:
         """The model that alone is at least as accurate as a cascade for no more MACs."""
@@ -134,7 +139,8 @@ class Curve(Fields):
         rows += [self._row(self.chosen, "chosen")] if self.chosen else []
         apart = ("from the image",) if self.reuses else ()
         header = ("models", "", "threshold", "answers", "mean MACs", "of base", *apart, "accuracy")
-        notes = (f"{SHOWN} of {len(self.points)} cascades, evenly spaced",) if len(self.points) > SHOWN else ()
+        thinned = f"{SHOWN} of {len(self.points)} cascades, evenly spaced" if len(self.points) > SHOWN else ""
+        notes = tuple(note for note in (thinned, self.tried) if note)
         return Table(header, tuple(rows), notes=notes, left=2)
 
     @property
@@ -250,7 +256,8 @@ def calibrate(
 ) -> Curve:
     """Choose chains and thresholds on every other image, and measure them on the rest.
 
-    Every chain from a cheaper to a more expensive model is tried with `STEPS` thresholds.
+    Every chain from a cheaper to a more expensive model is tried with `STEPS` thresholds. Of many models short
+    ones alone are tried, `MOST_CHAINS` of `MOST_MODELS` models at most; `Curve.tried` says which.
 
     Args:
         net: A trained family with `data`.
@@ -281,20 +288,22 @@ def calibrate(
         points=tuple(evaluate(report, point.models, point.threshold) for point in front),
         chosen=evaluate(report, chosen.models, chosen.threshold) if chosen else None,
         base_macs=scores.base_macs,
+        tried=_what_is_tried(order(scores.macs)),
     )
 
 
 def score(net: DetachableNet, split: Split, device: torch.device | str | None = None) -> Scores:
     """Confidence and rightness of every trained model on every image."""
     models, data = net.facts.models(net.names), net.facts.known_data
-    check_labels(split.labels, len(data.classes), models[0])
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in models}
     with on_device(net, device) as there, evaluating(net), torch.no_grad():
         batches = Batches(split, data, BATCH, there)
         for images, labels in counted(batches.epoch(), len(batches), "batches of images"):
             outputs = net(in_type_of(weight_of(net), images), which=models)
             for name in models:
-                best = logits(outputs[name]).float().softmax(1).max(1)
+                shares = logits(outputs[name]).float().softmax(1)
+                check_labels(split.labels, shares.shape[1], name)
+                best = shares.max(1)
                 parts[name].append((best.values.cpu(), (best.indices == labels).cpu()))
     confidence = {name: torch.cat([c for c, _ in part]) for name, part in parts.items()}
     right = {name: torch.cat([r for _, r in part]) for name, part in parts.items()}
@@ -331,10 +340,31 @@ def evaluate(scores: Scores, models: Sequence[str], threshold: float) -> Cascade
 
 
 def all_points(scores: Scores) -> list[CascadePoint]:
-    """Every chain of two or more models with rising costs, at thresholds between its models' confidences."""
-    names = order(scores.macs)
-    chains = [chain for length in range(2, len(names) + 1) for chain in combinations(names, length)]
-    return [evaluate(scores, chain, threshold) for chain in chains for threshold in _thresholds(scores, chain)]
+    """Chains of two or more models with rising costs, at thresholds between their models' confidences."""
+    return [
+        evaluate(scores, chain, threshold)
+        for chain in _chains(order(scores.macs))
+        for threshold in _thresholds(scores, chain)
+    ]
+
+
+def _chains(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """All chains of models, or as many as are tried, the shortest first; `names` in the order of their costs."""
+    some, found = thin(names, MOST_MODELS), list[tuple[str, ...]]()
+    for length in range(2, len(some) + 1):
+        if len(found) + math.comb(len(some), length) > MOST_CHAINS:
+            break
+        found += combinations(some, length)
+    return found
+
+
+def _what_is_tried(names: Sequence[str]) -> str:
+    """Which chains of models are tried, in words; empty if all are."""
+    some, longest = min(len(names), MOST_MODELS), max(map(len, _chains(names)), default=0)
+    if len(names) < 2 or longest == len(names):
+        return ""
+    which = f"the {some}" if some == len(names) else f"{some} of {len(names)}"
+    return f"chains of at most {longest} of {which} models were tried"
 
 
 def _thresholds(scores: Scores, chain: Sequence[str]) -> list[float]:
@@ -353,8 +383,8 @@ def pareto(points: Sequence[CascadePoint]) -> list[CascadePoint]:
     return front
 
 
-def thin(points: Sequence[CascadePoint], count: int) -> list[CascadePoint]:
-    """At most `count` points, from first to last, spread evenly."""
+def thin(points: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` points or others, from first to last, spread evenly."""
     if len(points) <= count:
         return list(points)
     return [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]

@@ -86,8 +86,8 @@ def export(
             them when they load a graph, and compute in float32. Biases and norms stay float32. Each graph is
             compared with PyTorch on the rounded weights, and how far those move the outputs is logged.
         int8: A training and a test split, as `load_data` gives them: quantize the ONNX graphs to int8, calibrated
-            on 256 training images, and measure each one's accuracy on the test images. Batch norms are folded
-            first, so models with private ones share only the tensors that rounding leaves equal.
+            on 256 training images, and measure each one's accuracy on the test images, in int8 and before. Batch
+            norms are folded first, so models with private ones share only the tensors that rounding leaves equal.
         latency: Model → what was measured of it, for the manifest.
         legs: Also write what models share, and what each has behind, as ONNX graphs of their own
             (`Manifest.legs`): a model can then go on from where another one parted.
@@ -207,8 +207,8 @@ class _Export:
 
     def _described(self, name: str, latency: Latency | None, written: Written) -> ExportedModel:
         """What the manifest says of a model."""
-        file, plan, known = exported_file(self._path(name)), self.net.plan[name], self.net.facts.accuracy.get(name)
-        measured = written.accuracy is not None
+        file, plan = exported_file(self._path(name)), self.net.plan[name]
+        known = self.net.facts.accuracy.get(name)
         return ExportedModel(
             name=name,
             file=file.file,
@@ -216,8 +216,8 @@ class _Export:
             macs=plan.macs,
             num_params=plan.num_params,
             num_bytes=written.num_bytes,
-            accuracy=written.accuracy if measured else known,
-            float_accuracy=known if measured else None,
+            accuracy=known if written.accuracy is None else written.accuracy,
+            float_accuracy=written.float_accuracy,
             latency=latency,
         )
 

@@ -57,10 +57,12 @@ class Written(NamedTuple):
     Attributes:
         num_bytes: Of the graph and of the weights it uses: what it takes alone.
         accuracy: Measured on this very graph, in [0, 1]; None where it computes what the module does.
+        float_accuracy: That of the module on the same images, where `accuracy` is measured.
     """
 
     num_bytes: int
     accuracy: float | None = None
+    float_accuracy: float | None = None
 
 
 class Writer(Protocol):

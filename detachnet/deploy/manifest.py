@@ -59,7 +59,7 @@ class ExportedModel(_Exported):
         num_bytes: Bytes of its graph and of the weights it uses: what it takes alone; in `pte` of its tensors.
         accuracy: Test accuracy, in [0, 1], if it is known: of the trained model in float32 (also where weights are
             stored in float16), of this very file in int8.
-        float_accuracy: That of the trained model, where `accuracy` is that of an int8 file.
+        float_accuracy: That of the trained model on the same images, where `accuracy` is that of an int8 file.
         latency: As measured before the export; None if it was not.
     """
 

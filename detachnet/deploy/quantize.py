@@ -45,13 +45,15 @@ class Int8Writer(OnnxWriter):
         self.num_test = len(test)
 
     def write(self, piece: Piece, path: Path) -> Written:
-        """Write a module's graph, compare it in float32, and measure it in int8."""
+        """Write a module's graph, compare it in float32, and measure it there and in int8 on the same images."""
         model = onnx_model(piece, fold=True)
         path.write_bytes(model.SerializeToString())
-        compare(piece, open_onnx(path))
+        before = open_onnx(path)
+        compare(piece, before)
+        float_accuracy = accuracy(before, self._test, self._info)
         model = quantize(model, calibration(self._training, self._info))
         num_bytes = self._write(model, piece.metadata, path)
-        return Written(num_bytes, accuracy(open_onnx(path), self._test, self._info))
+        return Written(num_bytes, accuracy(open_onnx(path), self._test, self._info), float_accuracy)
 
 
 def quantize(model: Any, images: Batches) -> Any:

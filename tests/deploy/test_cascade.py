@@ -44,6 +44,31 @@ def test_costs_of_a_chain_add_up() -> None:
     assert point.mean_macs == (4 * 10 + 2 * 50 + 1 * 100) / 4
 
 
+@pytest.mark.parametrize(
+    ("count", "longest", "said"),
+    [
+        (3, 3, ""),
+        (9, 9, ""),
+        (12, 4, "chains of at most 4 of the 12 models were tried"),
+        (16, 3, "chains of at most 3 of the 16 models were tried"),
+        (1000, 2, "chains of at most 2 of 40 of 1000 models were tried"),
+    ],
+)
+def test_of_many_models_some_chains_are_tried(
+    monkeypatch: pytest.MonkeyPatch, count: int, longest: int, said: str
+) -> None:
+    some = {f"m{i}": torch.rand(4) for i in range(count)}
+    scores = Scores(some, {n: c > 0.5 for n, c in some.items()}, {n: i + 1 for i, n in enumerate(some)})
+    monkeypatch.setattr(cascade, "STEPS", 1)
+    monkeypatch.setattr(cascade, "score", lambda *_: scores)
+    chains = {point.models for point in all_points(scores)}
+    assert max(map(len, chains)) == longest
+    assert len(chains) <= 1000
+    assert any(chain[0] == "m0" and chain[-1] == f"m{count - 1}" for chain in chains)
+    curve = calibrate(None, Split(torch.zeros(4), torch.zeros(4), ("a",)))  # type: ignore[arg-type]
+    assert (curve.tried, curve.table.notes[-1:]) == (said, (said,) if said else ())
+
+
 def test_what_models_share_is_spent_once() -> None:
     shared = {("small", "medium"): 4, ("small", "large"): 4, ("medium", "large"): 30}
     scores = replace(SCORES, shared=shared)

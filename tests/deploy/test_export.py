@@ -270,7 +270,7 @@ def test_int8(tmp_path: Path) -> None:
     whole = export(net, tmp_path / "float32", models=["sub1"])
     manifest = export(net, tmp_path / "int8", models=["sub1"], int8=(splits[0], few))
     model = manifest["sub1"]
-    assert (manifest.precision, manifest.num_test, model.float_accuracy) == ("int8", 64, 0.25)
+    assert (manifest.precision, manifest.num_test) == ("int8", 64)
     assert model.num_bytes < 0.6 * whole["sub1"].num_bytes
     session = onnxruntime.InferenceSession(tmp_path / "int8" / "sub1.onnx")
     mean, std = (np.array(c, np.float32)[None, :, None, None] for c in (net.facts.data.mean, net.facts.data.std))
@@ -279,6 +279,7 @@ def test_int8(tmp_path: Path) -> None:
     assert model.accuracy == np.mean(outputs.argmax(1) == few.labels.numpy())
     with torch.no_grad():
         wanted = net(torch.from_numpy(images), which="sub1").numpy()
+    assert model.float_accuracy == np.mean(wanted.argmax(1) == few.labels.numpy())  # not that of all, 0.25
     assert np.abs(outputs - wanted).mean() < 0.2 * np.abs(wanted).mean()
 
 

@@ -186,6 +186,16 @@ def test_a_stopwatch(runtime: Any) -> None:
 
 
 @pytest.mark.slow
+def test_what_is_measured_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no other device everywhere: that the module itself is not moved stands for it."""
+    module, moved, move = nn.Conv2d(3, 4, 3).eval(), [], nn.Module.cpu
+    monkeypatch.setattr(nn.Module, "cpu", lambda self: (moved.extend(self.modules()), move(self))[1])
+    Stopwatch("onnx", 1)(module, torch.zeros(1, 3, 8, 8))
+    assert moved
+    assert module not in moved
+
+
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_not_measured() -> None:
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
