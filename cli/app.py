@@ -5,7 +5,10 @@ Nothing here imports torch; a command imports what it needs when it runs, so hel
 
 from __future__ import annotations
 
+import io
+import os
 import platform
+import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
@@ -73,5 +76,13 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line.
+
+    What a stream cannot write is a question mark there, and one that is closed takes nothing.
+    """
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app()

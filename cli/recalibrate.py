@@ -10,7 +10,7 @@ import typer
 from detachnet.errors import CheckpointError
 
 from .console import friendly, note, progress, show
-from .opening import all_test_images, in_memory, known_root, open_family
+from .opening import all_test_images, in_memory, known_root, open_family, run_recipe
 from .options import Checkpoint, DataRoot, ModelFile
 
 
@@ -27,7 +27,7 @@ def recalibrate(
         raise CheckpointError(f"{out} exists already", hint="name a new file, or remove this one")
     from detachnet.checkpoint.saving import save
     from detachnet.data.batches import Batches
-    from detachnet.data.datasets import is_files, load_data
+    from detachnet.data.datasets import is_files, load_data, select
     from detachnet.evaluation import EVAL_BATCH, evaluate
     from detachnet.memory import keep_freed
     from detachnet.surgery.recalibration import recalibrate as measure
@@ -42,7 +42,9 @@ def recalibrate(
         if is_files(data.name):
             train = in_memory(net, open_train_files(data, root), images, "training")
         else:
-            train = load_data(data.name, root)[0].part(0, images)
+            table = run_recipe(checkpoint).get("data", {})  # what it was trained on of all that there is
+            splits = load_data(data.name, root)
+            train = select(splits, table.get("num_train", 0), table.get("holdout", 0))[0].part(0, images)
         fresh = measure(net, (batch for batch, _ in Batches(train, data, EVAL_BATCH).epoch()))
         test, num_test = all_test_images(net, root, download=False)
         before, after = evaluate(net, test), evaluate(fresh, test)

@@ -13,6 +13,7 @@ from detachnet.data.batches import Batches, BatchSource, GivenBatches
 from detachnet.data.datasets import Split
 from detachnet.errors import CheckpointError, DataError
 from detachnet.losses import logits
+from detachnet.machine import find_device
 from detachnet.progress import counted
 from detachnet.surgery.detachable import DetachableNet, family_in
 from detachnet.surgery.modules import evaluating, in_type_of, on_device, weight_of
@@ -40,11 +41,13 @@ def evaluate(
         TraceError: This is no family.
         DataError: These are no images, there are none, or a label is of no class that a model knows.
         CheckpointError: The family does not know what it was trained on, or a model gives no finite numbers.
+        MeasurementError: There is no such device.
     """
     net = family_in(net)
     models = net.facts.models(net.names)
     batches: BatchSource
-    with on_device(net, images.device if isinstance(images, BatchSource) else device) as there:
+    asked = None if device is None else find_device(device)
+    with on_device(net, images.device if isinstance(images, BatchSource) else asked) as there:
         match images:
             case Split():
                 _check_fits(net, images)
@@ -104,11 +107,19 @@ def scores(totals: Tensor, models: Sequence[str]) -> dict[str, dict[str, float]]
 
 
 def _check_fits(net: DetachableNet, images: Split) -> None:
-    """Refuse images of other channels than a family takes.
+    """Refuse images of other channels than a family takes, and classes in another order.
 
     Raises:
         DataError: They are.
     """
+    known = net.facts.data.classes if net.facts.data else images.classes
+    if known != images.classes and sorted(known) == sorted(images.classes):
+        first = next(name for name, theirs in zip(images.classes, known, strict=True) if name != theirs)
+        raise DataError(
+            f"the classes of the images are in another order than the family's: {first!r} is class "
+            f"{known.index(first)} there, counted from 0",
+            hint="labels are places in net.facts.data.classes",
+        )
     given, taken = images.images.shape[1], net.plan.input_size[0]
     if given != taken:
         raise DataError(

@@ -110,6 +110,46 @@ def test_images_of_other_channels_are_refused(net: detachnet.DetachableNet, imag
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda s: Split(s.images / 255, s.labels, s.classes), "uint8, not .* of float32[\\s\\S]*byte"),
+        (
+            lambda s: Split(s.images[0], s.labels, s.classes),
+            r"\(N, C, H, W\) of uint8, not \(3, 32, 32\) of uint8",
+        ),
+        (lambda s: Split(s.images.numpy(), s.labels, s.classes), "not ndarray"),
+        (lambda s: Split(s.images, s.labels.int(), s.classes), "int64, not .* of int32"),
+        (lambda s: Split(s.images, s.labels.tolist(), s.classes), "not list"),
+        (lambda s: Split(s.images, s.labels[:7], s.classes), "20 images and 7 labels"),
+    ],
+)
+def test_what_is_no_split_is_refused(images: Split, given: Any, message: str) -> None:
+    with pytest.raises(detachnet.DataError, match=message):
+        given(images)
+
+
+def test_labels_that_are_no_numbers_of_classes_are_refused(net: detachnet.DetachableNet, images: Split) -> None:
+    normalized = torch.randn(len(images), 3, 32, 32)
+    expected = evaluate(net, [(normalized, images.labels)])
+    assert evaluate(net, [(normalized, images.labels.int())]) == expected
+    for labels in (images.labels.float(), torch.eye(10)[images.labels]):
+        with pytest.raises(detachnet.DataError, match=r"the number of each image's class, \(B,\), not"):
+            evaluate(net, [(normalized, labels)])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there(net: detachnet.DetachableNet, images: Split) -> None:
+    with pytest.raises(detachnet.MeasurementError, match="no device 'cuda'"):
+        evaluate(net, images, "cuda")
+
+
+def test_classes_in_another_order_are_refused(net: detachnet.DetachableNet, images: Split) -> None:
+    other = Split(images.images, images.labels, (*images.classes[:-2], images.classes[-1], images.classes[-2]))
+    with pytest.raises(detachnet.DataError, match="'truck' is class 9 there"):
+        evaluate(net, other)
+
+
 def test_looking_for_the_classes_keeps_modes(net: detachnet.DetachableNet) -> None:
     before = modes(net)
     check_classes(net)

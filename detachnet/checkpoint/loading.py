@@ -91,6 +91,7 @@ def load_family(path: str | Path, model: nn.Module | None = None) -> DetachableN
     Raises:
         CheckpointError: The file holds one model alone, or as `load`.
     """
+    _check_given(path, model)
     return build(*read(path), path, model)
 
 

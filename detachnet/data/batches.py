@@ -147,7 +147,12 @@ class GivenBatches:
         for batch in islice(self._batches, start, None):
             match batch:
                 case [Tensor() as images, Tensor() as labels] if images.shape[:1] == labels.shape[:1]:
-                    yield images.to(self.device), labels.to(self.device)
+                    if labels.ndim != 1 or labels.is_floating_point():
+                        said = f"{tuple(labels.shape)} of {labels.dtype}"
+                        raise DataError(
+                            f"labels are the number of each image's class, (B,), not {said}", hint=_BATCHES
+                        )
+                    yield images.to(self.device), labels.to(self.device).long()
                 case _:
                     raise DataError(f"a batch is no pair of images and labels: {batch!r:.60}", hint=_BATCHES)
 

@@ -51,11 +51,26 @@ class Split:
         images: `(N, C, H, W)`, uint8.
         labels: `(N,)`, int64.
         classes: Name of each class.
+
+    Raises:
+        DataError: They are no such tensors, or not as many.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if not (isinstance(images, Tensor) and images.ndim == 4 and images.dtype == torch.uint8):
+            raise DataError(
+                f"images of a Split are a tensor (N, C, H, W) of uint8, not {_said(images)}",
+                hint="images in [0, 1] are (255 * images).round().byte()",
+            )
+        if not (isinstance(labels, Tensor) and labels.ndim == 1 and labels.dtype == torch.int64):
+            raise DataError(f"labels of a Split are a tensor (N,) of int64, not {_said(labels)}")
+        if len(images) != len(labels):
+            raise DataError(f"a Split has {len(images)} images and {len(labels)} labels")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,6 +78,13 @@ class Split:
     def part(self, start: int, stop: int | None = None) -> Split:
         """The images from one on, up to but without another; all that follow if none is given."""
         return Split(self.images[start:stop], self.labels[start:stop], self.classes)
+
+
+def _said(value: object) -> str:
+    """What something is that is no such tensor."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
 
 
 def load_data(name: str, root: str | Path | None = None, download: bool = False) -> tuple[Split, Split]:

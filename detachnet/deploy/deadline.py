@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from detachnet.deploy.family import Family, Picture
 from detachnet.deploy.rests import measure_rests
@@ -406,6 +407,10 @@ class _Request:
 
 def _ladder(family: Family, models: Sequence[str] | None) -> list[str]:
     """The models from the most accurate to the fastest, without those another one beats in both."""
+    if isinstance(family, nn.Module | str | Path):
+        raise MeasurementError(
+            f"this takes a Family, not {type(family).__name__}", hint="detachnet.Family.load(path) makes one"
+        )
     if models is not None and (isinstance(models, str) or not models or len(set(models)) < len(models)):
         raise MeasurementError(
             f"models={models!r}: give a list of models, each once", hint=f"models={list(family.accuracy)}, or none"

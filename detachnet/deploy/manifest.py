@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from detachnet.deploy.formats import Format, Precision
 from detachnet.deploy.measurement import Latency
-from detachnet.errors import ExportError
+from detachnet.errors import ExportError, nearest
 from detachnet.fields import Fields, read_error
 from detachnet.storage import MANIFEST, open_file, read_file
 from detachnet.surgery.legs import Leg
@@ -184,6 +184,12 @@ class Manifest(_Exported):
         return tuple(model.name for model in self.models)
 
     def __getitem__(self, name: str) -> ExportedModel:
+        if name not in self.names:
+            raise ExportError(
+                f"the folder has no model {name!r}",
+                hint=f"the models are {', '.join(self.names)}",
+                nearest=nearest(str(name), self.names),
+            )
         return next(model for model in self.models if model.name == name)
 
 

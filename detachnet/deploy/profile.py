@@ -18,7 +18,7 @@ from detachnet.checkpoint.saving import save
 from detachnet.deploy.backends import Backend, Costs, OnnxBackend, TorchBackend
 from detachnet.deploy.measurement import Measurement, Runtime
 from detachnet.deploy.peak import resident_peaks
-from detachnet.errors import MeasurementError
+from detachnet.errors import MeasurementError, nearest
 from detachnet.fields import Fields, read_error
 from detachnet.machine import OtherWork, find_device, find_threads, hardware, versions
 from detachnet.progress import counted
@@ -56,7 +56,14 @@ class Profile(Fields):
         return self
 
     def __getitem__(self, model: str) -> Measurement:
-        return next(row for row in self.rows if row.model == model)
+        rows = {row.model: row for row in self.rows}
+        if model not in rows:
+            raise MeasurementError(
+                f"the profile has no model {model!r}",
+                hint=f"the models are {', '.join(rows)}",
+                nearest=nearest(str(model), rows),
+            )
+        return rows[model]
 
     @property
     def title(self) -> str:

@@ -207,7 +207,7 @@ def find_cuts(
 
     Examples:
         >>> [point.name for point in detachnet.find_cuts(torchvision.models.resnet18())][-4:]
-        ['layer3', 'layer4.0', 'layer4', 'avgpool']
+        ['layer4.1.add', 'layer4', 'avgpool', 'flatten']
     """
     leaves = Leaves.given(leaf_modules, leaf_functions)
     traced = trace(unwrap(model), input_size, example_input, leaves)

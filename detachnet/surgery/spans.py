@@ -117,7 +117,7 @@ def find_spans(
 
     Examples:
         >>> [span.name for span in detachnet.find_spans(torchvision.models.resnet18()) if span.bridge is None][-2:]
-        ['layer3.0:layer3.1', 'layer4.0:layer4.1']
+        ['layer3.0:layer3', 'layer4.0:layer4']
     """
     leaves = Leaves.given(leaf_modules, leaf_functions)
     return span_points(trace(unwrap(model), input_size, example_input, leaves))

@@ -137,7 +137,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(name)
     try:
-        text = read_file(path).decode()
+        text = read_file(path).decode("utf-8-sig")  # some editors begin with a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}", what=str(error)) from error
     return parse_text(text, path, overrides)

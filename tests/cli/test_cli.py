@@ -283,6 +283,31 @@ assert not {{"torch", "timm", "torchvision", "accelerate"}} & set(sys.modules)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", "3?32?32"), ("latin-1", "3\xd732\xd732"), ("utf-8", "3×32×32")]
+)
+def test_terminals_of_other_encodings(encoding: str, shown: str) -> None:
+    command = [
+        str(Path(sys.executable).with_name("detachnet")),
+        "inspect",
+        "detachnet:vgg16_cifar",
+        "--cut",
+        "features.6",
+    ]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert shown in done.stdout.decode(encoding)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="streams are closed by a shell of POSIX")
+@pytest.mark.parametrize(("words", "code"), [("recipes >&-", 0), ("evaluate nothing 2>&-", 2)])
+def test_a_closed_stream(words: str, code: int) -> None:
+    detachnet_ = Path(sys.executable).with_name("detachnet")
+    done = subprocess.run(f"'{detachnet_}' {words}", shell=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (code, b"")
+
+
 def test_version_names_what_matters() -> None:
     out = run("--version")[1]
     for package in ("detachnet", "python", "torch", "torchvision", "timm", "safetensors"):
@@ -361,7 +386,7 @@ def test_a_model_of_ones_own_through_every_command(tmp_path: Path) -> None:
         "from detachnet.models import VGG16Cifar\n\n\nclass Net(VGG16Cifar):\n    pass\n\n\n"
         "def net(**kwargs):\n    return Net(**kwargs)\n"
     )
-    own = ["--set", "model.name=mine.py:net"]
+    own = ["--set", "model.name=mine.py:net", "--set", "data.num_train=60"]
     code, out = run("train", "quickstart", *OPTIONS, *own, "--out", "run")
     assert code == 0, out
     code, out = run("evaluate", "run")
@@ -373,11 +398,14 @@ def test_a_model_of_ones_own_through_every_command(tmp_path: Path) -> None:
         ["profile", "run", "--n", "2", "--warmup", "0"],
         ["cascade", "run"],
         ["detach", "run", "--model", "sub1", "-o", "sub1.safetensors"],
-        ["recalibrate", "run", "-o", "fresh.safetensors", "--images", "50"],
+        ["recalibrate", "run", "-o", "fresh.safetensors"],
         ["report", "run"],
     ):
         code, out = run(*args, *file)
         assert code == 0, (args, out)
+        assert (
+            args[0] != "recalibrate" or "statistics of 60 training images" in out
+        )  # those that it was trained on
         assert args[0] != "detach" or "Read it: detachnet.load('sub1.safetensors', model=Net(...))" in out
     code, out = run("profile", "run", "--runtime", "onnx", *file)
     assert "try      detachnet export run --model-file mine.py:net -o DIR" in out

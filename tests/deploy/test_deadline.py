@@ -8,6 +8,7 @@ from contextlib import suppress
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -729,3 +730,9 @@ def test_the_end_is_behind_whatever_was_accepted(family: Family) -> None:
 def test_numbers(family: Family, options: dict[str, object], message: str) -> None:
     with pytest.raises(detachnet.MeasurementError, match=message):
         DeadlineRunner(family, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", ["family", torch.nn.Linear(2, 2)])
+def test_what_is_no_loaded_family_is_refused(given: Any) -> None:
+    with pytest.raises(detachnet.MeasurementError, match=r"takes a Family, not[\s\S]*Family.load"):
+        DeadlineRunner(given, 20)

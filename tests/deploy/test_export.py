@@ -179,6 +179,8 @@ def test_manifest(toy: detachnet.DetachableNet, exported: Path) -> None:
     assert (manifest.format, manifest.precision, manifest.output) == ("onnx", "float32", "logits")
     assert (manifest.input.name, manifest.input.shape, manifest.input.max_batch) == ("images", (3, 8, 8), None)
     assert manifest["base"].accuracy == 0.5
+    with pytest.raises(detachnet.ExportError, match=r"no model 'bas'[\s\S]*nearest  'base'"):
+        manifest["bas"]
     assert manifest["sub1"].accuracy is None
     for model in manifest.models:
         plan = toy.plan[model.name]

@@ -110,6 +110,13 @@ def test_settings_are_checked(net: detachnet.DetachableNet, kwargs: dict[str, in
         profile(net, **kwargs)
 
 
+def test_a_model_that_was_not_measured(net: detachnet.DetachableNet) -> None:
+    measured = profile(net, n=1, warmup=0, peak_memory=False)
+    assert measured["base"].model == "base"
+    with pytest.raises(detachnet.MeasurementError, match=r"no model 'bas'[\s\S]*nearest  'base'"):
+        measured["bas"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_no_cuda(net: detachnet.DetachableNet) -> None:
     with pytest.raises(detachnet.MeasurementError, match=r"no device 'cuda'[\s\S]*device='cpu'"):

@@ -80,6 +80,11 @@ def test_loss_weights_are_those_of_the_trained_models() -> None:
     assert load_recipe(QUICKSTART, [*options, 'train.models=["sub1"]']).loss_weights == {}
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "marked.toml").write_bytes(b"\xef\xbb\xbf" + QUICKSTART.read_bytes())
+    assert load_recipe(tmp_path / "marked.toml") == load_recipe(QUICKSTART)
+
+
 def test_of_several_problems_the_known_names_are_shown() -> None:
     text = QUICKSTART.read_text().replace('name = "detachnet:vgg16_cifar"', 'nam = "detachnet:vgg16_cifar"')
     with pytest.raises(detachnet.RecipeError, match=r"model.name is missing[\s\S]*'nam' in[\s\S]*nearest  'name'"):
