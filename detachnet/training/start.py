@@ -25,7 +25,9 @@ from detachnet.surgery.stepdown import Stem
 from detachnet.surgery.synchronizing import synchronize_norms
 from detachnet.text import number_of
 from detachnet.training.data import Source
+from detachnet.training.optimizer import make_loss
 from detachnet.training.recipe import Recipe
+from detachnet.training.step import without_gradient
 from detachnet.training.tables import FilesTable
 from detachnet.training.weights import OWN, Start, read_start
 from detachnet.zoo import WEIGHTS, build_model, new_layers, takes_num_classes
@@ -186,6 +188,9 @@ def starting_family(
     for name, parameter in net.named_parameters():
         frozen = recipe.train.freeze_base and name.startswith("base.")
         parameter.requires_grad_(parameter.requires_grad and name in trained and not frozen)
+    if several:  # which would wait for gradients that do not come
+        for name in without_gradient(net, recipe.models, make_loss(recipe)):
+            net.get_parameter(name).requires_grad_(False)
     _check_trains(net, recipe)
     return net
 

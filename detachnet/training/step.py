@@ -150,15 +150,15 @@ def without_gradient(net: DetachableNet, models: Sequence[str], loss: MultiModel
     """Names of parameters that ask for a gradient and that the loss gives none, such as those of auxiliary heads.
 
     Args:
-        net: The family, in the mode it is trained in; a copy of it makes a pass.
+        net: The family; a copy of it makes a pass in training mode.
         models: Which of its models are trained.
         loss: Of each of them.
     """
     like = next(net.parameters())
     with random_states_kept(like.device):
-        alone = net.copied()
+        alone = net.copied().train()
         optimizer = torch.optim.SGD([like], 0.0)
-        images = torch.rand(2, *net.plan.input_size, device=like.device, dtype=net.input_dtype)
+        images = torch.rand(2, *net.plan.input_size, device=like.device).to(net.input_dtype)
         labels = torch.zeros(2, dtype=torch.long, device=like.device)
         TrainingStep(alone, models, loss, optimizer).add_gradients(images, labels)
     every = alone.named_parameters()

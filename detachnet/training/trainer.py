@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 
 from detachnet.checkpoint.saving import check_storable
 from detachnet.data.batches import BatchSource
@@ -31,7 +30,7 @@ from detachnet.training.results import result_rows, result_table
 from detachnet.training.runs import RunFolder, default_folder
 from detachnet.training.start import decided, starting_family
 from detachnet.training.state import RunState, new_state
-from detachnet.training.step import TrainingStep, without_gradient
+from detachnet.training.step import TrainingStep
 from detachnet.training.tables import FilesTable
 
 
@@ -173,14 +172,11 @@ def _deal(
 
 def _make_step(recipe: Recipe, state: RunState, accelerator: Accelerator) -> TrainingStep:
     """The recipe's step, as this process makes it."""
-    loss = make_loss(recipe)
-    if accelerator.num_processes > 1 and without_gradient(state.net, recipe.models, loss):
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     model, optimizer = accelerator.prepare(state.net, state.optimizer)
     return TrainingStep(
         state.net.train(),
         recipe.models,
-        loss,
+        make_loss(recipe),
         optimizer,
         strategy=recipe.train.strategy,
         forward=model,
