@@ -16,10 +16,10 @@ from typing import Any
 
 from PIL import Image
 from timm.data import create_dataset
-from timm.utils.misc import natural_key
 
 from detachnet.data.datasets import places_of, synonyms
 from detachnet.data.images import SUFFIXES, read_image, to_mode
+from detachnet.data.listing import entries, folders_in, images_below, in_order, is_image
 from detachnet.errors import DataError, first_line, nearest
 from detachnet.storage import open_file, read_file
 
@@ -310,36 +310,31 @@ def _folder(name: str, root: str | Path | None, split: str, held: Held | None) -
 
 def _decides(place: Path, split: str, held: Held | None) -> bool:
     """Whether a place has splits, be it others than this one, or images to divide: no other is looked at then."""
-    inside = _folders_in(place)
+    inside = folders_in(place)
     if any(name.lower() in _SPLITS or name in synonyms(split) for name in inside):
         return True
     if held is None or not _is_undivided(place, split, held):
         return False
-    return any(path for name in inside for path in _images_below(place / name))
+    return any(path for name in inside for path in images_below(place / name))
 
 
 def _is_undivided(place: Path, split: str, held: Held) -> bool:
     """Whether a place has folders, none of which is a split or has one for trainings: those are classes."""
     known = {*_SPLITS, split.lower(), held.split.lower()}
-    inside = _folders_in(place)
+    inside = folders_in(place)
     return bool(inside) and not any(
         name.lower() in known or any(path.is_dir() for path in (place / name / s for s in synonyms("train")))
         for name in inside
     )
 
 
-def _folders_in(place: Path) -> list[str]:
-    """Names of the folders in a place, if it is there."""
-    return [path.name for path in _entries(place) if path.is_dir()] if place.is_dir() else []
-
-
 def _classes_of(name: str, folder: Path, split: str) -> Files:
     """A folder of classes: the first folder on the way to an image is its class."""
     found: dict[str, list[str]] = {}
-    for path in _entries(folder):
+    for path in entries(folder):
         if path.is_dir():
-            found[path.name] = list(_images_below(path))
-        elif _is_image(path.name):
+            found[path.name] = list(images_below(path))
+        elif is_image(path.name):
             raise DataError(
                 f"there are images in {folder} itself, which belong to no class",
                 what=str(path),
@@ -353,43 +348,8 @@ def _classes_of(name: str, folder: Path, split: str) -> Files:
     if not found:
         raise DataError(f"there is no folder of a class in {folder}", hint=f"it has {folder}/CLASS/*.jpg")
     samples = [(path, label) for label, paths in enumerate(found.values()) for path in paths]
-    samples.sort(key=lambda sample: _in_order(sample[0]))
+    samples.sort(key=lambda sample: in_order(sample[0]))
     return Files(name, split, tuple(found), len(samples), reader=Listed(samples, str(folder)))
-
-
-def _entries(folder: Path) -> list[Path]:
-    """What is in a folder, in order, but for names that begin with a dot."""
-    try:
-        inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    except OSError as error:
-        raise _unreadable(error) from error
-    return sorted(inside, key=lambda path: _in_order(path.name))
-
-
-def _images_below(folder: Path) -> Iterator[str]:
-    """Paths of the images in a folder and in those in it, linked ones too; none that begins with a dot."""
-
-    def refuse(error: OSError) -> None:
-        raise _unreadable(error) from error
-
-    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(place, name) for name in files if _is_image(name))
-
-
-def _unreadable(error: OSError) -> DataError:
-    """What is said of a folder of images that cannot be looked into."""
-    return DataError(f"the folder {error.filename} cannot be read", what=str(error))
-
-
-def _is_image(name: str) -> bool:
-    """Whether a file is one of those that are looked for."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-
-
-def _in_order(name: str) -> tuple[list[str | int], str]:
-    """What names are sorted by, as timm's reader does: numbers as numbers, letters of either case alike."""
-    return natural_key(name), name
 
 
 def _table(name: str, root: str | Path | None, split: str, held: Held | None) -> Files:
@@ -417,7 +377,7 @@ def _table(name: str, root: str | Path | None, split: str, held: Held | None) ->
             what=f"its splits are {', '.join(sorted(splits))}" if divided else "it has no column 'split'",
             nearest=nearest(split, splits),
         )
-    classes = tuple(sorted({label for _, label, _ in rows}, key=_in_order))
+    classes = tuple(sorted({label for _, label, _ in rows}, key=in_order))
     samples = [(path, classes.index(label)) for path, label, _ in rows]
     if divided:
         held = None
