@@ -107,11 +107,12 @@ def scores(totals: Tensor, models: Sequence[str]) -> dict[str, dict[str, float]]
 
 
 def _check_fits(net: DetachableNet, images: Split) -> None:
-    """Refuse images of other channels than a family takes, and classes in another order.
+    """Refuse what is no split, images of other channels than a family takes, and classes in another order.
 
     Raises:
-        DataError: They are.
+        DataError: They are such.
     """
+    images.check()
     known = net.facts.data.classes if net.facts.data else images.classes
     if known != images.classes and sorted(known) == sorted(images.classes):
         first = next(name for name, theirs in zip(images.classes, known, strict=True) if name != theirs)

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import detachnet
 from detachnet.data.datasets import Split, load_data, select
 from detachnet.training import trainer
 from detachnet.training.data import MemorySource
 from detachnet.training.loop import Listener, Loop
-from detachnet.training.processes import open_processes
 from detachnet.training.recipe import Recipe, load_recipe
 from detachnet.training.runs import RunFolder
 from detachnet.training.start import starting_family
@@ -84,9 +85,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 def loop(chosen: Recipe, folder: Path) -> Loop:
     """What a run has before its first step."""
     source = MemorySource(chosen.data, select(tenth(), chosen.data.num_train, chosen.data.holdout))
-    with open_processes(chosen, RunFolder(folder)) as accelerator:
-        net = starting_family(chosen, source, accelerator.device, several=False, resuming=False)
-        batches, test = trainer._deal(chosen, source, net, accelerator)
-        state = new_state(chosen, net, accelerator.device)
-        step = trainer._make_step(chosen, state, accelerator)
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision="bf16" if chosen.train.precision == "bf16" else "no")
+    net = starting_family(chosen, source, accelerator.device, several=False, resuming=False)
+    batches, test = trainer._deal(chosen, source, net, accelerator)
+    state = new_state(chosen, net, accelerator.device)
+    step = trainer._make_step(chosen, state, accelerator)
     return Loop(chosen, RunFolder(folder), accelerator, batches, test, state, step, Listener())

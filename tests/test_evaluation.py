@@ -124,9 +124,11 @@ def test_images_of_other_channels_are_refused(net: detachnet.DetachableNet, imag
         (lambda s: Split(s.images, s.labels[:7], s.classes), "20 images and 7 labels"),
     ],
 )
-def test_what_is_no_split_is_refused(images: Split, given: Any, message: str) -> None:
+def test_what_is_no_split_is_refused(
+    net: detachnet.DetachableNet, images: Split, given: Any, message: str
+) -> None:
     with pytest.raises(detachnet.DataError, match=message):
-        given(images)
+        evaluate(net, given(images))
 
 
 def test_labels_that_are_no_numbers_of_classes_are_refused(net: detachnet.DetachableNet, images: Split) -> None:

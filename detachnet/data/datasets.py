@@ -51,16 +51,21 @@ class Split:
         images: `(N, C, H, W)`, uint8.
         labels: `(N,)`, int64.
         classes: Name of each class.
-
-    Raises:
-        DataError: They are no such tensors, or not as many.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
 
-    def __post_init__(self) -> None:
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def check(self) -> None:
+        """Refuse what only looks like a split.
+
+        Raises:
+            DataError: Images and labels are no such tensors, or not as many.
+        """
         images, labels = self.images, self.labels
         if not (isinstance(images, Tensor) and images.ndim == 4 and images.dtype == torch.uint8):
             raise DataError(
@@ -71,9 +76,6 @@ class Split:
             raise DataError(f"labels of a Split are a tensor (N,) of int64, not {_said(labels)}")
         if len(images) != len(labels):
             raise DataError(f"a Split has {len(images)} images and {len(labels)} labels")
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def part(self, start: int, stop: int | None = None) -> Split:
         """The images from one on, up to but without another; all that follow if none is given."""

@@ -100,7 +100,7 @@ def test_the_command(tmp_path: Path) -> None:
     run = train(recipe("family.norm=shared", "train.epochs=1", "data.num_train=200"), tmp_path / "run").folder
     out = CliRunner().invoke(app, ["recalibrate", str(run.path), "-o", str(tmp_path / "new.safetensors")])
     assert out.exit_code == 0, out.output
-    assert "n = 1000; statistics of 4000 training images" in out.output
+    assert "n = 1000; statistics of 200 training images" in out.output
     fresh = detachnet.load(tmp_path / "new.safetensors")
     assert fresh.plan.norm == "private"
     assert f"{100 * fresh.facts.accuracy['sub1']:.2f} %" in out.output

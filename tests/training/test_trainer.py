@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import detachnet
@@ -703,7 +704,11 @@ def test_important_filters_of_the_file_a_run_starts_from(whole: Path) -> None:
 
 
 def test_an_accelerator_of_ones_own_stays_as_it_is(tmp_path: Path) -> None:
-    theirs = Accelerator(mixed_precision="bf16", cpu=True)
+    AcceleratorState._reset_state()
+    with open_processes(recipe(), RunFolder(tmp_path)):
+        pass
+    theirs = Accelerator(mixed_precision="bf16", cpu=True)  # accelerate refuses another precision than there is
     with open_processes(recipe(), RunFolder(tmp_path)) as ours:
         assert ours.mixed_precision == "no"
     assert theirs.mixed_precision == "bf16"
+    AcceleratorState._reset_state()
