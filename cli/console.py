@@ -79,9 +79,9 @@ def show_error(error: DetachNetError, label: str = "Error", takes: Mapping[str, 
     out = console(stderr=True)
     out.print(f"[bold red]{label}:[/] {_escape(first)}", soft_wrap=True)
     for line in rest:
-        label, text = line[:11], line[11:]
-        text = as_options(text, takes or {}) if label.strip() == "try" else text
-        out.print(f"[dim]{_escape(label)}[/]{_escape(text)}", soft_wrap=True)
+        kind, text = line[:11], line[11:]
+        text = as_options(text, takes or {}) if kind.strip() == "try" else text
+        out.print(f"[dim]{_escape(kind)}[/]{_escape(text)}", soft_wrap=True)
 
 
 def as_options(text: str, takes: Mapping[str, Any]) -> str:

@@ -83,6 +83,8 @@ class Names:
     def __init__(self, base: nn.Module) -> None:
         self._base = base
         self._given: dict[str, str] = {}
+        self._around: dict[str, set[str]] = {}
+        """Name, or what it begins with up to a dot → where the targets are that have it."""
 
     def of(self, target: str) -> str:
         """The name of what a target of the family's graphs means; the first one that asks for a name gets it."""
@@ -92,17 +94,17 @@ class Names:
             while self._is_taken(name, target) or (name != original and self._has(name)):
                 name += "_"
             self._given[target] = name
+            for path in _upwards(name):
+                self._around.setdefault(path, set()).add(_place(target))
         return self._given[target]
 
     def _is_taken(self, name: str, target: str) -> bool:
         """Whether a name is another part's, or that of a part of another's or around one."""
-        for other, given in self._given.items():
-            if given == name:
-                return True
-            related = f"{given}.".startswith(f"{name}.") or f"{name}.".startswith(f"{given}.")
-            if related and _place(other) != _place(target):
-                return True
-        return False
+        names, place = self._given.values(), {_place(target)}
+        if name in self._around and (name in names or self._around[name] - place):
+            return True
+        around = (path for path in _upwards(name) if self._around.get(path, place) - place)
+        return any(path in names for path in around)
 
     def _has(self, path: str) -> bool:
         """Whether the base-model has something of that name."""
@@ -119,6 +121,13 @@ class Names:
             original = _original(target)
             if original and name != original and f"{path}.".startswith(f"{original}."):
                 yield name + path.removeprefix(original)
+
+
+def _upwards(name: str) -> Iterator[str]:
+    """A dotted name, and the names of what that is in."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def _original(target: str) -> str:
