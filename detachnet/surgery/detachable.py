@@ -371,10 +371,6 @@ class DetachableNet(nn.Module):
         """Whether a leg, detached, may change in place what it is given."""
         return changes_input(self._derived.sources[leg.models[0]][False], leg)
 
-    def keep_classes(self) -> None:
-        """Take layers for what they were that have other classes now."""
-        self._derived.structure.keep_classes()
-
     def copied(self) -> DetachableNet:
         """A copy, also where `copy.deepcopy` refuses what hooks have computed."""
         copied = copy_model(self)

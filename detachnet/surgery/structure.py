@@ -78,12 +78,6 @@ class Structure:
         self._held = [entry for _, layer, _ in self._layers for entry in _held_by(layer)]
         return ""
 
-    def keep_classes(self) -> None:
-        """Take what layers are now for what they were."""
-        self._layers = [(path, layer, _kind_of(layer)) for path, layer, _ in self._layers]
-        for opened in self._opened:
-            opened.keep_class()
-
     def is_hooked_anew(self) -> bool:
         """Whether a layer that is called has hooks for the first time."""
         if not any(self._unhooked):
@@ -128,10 +122,6 @@ class _Opened:
         self.path, self.kind = path, type(module)
         self._module, self._attributes, self._names = module, vars(module), names
         self._absent, self._count = names - vars(module).keys(), len(vars(module))
-
-    def keep_class(self) -> None:
-        """Take its class for the one that it was of."""
-        self.kind = type(self._module)
 
     def has_changed(self) -> bool:
         """Whether it is of another class, or has what it did not have."""

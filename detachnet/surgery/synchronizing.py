@@ -40,7 +40,6 @@ def synchronize_norms(net: DetachableNet) -> None:
         logger.warning(
             "each process has statistics of its own images in %s: its forward pass is its own", ", ".join(left)
         )
-    net.keep_classes()
 
 
 @cache

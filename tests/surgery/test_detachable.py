@@ -102,6 +102,14 @@ class Apart(nn.Module):
         return self.fc(self.block(x).mean((2, 3)))
 
 
+class Behind(Apart):
+    """The same, the layer behind the block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.block(self.stem(x)))
+        return self.fc(self.block[1](x).mean((2, 3)))
+
+
 class Named(nn.Module):
     """Layers with the names that a sub-model's own get."""
 
@@ -133,6 +141,7 @@ class Gains(nn.Module):
         (Recurrent(), SubModel(drop=["block:last"]), {}),
         (Apart(), SubModel(drop=["stem:last"]), {"leaf_modules": ["block"]}),
         (Apart(), SubModel(drop=["block.1:last"]), {"leaf_modules": ["block"]}),
+        (Behind(), SubModel(drop=["block:last"]), {"leaf_modules": ["block"]}),
         (Named(16), SubModel(drop=["stem:mid"]), {}),
         (Named(8), SubModel(drop=["stem:mid"]), {}),
         (Named(8), SubModel(drop=[":stem"]), {}),
