@@ -92,7 +92,8 @@ class Names:
             original = _original(target)
             name = original or _of_own(target)
             while self._is_taken(name, target) or (name != original and self._has(name)):
-                name += "_"
+                first, dot, rest = name.partition(".")  # out of whatever it may be in
+                name = f"{first}_{dot}{rest}"
             self._given[target] = name
             for path in _upwards(name):
                 self._around.setdefault(path, set()).add(_place(target))
