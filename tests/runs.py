@@ -26,17 +26,14 @@ DETACHNET = str(Path(sys.executable).with_name("detachnet"))
 
 
 def torchrun(processes: int, *args: str, check: bool = True) -> str:
-    """What the processes print together.
-
-    On a busy machine torch aborts one now and then that is at its end already, everything written.
-    """
+    """What the processes print together."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [*command, *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     out = result.stdout + result.stderr
-    assert not check or result.returncode == 0 or "terminate called without an active exception" in out, out
+    assert not check or result.returncode == 0, out
     return out
 
 

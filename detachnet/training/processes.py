@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -37,7 +38,7 @@ def open_processes(recipe: Recipe, folder: RunFolder) -> Iterator[Accelerator]:
     theirs = torch.distributed.is_initialized()
     before = dict(AcceleratorState._shared_state)
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = _are_several()
     if several and not theirs and (number := next(_groups)):
         _open_group(number)
     accelerator = Accelerator(
@@ -57,6 +58,25 @@ def open_processes(recipe: Recipe, folder: RunFolder) -> Iterator[Accelerator]:
             AcceleratorState._reset_state(reset_partial_state=True)  # which would take the group for open
         AcceleratorState._shared_state.clear()
         AcceleratorState._shared_state.update(before)
+
+
+@contextmanager
+def no_group_left() -> Iterator[None]:
+    """Nothing is left afterwards of a process group that was closed inside.
+
+    A group lives as long as the modules that were trained in it, and these refer to themselves. Threads of gloo's
+    that are still there when Python ends now and then abort the process.
+    """
+    try:
+        yield
+    finally:
+        if _are_several():
+            gc.collect()
+
+
+def _are_several() -> bool:
+    """Whether this is one of several processes, by the environment that `torchrun` and its like make."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 _groups = count()

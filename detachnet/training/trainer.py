@@ -24,7 +24,7 @@ from detachnet.surgery.layout import image_layout
 from detachnet.training.data import FileSource, MemorySource, Source
 from detachnet.training.loop import Listener, Loop, Status
 from detachnet.training.optimizer import make_loss
-from detachnet.training.processes import open_processes, start_tracking
+from detachnet.training.processes import no_group_left, open_processes, start_tracking
 from detachnet.training.recipe import Recipe
 from detachnet.training.results import result_rows, result_table
 from detachnet.training.runs import RunFolder, default_folder
@@ -97,7 +97,7 @@ def train(
         raise RecipeError(f"max_minutes is a number of minutes, not {max_minutes}")
     keep_freed()
     folder = RunFolder(out or default_folder(recipe), data_root)
-    with ExitStack() as held:
+    with no_group_left(), ExitStack() as held:
         if resume and os.environ.get("RANK", "0") == "0":  # of several processes the one that writes
             held.enter_context(folder.reopened())
         return _train(recipe, folder, held, resume, data_root, download, max_minutes, listener or Listener())
