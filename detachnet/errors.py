@@ -126,7 +126,9 @@ def shorten(text: str, longest: int = LONGEST) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first lines of an error's message, as one; its class where it has none."""
+    """The first lines of an error's message, as one, of ours the first; its class where it has none."""
+    if isinstance(error, DetachNetError):
+        return error.summary
     text = re.sub(r" \[type=.*|For further information visit .*", "", str(error))  # of pydantic
     lines = [line.strip() for line in shorten(text, 4 * LONGEST).splitlines() if line.strip()]
     return "; ".join(lines[:3]) or type(error).__name__

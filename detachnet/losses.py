@@ -7,10 +7,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detachnet.errors import RecipeError, nearest
+from detachnet.errors import DataError, RecipeError, nearest
+from detachnet.text import number_of
 
 Teacher = Literal["base", "larger"]
 Features = Mapping[str, tuple[Tensor, Tensor]]
@@ -74,6 +76,7 @@ class MultiModelLoss(nn.Module):
         Raises:
             RecipeError: A weight belongs to no model, or there is a hint but no features; or these are the outputs
                 of one model only.
+            DataError: The target is not one of so many images.
         """
         return self.total(self.per_model(outputs, target, features))
 
@@ -139,6 +142,7 @@ class MultiModelLoss(nn.Module):
 
     def criterion(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Cross entropy of logits `(B, num_classes)` against class indices or the classes' probabilities."""
+        _check_target(target, prediction)
         return F.cross_entropy(prediction, target, label_smoothing=self.label_smoothing)
 
 
@@ -152,8 +156,21 @@ def _check(weights: Mapping[str, float] | None, others: Mapping[str, float]) -> 
         raise RecipeError(f"weights is a weight for each model by its name, not {weights!r}")
     named = {f"weights[{name!r}]": weight for name, weight in (weights or {}).items()}
     for name, value in {**others, **named}.items():
-        if not 0 <= value < math.inf:
-            raise RecipeError(f"{name} is {value}, not a finite number from 0 on")
+        if not (isinstance(value, int | float) and 0 <= value < math.inf):
+            raise RecipeError(f"{name} is {value!r}, not a finite number from 0 on")
+
+
+def _check_target(target: Tensor, prediction: Tensor) -> None:
+    """Refuse what stands for other images, or for no classes.
+
+    Raises:
+        DataError: It does.
+    """
+    if len(target) != len(prediction):
+        raise DataError(f"the target is of {number_of(len(target), 'image')}, the outputs of {len(prediction)}")
+    if target.ndim == 1 and target.dtype not in (torch.int64, torch.uint8):
+        kind = str(target.dtype).removeprefix("torch.")
+        raise DataError(f"class indices are whole numbers of int64, not {kind}", hint="target.long()")
 
 
 def logits(output: Any) -> Tensor:

@@ -46,9 +46,10 @@ def find_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch built without CUDA asserts
+        given = repr(name) if isinstance(name, str | torch.device) else type(name).__name__
         raise MeasurementError(
-            f"this machine has no device {str(name)!r}", what=str(error).splitlines()[0], hint="device='cpu'"
+            f"this machine has no device {given}", what=str(error).splitlines()[0], hint="device='cpu'"
         ) from error
     return device
 

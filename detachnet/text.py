@@ -98,5 +98,5 @@ class Table:
 
 def _is_numeric(column: Sequence[str]) -> bool:
     """Whether what stands below a column's name are numbers."""
-    cells = [cell for cell in column[1:] if cell]
+    cells = [cell for cell in column[1:] if cell not in ("", "–")]
     return bool(cells) and all(cell[:1].isdigit() for cell in cells) and "×" not in "".join(column)

@@ -83,6 +83,8 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     Examples:
         >>> model = detachnet.create_model("torchvision:vgg16_bn", num_classes=10)
     """
+    if not isinstance(name, str):
+        raise ModelError(f"create_model takes the name of a model, not {type(name).__name__}")
     library, _, short = name.partition(":")
     _check_name(name, library, short)
     build: Callable[..., nn.Module] = {

@@ -103,6 +103,7 @@ def test_the_output_of_one_model_is_refused() -> None:
         ({"temperature": 0}, "temperature is 0, not a finite number above 0"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5, not in"),
         ({"distillation": float("nan")}, "distillation is nan, not a finite number from 0 on"),
+        ({"distillation": "a"}, "distillation is 'a', not a finite number from 0 on"),
         ({"weights": {"base": -1.0}}, r"weights\['base'\] is -1.0, not a finite"),
         ({"weights": [1, 2]}, "weights is a weight for each model by its name"),
     ],
@@ -110,3 +111,16 @@ def test_the_output_of_one_model_is_refused() -> None:
 def test_what_is_out_of_its_range(options: Any, said: str) -> None:
     with pytest.raises(detachnet.RecipeError, match=said):
         detachnet.MultiModelLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (torch.zeros(3).long(), "the target is of 3 images, the outputs of 2"),
+        (torch.zeros(2), r"whole numbers of int64, not float32\n  try +target.long"),
+        (torch.zeros(2).int(), "whole numbers of int64, not int32"),
+    ],
+)
+def test_a_target_of_something_else(target: torch.Tensor, said: str) -> None:
+    with pytest.raises(detachnet.DataError, match=said):
+        detachnet.MultiModelLoss()({"base": torch.randn(2, 3)}, target)

@@ -130,6 +130,8 @@ def test_the_page_is_made_from_the_table() -> None:
 
 
 def test_unknown_models() -> None:
+    with pytest.raises(detachnet.ModelError, match="takes the name of a model, not int"):
+        detachnet.create_model(3)  # type: ignore[arg-type]
     with pytest.raises(
         detachnet.ModelError, match=r"unknown model 'timm:resnet_18'[\s\S]*nearest .*timm:resnet18"
     ):

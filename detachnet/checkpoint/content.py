@@ -18,7 +18,7 @@ from detachnet.checkpoint.header import Header
 from detachnet.errors import CheckpointError, one_line
 from detachnet.fields import read_error
 from detachnet.hub import fetched
-from detachnet.storage import read_file, replace_file
+from detachnet.storage import MANIFEST, read_file, replace_file
 from detachnet.surgery.plan import BASE
 from detachnet.text import parse_json
 
@@ -47,8 +47,12 @@ def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
     """A file's header and tensors, both checked; it may be on the Hub."""
     path = fetched(path)
     if os.path.isdir(path):
+        is_export = os.path.exists(os.path.join(path, MANIFEST))
         raise CheckpointError(
-            f"{path} is a folder", hint="of a run, give its last.safetensors or best.safetensors"
+            f"{path} is a folder that detachnet export wrote" if is_export else f"{path} is a folder",
+            hint="detachnet.Family.load(path) runs it"
+            if is_export
+            else "of a run, give its last.safetensors or best.safetensors",
         )
     metadata, tensors = _content(path)
     if KEY not in metadata:
@@ -100,6 +104,8 @@ def _header(content: bytes) -> dict[str, Any]:
         ValueError: It says nothing, or too much.
     """
     length = int.from_bytes(content[:8], "little")
+    if content[:2] == b"PK":
+        raise ValueError("it is an archive, as torch.save and torch.export write them")
     if length > LARGEST_HEADER:
         raise ValueError(f"its header is said to have {length} bytes")
     header = parse_json(content[8 : 8 + length])

@@ -100,6 +100,10 @@ def load_data(name: str, root: str | Path | None = None, download: bool = False)
     Raises:
         DataError: It is in none of the places, or a file is missing, truncated or changed.
     """
+    if not isinstance(name, str):
+        raise DataError(
+            f"load_data takes the name of a data set, not {type(name).__name__}", nearest=list(_LOADERS)
+        )
     if is_files(name):
         raise DataError(
             f"{name} is read image by image: it is not held in memory",
@@ -204,7 +208,8 @@ def _find(name: str, places: list[Path], folders: list[str], download: bool) -> 
         raise DataError(
             f"{name} is not on this machine",
             what="looked for " + ", ".join(looked),
-            hint="--data-root DIR or DETACHNET_DATA=DIR says where it is; --download fetches it",
+            hint="root=DIR, --data-root DIR or DETACHNET_DATA=DIR says where it is; "
+            "download=True, --download fetches it",
         )
     _download(name, places[0])
     return places[0] / folders[0]

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from io import BytesIO
@@ -373,8 +373,8 @@ def _table(name: str, root: str | Path | None, split: str, held: Held | None) ->
         rows = [row for row in rows if row[2] in synonyms(split)]
     if not rows or (not divided and held is None):
         raise DataError(
-            f"{file} names no {split} images",
-            what=f"its splits are {', '.join(sorted(splits))}" if divided else "it has no column 'split'",
+            f"{file} names no {split} images" if splits else f"{file} names no images",
+            what=_said_of(splits),
             nearest=nearest(split, splits),
         )
     classes = tuple(sorted({label for _, label, _ in rows}, key=in_order))
@@ -386,6 +386,13 @@ def _table(name: str, root: str | Path | None, split: str, held: Held | None) ->
     reader = Listed(samples, str(file.parent))
     found_in = None if file == Path(name) and file.is_absolute() else place
     return Files(name, split, classes, len(samples), reader=reader, held=held, place=found_in)
+
+
+def _said_of(splits: Set[str]) -> str:
+    """What a CSV file has in place of the images that are looked for."""
+    if not splits:
+        return "nothing follows its header"
+    return "it has no column 'split'" if splits == {""} else f"its splits are {', '.join(sorted(splits))}"
 
 
 def _rows(file: Path) -> list[tuple[str, str, str]]:

@@ -71,6 +71,9 @@ class Family:
             _check_profile(measured, costs, path)
             _compare_machines(measured, backend, path)
 
+    def __repr__(self) -> str:
+        return f"Family({str(self.path)!r}, names={list(self.names)})"
+
     @classmethod
     def load(
         cls,
@@ -273,6 +276,7 @@ class Family:
                     hint="of an array: Image.fromarray(array) of pixels, torch.from_numpy(array) if normalized",
                 )
             return to_tensor(read_image(image), self.data, self.input_size)
+        image = image.detach()
         if tuple(image.shape[-len(self.input_size) :]) != self.input_size or image.ndim > 1 + len(self.input_size):
             raise DataError(
                 f"the family takes images {by(self.input_size)} or batches of them, not {by(tuple(image.shape))}"

@@ -200,6 +200,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         ExportError: There is no manifest, it is of an unknown version, or a file is missing or changed.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise ExportError(f"{folder} is a file", hint="give the folder that it is in")
     manifest = _parse(folder / MANIFEST)
     files = {model.file: model.sha256 for model in manifest.models}
     files |= {leg.file: leg.sha256 for leg in manifest.legs}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from detachnet.deploy.formats import Format, Runner, check_installed
 from detachnet.deploy.onnx_session import open_onnx
 from detachnet.deploy.pt2 import open_pt2
@@ -35,11 +37,24 @@ def open_graph(path: str | Path, model: str | None = None) -> Runner:
     path = Path(path)
     if path.suffix == _PTE:
         check_installed("pte")
-        return open_pte(path, model)
+        return _of_tensors(open_pte(path, model))
     if path.suffix not in _OPENERS:
         raise ExportError(f"{path} is no graph of a known format", hint=".onnx, .pt2 or .pte")
     if model is not None:
         raise ExportError(f"{path} holds one model", hint="open_graph(path)")
     format, opener = _OPENERS[path.suffix]
     check_installed(format)
-    return opener(path)
+    return _of_tensors(opener(path))
+
+
+def _of_tensors(run: Runner) -> Runner:
+    """A runner that says what it takes where it is given anything else."""
+
+    def checked(images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor):
+            raise ExportError(
+                f"a graph takes a tensor of images, not {type(images).__name__}", hint="torch.from_numpy(array)"
+            )
+        return run(images)
+
+    return checked

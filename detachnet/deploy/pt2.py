@@ -49,8 +49,11 @@ def open_pt2(path: Path) -> Runner:
         raise ExportError(f"torch cannot open {path}", what=one_line(error)) from error
 
     def run(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            outputs: Tensor = module(images)
+        try:
+            with torch.no_grad():
+                outputs: Tensor = module(images)
+        except Exception as error:  # a program checks what it is given in many ways
+            raise ExportError(f"torch cannot run {path}", what=one_line(error)) from error
         return outputs
 
     return run

@@ -50,6 +50,8 @@ def push_to_hub(
     Examples:
         >>> detachnet.push_to_hub("runs/mine", "me/mine", license="apache-2.0")
     """
+    if not license:
+        raise CheckpointError("the Hub wants to know the licence of the weights", hint="license='apache-2.0'")
     recipe = ""
     if not isinstance(family, str | Path):
         family = family_in(family)

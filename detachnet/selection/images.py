@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from detachnet.data.datasets import Split, load_data, select
-from detachnet.errors import DataError
+from detachnet.errors import CheckpointError, DataError
 from detachnet.training.data import FileSource, hold
 from detachnet.training.recipe import load_recipe
 from detachnet.training.runs import RunFolder
@@ -26,9 +26,13 @@ def run_images(run: str | Path, images: int, data_root: str | Path | None = None
         takes them in. Test images are not looked at.
 
     Raises:
+        CheckpointError: There is no run in that folder.
         DataError: It was trained on all training images, or an image cannot be read.
     """
-    recipe = load_recipe(RunFolder(run).recipe)
+    folder = RunFolder(run)
+    if not folder.recipe.exists():
+        raise CheckpointError(f"there is no run in {run}", hint="detachnet train writes its folder, runs/NAME")
+    recipe = load_recipe(folder.recipe)
     if isinstance(recipe.data, FilesTable):
         if not recipe.data.holdout:
             raise _none_held_out(run, "its", "N")

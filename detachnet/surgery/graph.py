@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.fx.graph import PythonCode
 from torch.fx.node import map_aggregate
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -253,7 +254,9 @@ class TracedGraph:
         return UnrunnableError(summary, what=said, hint=size, node=node)
 
     def _meant(self) -> str:
-        """What may be meant by an image of other axes than C, H and W."""
+        """What may be meant by an image of other axes than C, H and W, or of other channels than the model's."""
+        layers = (layer for layer in self.root.base.modules() if isinstance(layer, _ConvNd))
+        taken = next((layer.in_channels for layer in layers), 1)
         match tuple(self.image.shape[1:]):
             case (_, *size) if len(size) == 3:
                 return f"; without the batch that is {tuple(size)}"
@@ -262,7 +265,9 @@ class TracedGraph:
             case (1 | 3 | 4 as channels, side):
                 return f"; with height and width that is {(channels, side, side)}"
             case (height, width):
-                return f"; with a channel that is {(1, height, width)}"
+                return f"; with the model's channels that is {(taken, height, width)}"
+            case (1 | 3 | 4 as channels, height, width) if channels != taken:
+                return f"; its first convolution takes {(taken, height, width)}"
         return ""
 
     @cached_property

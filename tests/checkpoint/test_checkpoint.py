@@ -176,8 +176,9 @@ def test_another_model(net: detachnet.DetachableNet, tmp_path: Path) -> None:
     path = tmp_path / "family.safetensors"
     detachnet.save(net, path)
     for other in (models.Plain(), detachnet.create_model("detachnet:vgg16_cifar", width=0.1)):
-        with pytest.raises(detachnet.CheckpointError, match="was made from another model"):
+        with pytest.raises(detachnet.CheckpointError, match="was made from another model") as refused:
             detachnet.load(path, other)
+        assert "find_cuts" not in str(refused.value)  # advice for another mistake
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -219,6 +220,9 @@ def test_a_folder_where_a_file_is_meant(net: detachnet.DetachableNet, tmp_path: 
 
 
 def test_a_file_of_something_else(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(detachnet.CheckpointError, match=r"it is an archive, as torch\.save"):
+        detachnet.load(tmp_path / "other.pth")
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(detachnet.CheckpointError, match="not one of detachnet's"):
         detachnet.load(tmp_path / "other.safetensors")

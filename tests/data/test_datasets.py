@@ -114,6 +114,8 @@ def test_download_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_unknown_data_set() -> None:
     with pytest.raises(detachnet.DataError, match="unknown data set 'cifar11'"):
         load_data("cifar11")
+    with pytest.raises(detachnet.DataError, match="takes the name of a data set, not NoneType"):
+        load_data(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -106,6 +106,7 @@ def test_a_folder_without_splits_is_not_divided_unasked(photos: Path) -> None:
             "path,label,split\ncoin/coin_00.jpg,coin,test\n",
             r"names no validation images\n  what +its splits are test",
         ),
+        ("path,label,split\n", r"labels.csv names no images\n  what +nothing follows its header"),
         ('path,label\n"coin/coin_00.jpg,coin\n', "is no table"),
         ("path,label\ncoin/\xff.jpg,coin\n", "is no table"),
     ],

@@ -463,6 +463,24 @@ def test_a_hint_where_probabilities_are_returned() -> None:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_what_a_graph_does_not_take(toy: detachnet.DetachableNet, tmp_path: Path, format: str) -> None:
+    export(toy, tmp_path / "out", format)
+    graph = open_graph(tmp_path / "out" / f"base.{format}")
+    channels, height, width = toy.plan.input_size
+    with pytest.raises(detachnet.ExportError, match=r"cannot run .*base"):
+        graph(torch.zeros(1, channels, 2 * height, width))
+    with pytest.raises(detachnet.ExportError, match=r"a tensor of images, not ndarray\n  try +torch.from_numpy"):
+        graph(torch.zeros(1, channels, height, width).numpy())  # type: ignore[arg-type]
+    with pytest.raises(detachnet.ExportError, match=r"manifest.json is a file\n  try +give the folder"):
+        detachnet.read_manifest(tmp_path / "out" / "manifest.json")
+    with pytest.raises(
+        detachnet.CheckpointError, match=r"that detachnet export wrote\n  try +detachnet.Family.load"
+    ):
+        detachnet.load(tmp_path / "out")
+
+
 @pytest.mark.parametrize(("format", "extra"), [("onnx", "export"), ("pte", "executorch")])
 def test_a_missing_extra(
     toy: detachnet.DetachableNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, extra: str

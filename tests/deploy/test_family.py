@@ -317,12 +317,13 @@ def test_an_export_is_profiled_chosen_from_and_run(exported: tuple[Path, detachn
     )
     assert done.exit_code == 0, done.output
     family = Family.load(folder)
+    assert repr(family) == f"Family({str(folder)!r}, names=['base', 'sub1'])"
     assert family.profile is not None
     assert [row.runtime for row in family.profile.rows] == ["onnx", "onnx"]
     assert family.profile["sub1"].accuracy == ACCURACY["sub1"]
     if Path("/proc/self/clear_refs").exists():
         assert (family.profile["base"].peak_memory_bytes or 0) > 0
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 32, 32, requires_grad=True)
     for budget, model in (({"latency_ms": 1e6}, "base"), ({"macs": net.plan["sub1"].macs}, "sub1")):
         answer = family.run(images, family.choose(**budget))
         torch.testing.assert_close(answer.output, net(images, which=model), rtol=1e-4, atol=1e-5)

@@ -102,6 +102,8 @@ def test_after_a_failure_too(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"threads": 0}, "threads=0: it is at least 1"),
         ({"n": 0}, "n=0: it is at least 1"),
         ({"warmup": -1}, "warmup=-1: it is at least 0"),
+        ({"batch": 1.5}, "batch=1.5: it is a whole number"),
+        ({"device": nn.Identity()}, "this machine has no device Identity"),
         ({"device": "tpu"}, "this machine has no device 'tpu'"),
     ],
 )

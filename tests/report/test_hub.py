@@ -153,6 +153,8 @@ def family(model: torch.nn.Module | None = None) -> detachnet.DetachableNet:
 @pytest.mark.slow
 def test_what_is_pushed_loads_again(hub: type[Hub]) -> None:
     net = family()
+    with pytest.raises(detachnet.CheckpointError, match="wants to know the licence"):
+        detachnet.push_to_hub(net, "me/family", license="")
     assert detachnet.push_to_hub(net, "me/family", license="apache-2.0", private=True).endswith(COMMIT)
     assert (hub.private, sorted(hub.repos["me/family"])) == (
         {"me/family"},

@@ -225,6 +225,8 @@ def test_images_that_a_run_was_not_trained_on(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "recipe.toml").write_text(load_recipe(QUICKSTART).to_toml())
     with pytest.raises(DataError, match="was trained on all 40 training images: none is held out"):
         run_images(tmp_path, 12)
+    with pytest.raises(CheckpointError, match="there is no run in"):
+        run_images(tmp_path / "elsewhere", 12)
 
 
 @pytest.mark.slow

@@ -440,7 +440,8 @@ def test_a_batch_is_no_image_size() -> None:
     [
         ((8, 8, 3), r"with the channels first that is \(3, 8, 8\)"),
         ((3, 8), r"with height and width that is \(3, 8, 8\)"),
-        ((8, 8), r"with a channel that is \(1, 8, 8\)"),
+        ((8, 8), r"with the model's channels that is \(3, 8, 8\)"),
+        ((1, 8, 8), r"its first convolution takes \(3, 8, 8\)"),
     ],
 )
 def test_a_size_of_other_axes_says_what_may_be_meant(size: tuple[int, ...], meant: str) -> None:
