@@ -284,7 +284,10 @@ def _chosen(traced: TracedModel, cuts: Cuts, entry: str | Stem) -> dict[str, str
 def _cut_name(cut: object) -> str:
     """A cut, if it is the name of one."""
     if not isinstance(cut, str):
-        raise CutError(f"a cut is the name of a node, not {cut!r}", hint="detachnet.find_cuts(model) lists them")
+        shares = "; shares of MACs are cuts=[0.7, 0.4]" if isinstance(cut, int | float) else ""
+        raise CutError(
+            f"a cut is the name of a node, not {cut!r}", hint=f"detachnet.find_cuts(model) lists them{shares}"
+        )
     return cut
 
 

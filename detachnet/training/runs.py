@@ -53,6 +53,10 @@ class RunFolder:
             pass
         except (OSError, ValueError) as error:  # a name that is none, or a folder that may not be looked into
             raise CheckpointError(f"{path} can be no folder of a run", what=str(error)) from error
+        else:
+            if not self.path.is_dir():
+                hint = "give the folder that detachnet train --out makes"
+                raise CheckpointError(f"{path} can be no folder of a run", what="it is something else", hint=hint)
         self.recipe = self.path / "recipe.toml"
         self.info = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
