@@ -43,7 +43,6 @@ def synchronize_norms(net: DetachableNet) -> None:
 
 
 @cache
-@cache
 def _over_all(kind: type[_BatchNorm], synchronized: type[nn.SyncBatchNorm]) -> type[nn.SyncBatchNorm]:
     """A kind of norms that is synchronized on CUDA, where torch can, and is what it was elsewhere."""
 
