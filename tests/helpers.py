@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import detachnet
 from detachnet.losses import logits
+from detachnet.surgery.turns import Turns
 
 DROPPING = ("Dropout", "StochasticDepth", "DropPath")
 
@@ -43,9 +44,9 @@ def assert_joint_equals_separate(net: detachnet.DetachableNet, images: Tensor) -
     together, apart = net.train(), copy.deepcopy(net).train()
     target = torch.arange(len(images)) % 5
     outputs = together(images, which="all")
-    separate = {}
+    separate, turns = {}, Turns(apart, apart.names)
     for name in apart.names:
-        with apart.in_turn(name, apart.names):
+        with turns.of(name):
             separate[name] = apart(images, which=name)
     for results in (outputs, separate):
         torch.stack([F.cross_entropy(logits(out), target) for out in results.values()]).sum().backward()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import detachnet
+from detachnet.surgery.turns import Turns
 
 DRAWS = (0.3, 0.7)
 """What stands for random numbers; decisions by a half fall either way."""
@@ -146,9 +147,9 @@ def jointly(net: Any, images: Tensor) -> dict[str, Any]:
 
 def in_turn(net: Any, images: Tensor) -> dict[str, Any]:
     """Each model alone, as a joint pass has them."""
-    outputs = {}
+    outputs, turns = {}, Turns(net, net.names)
     for name in net.names:
-        with net.in_turn(name, net.names):
+        with turns.of(name):
             outputs[name] = net(images.clone(), which=name)
     return outputs
 

@@ -14,6 +14,7 @@ plan, figures, hints -> planning              what a family will be, how it is d
 coupling, halves -> finding, statistics       what joins the images of a batch, and which layers keep statistics
 ownership, legs -> rewrite                    whose layer a node runs with, where models part, and all graphs
 own_layers, detaching                         copies of layers, one model alone
+turns                                         models one after another, as one pass has them
 structure, views -> derived                   what of the model has changed, all passes; what a trace gives
 difference, passes -> proof -> following      the family compared with the model, and again where that has changed
 detachable -> making, enlarging               the family, what makes it of a model, a larger one of it

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -233,23 +232,6 @@ class DetachableNet(nn.Module):
 
     if TYPE_CHECKING:
         __call__ = forward
-
-    @contextmanager
-    def in_turn(self, name: str, models: Sequence[str]) -> Iterator[None]:
-        """Run one of some models in a pass of its own as the joint pass has it.
-
-        What is one network with an earlier model runs once in a joint pass; its statistics move once here, too.
-        """
-        source = self._derived.sources[name][self.training]
-        alike = [other for other in models if other in source.routes]
-        layers = (attribute(self, layer) for layer in source.shared(name, alike))
-        buffers = [buffer for layer in layers for buffer in layer.buffers()]
-        kept = [buffer.clone() for buffer in buffers]
-        try:
-            yield
-        finally:
-            for buffer, before in zip(buffers, kept, strict=True):
-                buffer.data.copy_(before)  # unseen by autograd, which has no use for them
 
     def prepare(self, models: Sequence[str], features: bool = False) -> None:
         """Write the pass through some models now, not when it is first run: torch.compile then sees all of it.

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.errors import TraceError
 from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.cuts import TOLD
+from detachnet.surgery.graph import TracedGraph
 from detachnet.surgery.modules import hooks_of
 from detachnet.surgery.plan import BASE, Cuts, ModelPlan
 from detachnet.surgery.tracer import PREFIX, Spec, leaves_of
@@ -88,6 +90,26 @@ def left_out_hooks(net: DetachableNet) -> tuple[str, ...]:
     names = ", ".join(repr(path.removeprefix(PREFIX)) if path != BASE else "the model itself" for path in lost)
     way_out = "; what they change belongs into its forward" if BASE in lost else ""
     return (f"the family does not run the hooks of {names}{way_out}",) if lost else ()
+
+
+def norms_not_run(net: DetachableNet) -> tuple[str, ...]:
+    """A hint where the model runs batch norms whose output nothing needs."""
+    unused = ", ".join(repr(target.removeprefix(PREFIX)) for target in unused_norms(net.traced(True)))
+    said = "the output of {} is not used: the family does not run it, and its statistics stay"
+    return (said.format(unused),) if unused else ()
+
+
+def unused_norms(traced: TracedGraph) -> list[str]:
+    """Targets of batch norms that are called for no output; nothing reads their statistics."""
+    live = {str(node.target) for node in traced.live}
+    calls = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
+    return [
+        target
+        for target in dict.fromkeys(calls)
+        if target not in live
+        and isinstance(traced.module.get_submodule(target), _BatchNorm)
+        and not any(name.startswith(f"{target}.") for name in live)
+    ]
 
 
 def hooks_of_parameters(model: nn.Module) -> tuple[str, ...]:

@@ -74,13 +74,13 @@ class ViewSource:
         return [node for node in self.kept(name) if self.owner(name, node) == name]
 
     def shared(self, name: str, models: Sequence[str]) -> set[str]:
-        """The layers that a model runs as one network with an earlier one of some models."""
+        """The layers, and tensors, that a model has as one network with an earlier one of some models."""
         earlier = models[: models.index(name)]
         routes = {other: self.routes[other] for other in (*earlier, name)}
         return {
             self.target(node, name)
             for node in self.kept(name)
-            if node.op == "call_module" and owner(routes, name, self.position[node]) != name
+            if node.op in ("call_module", "get_attr") and owner(routes, name, self.position[node]) != name
         }
 
     def target(self, node: fx.Node, name: str) -> str:

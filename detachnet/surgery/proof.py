@@ -25,12 +25,20 @@ from detachnet.surgery.difference import (
     other_buffer,
     other_gradient,
 )
-from detachnet.surgery.hints import left_out, left_out_hooks, of_a_single_image, sums_to_one
+from detachnet.surgery.hints import (
+    left_out,
+    left_out_hooks,
+    norms_not_run,
+    of_a_single_image,
+    sums_to_one,
+    unused_norms,
+)
 from detachnet.surgery.modules import attribute, random_states_kept, weight_of
 from detachnet.surgery.passes import Pass, Passes, is_large
 from detachnet.surgery.plan import BASE
 from detachnet.surgery.rewrite import build_view
 from detachnet.surgery.tracer import PREFIX
+from detachnet.surgery.turns import Turns
 from detachnet.surgery.variables import OF_MODULES, is_users
 
 if TYPE_CHECKING:
@@ -132,7 +140,8 @@ class _Prover:
 
     def run(self) -> Proof:
         """All comparisons."""
-        hints = (*left_out_hooks(self.net), *left_out(self.net), *of_a_single_image(self.net))
+        hints = (*left_out_hooks(self.net), *left_out(self.net), *norms_not_run(self.net))
+        hints = (*hints, *of_a_single_image(self.net))
         for training in (False, True):
             expected = self._model_pass(training)
             found = self._view_pass(training, (BASE,), self.gradients)
@@ -198,7 +207,12 @@ class _Prover:
             raise self._other_outputs(training)
         if name := other_gradient(expected.gradients, found.gradients, bound):
             raise self._other_gradients(name, expected.gradients[name], found.gradients[name])
-        own = {name: value for name, value in expected.buffers.items() if name.startswith(PREFIX)}
+        unused = tuple(f"{target}." for target in unused_norms(self.net.traced(training)))
+        own = {
+            name: value
+            for name, value in expected.buffers.items()
+            if name.startswith(PREFIX) and not name.startswith(unused)
+        }
         if name := other_buffer(own, found.buffers, bound):
             owner = name.removeprefix(PREFIX).rpartition(".")[0]
             if any("checkpointing" in reason.what for reason in self.net._derived.lost):
@@ -310,11 +324,12 @@ class _Prover:
 
     def _apart(self, training: bool, base: Pass) -> Pass:
         """All models one after another."""
+        start = self.passes.fresh().train(training)
 
         def run(net: DetachableNet, x: Tensor) -> list[Any]:
-            outputs = []
+            outputs, turns = [], Turns(net, net.names, start)
             for name in net.names[1:]:
-                with net.in_turn(name, net.names):
+                with turns.of(name):
                     outputs.append(net(x.clone(), which=name))
             return outputs
 

@@ -409,6 +409,11 @@ class _ShapeProxy(fx.Proxy):
 
     def _known(self) -> Any:
         known, value = self.tracer.known(self.node)
+        if not known and isinstance(value, int | float):
+            raise fx.proxy.TraceError(
+                "a traced number that follows the batch size is used as a plain one, as by int() or range(); "
+                "a // b in the place of int(a / b) stays a traced one"
+            )
         if not known:
             raise fx.proxy.TraceError("a traced value that does not follow from shapes is used as a number")
         return value

@@ -14,6 +14,7 @@ from detachnet.surgery.codegen import Run, compile_graph
 from detachnet.surgery.modules import random_states_kept
 from detachnet.surgery.own_layers import Sources
 from detachnet.surgery.rewrite import JointError, build_view, changes_image
+from detachnet.surgery.turns import Turns
 
 if TYPE_CHECKING:
     from detachnet.surgery.detachable import DetachableNet
@@ -90,9 +91,9 @@ class Views:
 
 def _in_turn(runs: Mapping[str, Run], copies: bool, net: DetachableNet, x: Tensor) -> dict[str, Any]:
     """The outputs of models that cannot share a pass."""
-    outputs = {}
+    outputs, turns = {}, Turns(net, tuple(runs))
     for name, run in runs.items():
-        with net.in_turn(name, tuple(runs)):
+        with turns.of(name):
             outputs[name] = run(net, x.clone() if copies else x)
     return outputs
 

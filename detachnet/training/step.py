@@ -14,6 +14,7 @@ from detachnet.errors import RecipeError
 from detachnet.losses import MultiModelLoss, logits
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.modules import random_states_kept
+from detachnet.surgery.turns import Turns
 
 Strategy = Literal["joint", "separate"]
 
@@ -100,8 +101,9 @@ class TrainingStep:
         """A pass for each model."""
         losses = []
         teacher: dict[str, Tensor] = {}
+        turns = Turns(self.net, models)
         for name in models:
-            with self.net.in_turn(name, models):
+            with turns.of(name):
                 found, made = self._run(images, labels, (name,), teacher)
             if found[name].requires_grad:  # a frozen base-model's does not
                 self.backward(self.loss.weights.get(name, 1.0) * found[name])

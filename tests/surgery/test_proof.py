@@ -854,3 +854,46 @@ def test_a_difference_beside_script_modules_is_refused_with_its_reason() -> None
     middle = torch.jit.script(nn.Conv2d(8, 8, 1))
     with pytest.raises(detachnet.TraceError, match="the traced Doubling is not the model: in evaluation mode"):
         detachnet.make_detachable(Doubling(middle), ["a"], (3, 16, 16))
+
+
+class Unused(nn.Module):
+    """Runs a branch whose output it does not take, and may read what that has learnt of its images."""
+
+    def __init__(self, reads: bool = False) -> None:
+        super().__init__()
+        self.stem, self.branch, self.reads = Stem(), nn.BatchNorm2d(8), reads
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        self.branch(x)
+        return self.head(x - self.branch.running_mean.view(1, -1, 1, 1) if self.reads else x)
+
+
+def test_a_branch_whose_output_is_not_used() -> None:
+    net = detachnet.make_detachable(Unused(), ["stem"], (3, 8, 8))
+    assert (
+        "the output of 'branch' is not used: the family does not run it, and its statistics stay" in net.plan.hints
+    )
+    with pytest.raises(detachnet.TraceError, match="not the model"):
+        detachnet.make_detachable(Unused(reads=True), ["stem"], (3, 8, 8))
+
+
+class Windows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.norm(x).unflatten(3, (2, -1)).movedim(3, 1).flatten(0, 1)
+        return parts.reshape(int(parts.shape[0] / 2), *x.shape[1:])
+
+
+def test_a_number_that_follows_the_batch_by_a_fraction() -> None:
+    model = nn.Sequential(Stem(), Windows(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    with pytest.raises(
+        detachnet.TraceError, match=r"a // b in the place of int\(a / b\)[\s\S]*leaf_modules=\[Windows\]"
+    ):
+        detachnet.make_detachable(model, ["0"], (3, 8, 8))
+    net = detachnet.make_detachable(model, ["0"], (3, 8, 8), leaf_modules=[Windows])
+    assert net.plan.checked == ""

@@ -43,6 +43,7 @@ from detachnet.surgery.routes import SubModel
 from detachnet.surgery.spans import SpanPoint, span_places, span_points
 from detachnet.surgery.trace import trace
 from detachnet.surgery.tracer import leaves_of
+from detachnet.surgery.turns import Turns
 from detachnet.zoo import default_input_size
 from tests.helpers import without_dropout
 from tests.widths import narrowed
@@ -241,13 +242,14 @@ def check_joint(model: nn.Module, size: tuple[int, ...], images: torch.Tensor) -
     models = some_models(trace(model, size))
     together = detachnet.make_detachable(model, models, size, check="none").train()
     single = copy.deepcopy(together)
+    turns = Turns(single, single.names)
     with torch.no_grad():
         torch.manual_seed(1)
         outputs = together(images, which="all")
         worst = 0.0
         for other in single.names:
             torch.manual_seed(1)
-            with single.in_turn(other, single.names):
+            with turns.of(other):
                 expected, got = logits(single(images, which=other)), logits(outputs[other])
             worst = max(worst, float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-9)))
         for one, two in zip(together.buffers(), single.buffers(), strict=True):

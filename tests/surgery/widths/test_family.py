@@ -18,6 +18,7 @@ from detachnet.losses import MultiModelLoss, logits
 from detachnet.surgery.layout import image_layout
 from detachnet.surgery.recalibration import recalibrate
 from detachnet.surgery.trace import trace
+from detachnet.surgery.turns import Turns
 from detachnet.surgery.widths.choice import choose
 from detachnet.surgery.widths.order import important
 from detachnet.surgery.widths.propagation import find_channels
@@ -189,8 +190,9 @@ def test_models_of_one_width_share_a_pass() -> None:
     assert len(calls) == 1  # half, front and late
     assert list(out) == list(net.names)
     sum(F.cross_entropy(o, target) for o in out.values()).backward()
+    turns = Turns(apart, apart.names)
     for sub in apart.names:
-        with apart.in_turn(sub, apart.names):
+        with turns.of(sub):
             one = apart(x, which=sub)
         torch.testing.assert_close(out[sub], one, rtol=1e-12, atol=1e-12)
         F.cross_entropy(one, target).backward()
