@@ -283,39 +283,45 @@ def _trace_root(tracer: Tracer, root: Root) -> fx.Graph | None:
         tracer.watch.look()
         if tracer.watch.found or (tracer.watch.moved and not tracer.watch.closely):
             return None
-        for reason in tracer.watch.lost:
-            if not (reason.decides or isinstance(error, LostError)):
-                continue
-            state = "a trace holds no state that a pass leaves for the next"
-            raise TraceError(
-                f"cannot trace {type(root.base).__name__}: in its own forward pass {reason.what}",
-                what=_ONCE if reason.decides else state,
-                where=reason.where,
-                hint="move that into the forward of a module of its own: that is kept whole",
-            ) from error
-        path = (tracer.stack[-1] if tracer.stack else "base").removeprefix(PREFIX)
-        owner = root.base if path == "base" else root.base.get_submodule(path)
-        decides = isinstance(error, fx.proxy.TraceError | TypeError)
-        keep_whole = f"make_detachable(..., leaf_modules=[{type(owner).__name__}]) keeps that module whole"
-        backbone = "make its backbone detachable: make_detachable(model.backbone, ...)"
-        move = "move the decision out of forward, or into a submodule without children (those are kept whole)"
-        if isinstance(error, NameError) and ("as a submodule" in str(error) or "not a member" in str(error)):
-            raise TraceError(
-                f"cannot trace {type(root.base).__name__}: {'it' if path == 'base' else repr(path)} has "
-                "a layer or a weight that is no part of it",
-                where=_source_line(error),
-                hint="make it in __init__, as an attribute or in nn.ModuleList, nn.ParameterList or their like",
-                node=path,
-            ) from error
-        raise TraceError(
-            f"cannot trace {type(root.base).__name__}: the forward pass of "
-            f"{'the model' if path == 'base' else repr(path)} ({type(owner).__name__}) "
-            f"{'needs values that are not there while tracing' if decides else 'fails'}",
-            what=str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__,
+        raise _refusal(tracer, root, error) from error
+
+
+def _refusal(tracer: Tracer, root: Root, error: Exception) -> TraceError:
+    """Why a forward pass cannot be traced, and what to do about it."""
+    lost = [reason for reason in tracer.watch.lost if reason.decides or isinstance(error, LostError)]
+    if lost:
+        return TraceError(
+            f"cannot trace {type(root.base).__name__}: in its own forward pass {lost[0].what}",
+            what=_ONCE if lost[0].decides else "a trace holds no state that a pass leaves for the next",
+            where=lost[0].where,
+            hint="move that into the forward of a module of its own: that is kept whole",
+        )
+    path = (tracer.stack[-1] if tracer.stack else "base").removeprefix(PREFIX)
+    owner = root.base if path == "base" else root.base.get_submodule(path)
+    decides = isinstance(error, fx.proxy.TraceError | TypeError)
+    keep_whole = f"make_detachable(..., leaf_modules=[{type(owner).__name__}]) keeps that module whole"
+    backbone = "make its backbone detachable: make_detachable(model.backbone, ...)"
+    move = "move the decision out of forward, or into a submodule without children (those are kept whole)"
+    if tracer.watch.hooks and isinstance(error, LookupError | AttributeError):
+        those = ", ".join(map(repr, tracer.watch.hooks))
+        move = f"a trace runs no hooks: take what those of {those} keep from what forward itself computes"
+    if isinstance(error, NameError) and ("as a submodule" in str(error) or "not a member" in str(error)):
+        return TraceError(
+            f"cannot trace {type(root.base).__name__}: {'it' if path == 'base' else repr(path)} has "
+            "a layer or a weight that is no part of it",
             where=_source_line(error),
-            hint=backbone if hasattr(root.base, "backbone") else move if path == "base" else keep_whole,
+            hint="make it in __init__, as an attribute or in nn.ModuleList, nn.ParameterList or their like",
             node=path,
-        ) from error
+        )
+    return TraceError(
+        f"cannot trace {type(root.base).__name__}: the forward pass of "
+        f"{'the model' if path == 'base' else repr(path)} ({type(owner).__name__}) "
+        f"{'needs values that are not there while tracing' if decides else 'fails'}",
+        what=str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__,
+        where=_source_line(error),
+        hint=backbone if hasattr(root.base, "backbone") else move if path == "base" else keep_whole,
+        node=path,
+    )
 
 
 def _take_constants(

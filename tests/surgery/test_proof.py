@@ -897,3 +897,22 @@ def test_a_number_that_follows_the_batch_by_a_fraction() -> None:
         detachnet.make_detachable(model, ["0"], (3, 8, 8))
     net = detachnet.make_detachable(model, ["0"], (3, 8, 8), leaf_modules=[Windows])
     assert net.plan.checked == ""
+
+
+class Listens(nn.Module):
+    """Reads what hooks of its layers have kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.kept = nn.Sequential(Stem(), nn.Conv2d(8, 8, 3)), nn.Linear(8, 5), {}
+        self.body[0].register_forward_hook(lambda module, args, out: self.kept.update(stem=out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.body(x)
+        kept: Tensor = self.kept["stem"]
+        return self.head(kept.mean((2, 3)))
+
+
+def test_what_hooks_keep_for_the_forward_pass_is_refused_for_that() -> None:
+    with pytest.raises(detachnet.TraceError, match=r"a trace runs no hooks: take what those of 'body\.0' keep"):
+        detachnet.make_detachable(Listens(), ["body.0"], (3, 8, 8))
