@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -13,8 +13,10 @@ from detachnet.surgery.modules import attribute
 if TYPE_CHECKING:
     from detachnet.surgery.detachable import DetachableNet
 
-Place = tuple[dict[str, Tensor | None], str]
-"""The buffers of a module, and the name of one."""
+Kept = dict[str, Tensor | None]
+"""Name → a tensor that a part of a layer keeps besides its parameters, or none yet."""
+Holder = tuple[dict[str, Any], str]
+"""Where such tensors are, and the name of the one that is meant; empty if all are."""
 
 
 class Turns:
@@ -37,32 +39,27 @@ class Turns:
 
     def __init__(self, net: DetachableNet, models: Sequence[str], start: DetachableNet | None = None) -> None:
         self._shared = {name: _shared(net, name, models) for name in models}
-        self._places = {target: _places(net, target) for target in {t for s in self._shared.values() for t in s}}
-        as_it_was = self._places if start is None else {target: _places(start, target) for target in self._places}
-        self._start = {target: [_value(place).clone() for place in places] for target, places in as_it_was.items()}
+        targets = {target for shared in self._shared.values() for target in shared}
+        self._holders = {target: _holders(net, target) for target in targets}
+        begun = {target: _holders(start, target) for target in targets} if start else self._holders
+        same: dict[int, Tensor] = {}  # what has two names has one value
+        self._start = {
+            target: [_cloned(_kept(*holder), same) for holder in holders] for target, holders in begun.items()
+        }
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
         """The turn of one model."""
-        places = [place for target in self._shared[name] for place in self._places[target]]
-        start = [before for target in self._shared[name] for before in self._start[target]]
-        left = [_value(place) for place in places]
-        begun: dict[int, Tensor] = {}
-        for (buffers, key), now, before in zip(places, left, start, strict=True):
-            buffers[key] = begun.setdefault(id(now), before.clone())  # what has two names has one value
+        holders = [holder for target in self._shared[name] for holder in self._holders[target]]
+        start = [kept for target in self._shared[name] for kept in self._start[target]]
+        left, same = [_kept(*holder) for holder in holders], dict[int, Tensor]()
+        for holder, kept in zip(holders, start, strict=True):
+            _put(*holder, _cloned(kept, same))
         try:
             yield
         finally:
-            for (buffers, key), now in zip(places, left, strict=True):
-                buffers[key] = now
-
-
-def _value(place: Place) -> Tensor:
-    """The buffer in a place."""
-    buffers, key = place
-    tensor = buffers[key]
-    assert tensor is not None
-    return tensor
+            for holder, kept in zip(holders, left, strict=True):
+                _put(*holder, kept)
 
 
 def _shared(net: DetachableNet, name: str, models: Sequence[str]) -> list[str]:
@@ -71,13 +68,31 @@ def _shared(net: DetachableNet, name: str, models: Sequence[str]) -> list[str]:
     return sorted(source.shared(name, [other for other in models if other in source.routes]))
 
 
-def _places(net: DetachableNet, target: str) -> list[Place]:
-    """Where the buffers of a layer are, or a buffer."""
+def _holders(net: DetachableNet, target: str) -> list[Holder]:
+    """Where the parts of a layer keep tensors, torch's own in buffers only; or where a tensor is."""
     found = attribute(net, target)
-    if isinstance(found, nn.Module):
-        return [
-            (m._buffers, key) for m in found.modules() for key, buffer in m._buffers.items() if buffer is not None
-        ]
-    folder, _, key = target.rpartition(".")
-    buffers = net.get_submodule(folder)._buffers
-    return [(buffers, key)] if key in buffers else []
+    if not isinstance(found, nn.Module):
+        folder, _, name = target.rpartition(".")
+        return [(net.get_submodule(folder)._buffers, name)]
+    holders: list[Holder] = []
+    for module in found.modules():
+        holders += [(module._buffers, "")] if module._buffers else []
+        holders += [(vars(module), "")] if not type(module).__module__.startswith("torch.") else []
+    return holders
+
+
+def _kept(held: Mapping[str, Any], only: str) -> Kept:
+    """What is there now."""
+    return {name: value for name, value in held.items() if only in ("", name) and isinstance(value, Tensor | None)}
+
+
+def _cloned(kept: Kept, same: dict[int, Tensor]) -> Kept:
+    """Copies of that; `same` has the copy of each tensor so far."""
+    return {name: None if t is None else same.setdefault(id(t), t.clone()) for name, t in kept.items()}
+
+
+def _put(held: dict[str, Any], only: str, kept: Kept) -> None:
+    """Have something else there; names stay in their order."""
+    for name in _kept(held, only).keys() - kept.keys():
+        del held[name]
+    held.update(kept)

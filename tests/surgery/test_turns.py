@@ -25,6 +25,33 @@ class Centered(nn.Module):
         return x - self.mean.view(1, -1, 1, 1)
 
 
+class Plain(nn.Module):
+    """The same with a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.zeros(8, dtype=torch.double)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.mul_(0.9).add_(x.detach().mean((0, 2, 3)), alpha=0.1)
+        return x - self.mean.view(1, -1, 1, 1)
+
+
+class Begun(nn.Module):
+    """The same with what the first pass in training begins, from noughts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.detach().mean((0, 2, 3))
+        if self.training:
+            self.mean = 0.1 * mean if self.mean is None else 0.9 * self.mean + 0.1 * mean
+        return x - (mean if self.mean is None else self.mean).view(1, -1, 1, 1)
+
+
 class Scaled(nn.Module):
     """Divides by a running scale, which the gradient needs again."""
 
@@ -46,7 +73,7 @@ def spectral() -> nn.Module:
     return nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, padding=1))
 
 
-KINDS: list[Callable[[], nn.Module]] = [spectral, Centered, Scaled, lambda: nn.BatchNorm2d(8)]
+KINDS: list[Callable[[], nn.Module]] = [spectral, Centered, Plain, Begun, Scaled, lambda: nn.BatchNorm2d(8)]
 
 
 def make(kind: Callable[[], nn.Module]) -> detachnet.DetachableNet:
