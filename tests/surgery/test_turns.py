@@ -38,6 +38,25 @@ class Plain(nn.Module):
         return x - self.mean.view(1, -1, 1, 1)
 
 
+class Tied(nn.Module):
+    """The same with a buffer that is moved by one name and read by another, as one layer for the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved, self.read = nn.Module(), nn.Module()
+        for part, mean in zip((self.moved, self.read), [torch.zeros(8, dtype=torch.double)] * 2, strict=True):
+            part.register_buffer("mean", mean)
+
+    @torch.no_grad()
+    def move(self, x: Tensor) -> None:
+        self.moved.mean.mul_(0.9).add_(x.mean((0, 2, 3)), alpha=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.move(x)
+        return x - self.read.mean.view(1, -1, 1, 1)
+
+
 class Begun(nn.Module):
     """The same with what the first pass in training begins, from noughts."""
 
@@ -50,6 +69,16 @@ class Begun(nn.Module):
         if self.training:
             self.mean = 0.1 * mean if self.mean is None else 0.9 * self.mean + 0.1 * mean
         return x - (mean if self.mean is None else self.mean).view(1, -1, 1, 1)
+
+
+class Later(nn.Module):
+    """The same with a tensor that is not there before the first pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.detach().mean((0, 2, 3))
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * mean if hasattr(self, "mean") else 0.1 * mean
+        return x - (self.mean if hasattr(self, "mean") else mean).view(1, -1, 1, 1)
 
 
 class Scaled(nn.Module):
@@ -73,7 +102,16 @@ def spectral() -> nn.Module:
     return nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, padding=1))
 
 
-KINDS: list[Callable[[], nn.Module]] = [spectral, Centered, Plain, Begun, Scaled, lambda: nn.BatchNorm2d(8)]
+KINDS: list[Callable[[], nn.Module]] = [
+    spectral,
+    Centered,
+    Plain,
+    Tied,
+    Begun,
+    Later,
+    Scaled,
+    lambda: nn.BatchNorm2d(8),
+]
 
 
 def make(kind: Callable[[], nn.Module]) -> detachnet.DetachableNet:
@@ -86,7 +124,7 @@ def make(kind: Callable[[], nn.Module]) -> detachnet.DetachableNet:
         nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
     ).double()
     subs = {"late": detachnet.SubModel(drop=["1:2"]), "later": detachnet.SubModel(drop=["1:3"])}
-    return detachnet.make_detachable(model, subs, (3, 8, 8))
+    return detachnet.make_detachable(model, subs, (3, 8, 8), leaf_modules=[Tied])
 
 
 @pytest.mark.parametrize("kind", KINDS)
