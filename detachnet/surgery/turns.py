@@ -52,7 +52,8 @@ class Turns:
         """The turn of one model."""
         holders = [holder for target in self._shared[name] for holder in self._holders[target]]
         start = [kept for target in self._shared[name] for kept in self._start[target]]
-        left, same = [_kept(*holder) for holder in holders], dict[int, Tensor]()
+        left = [_kept(*holder) for holder in holders]
+        same: dict[int, Tensor] = {}
         for holder, kept in zip(holders, start, strict=True):
             _put(*holder, _cloned(kept, same))
         try:
