@@ -155,8 +155,9 @@ def _check(weights: Mapping[str, float] | None, others: Mapping[str, float]) -> 
     if not isinstance(weights, Mapping | None):
         raise RecipeError(f"weights is a weight for each model by its name, not {weights!r}")
     named = {f"weights[{name!r}]": weight for name, weight in (weights or {}).items()}
-    for name, value in {**others, **named}.items():
-        if not (isinstance(value, int | float) and 0 <= value < math.inf):
+    given: dict[str, Any] = {**others, **named}
+    for name, value in given.items():
+        if not (hasattr(value, "__float__") and 0 <= value < math.inf):
             raise RecipeError(f"{name} is {value!r}, not a finite number from 0 on")
 
 

@@ -1,5 +1,6 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,3 +125,10 @@ def test_what_is_out_of_its_range(options: Any, said: str) -> None:
 def test_a_target_of_something_else(target: torch.Tensor, said: str) -> None:
     with pytest.raises(detachnet.DataError, match=said):
         detachnet.MultiModelLoss()({"base": torch.randn(2, 3)}, target)
+
+
+def test_weights_of_other_kinds_of_numbers() -> None:
+    outputs, target = {"base": torch.randn(2, 3), "sub0": torch.randn(2, 3)}, torch.tensor([0, 1])
+    half: Any = {"base": np.float32(0.5), "sub0": torch.tensor(0.5)}
+    loss = detachnet.MultiModelLoss(half)(outputs, target)
+    torch.testing.assert_close(loss, 0.5 * detachnet.MultiModelLoss()(outputs, target))

@@ -157,7 +157,7 @@ class _Settings:
 
     def __init__(self, device: str | torch.device, batch: int, threads: int | None, n: int, warmup: int) -> None:
         for name, value, least in (("batch", batch, 1), ("n", n, 1), ("warmup", warmup, 0)):
-            if not isinstance(value, int):
+            if not hasattr(value, "__index__"):
                 raise MeasurementError(f"{name}={value!r}: it is a whole number")
             if not least <= value <= MOST:
                 bound = f"at least {least}" if value < least else f"at most {MOST}"

@@ -11,7 +11,6 @@ from torch import nn
 
 from detachnet.checkpoint.loading import load_family
 from detachnet.deploy.profile import Profile, read_profile
-from detachnet.errors import CheckpointError
 from detachnet.storage import locate_checkpoint
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.training.recipe import Recipe, load_recipe
@@ -55,8 +54,7 @@ def read_run(path: str | Path, name: str | None = None, model: nn.Module | None 
         RecipeError: Its recipe is damaged.
     """
     folder = RunFolder(path)
-    if not folder.recipe.exists():
-        raise CheckpointError(f"there is no run in {path}", hint="give the folder that detachnet train --out made")
+    folder.check()
     recipe = load_recipe(folder.recipe)
     return RunRecord(
         name=name or folder.path.resolve().name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from detachnet.data.datasets import Split, load_data, select
-from detachnet.errors import CheckpointError, DataError
+from detachnet.errors import DataError
 from detachnet.training.data import FileSource, hold
 from detachnet.training.recipe import load_recipe
 from detachnet.training.runs import RunFolder
@@ -30,8 +30,7 @@ def run_images(run: str | Path, images: int, data_root: str | Path | None = None
         DataError: It was trained on all training images, or an image cannot be read.
     """
     folder = RunFolder(run)
-    if not folder.recipe.exists():
-        raise CheckpointError(f"there is no run in {run}", hint="detachnet train writes its folder, runs/NAME")
+    folder.check()
     recipe = load_recipe(folder.recipe)
     if isinstance(recipe.data, FilesTable):
         if not recipe.data.holdout:

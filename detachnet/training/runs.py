@@ -30,6 +30,9 @@ class Saved:
     tensors: dict[str, torch.Tensor]
 
 
+_ITS_FOLDER = "give the folder that detachnet train --out made"
+
+
 class RunFolder:
     """Paths and files of a run.
 
@@ -55,8 +58,9 @@ class RunFolder:
             raise CheckpointError(f"{path} can be no folder of a run", what=str(error)) from error
         else:
             if not self.path.is_dir():
-                hint = "give the folder that detachnet train --out makes"
-                raise CheckpointError(f"{path} can be no folder of a run", what="it is something else", hint=hint)
+                raise CheckpointError(
+                    f"{path} can be no folder of a run", what="it is something else", hint=_ITS_FOLDER
+                )
         self.recipe = self.path / "recipe.toml"
         self.info = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
@@ -115,6 +119,15 @@ class RunFolder:
             for leftover in self.path.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
             yield
+
+    def check(self) -> None:
+        """Refuse a folder without a run.
+
+        Raises:
+            CheckpointError: It is one.
+        """
+        if not self.recipe.exists():
+            raise CheckpointError(f"there is no run in {self.path}", hint=_ITS_FOLDER)
 
     def _check_started(self) -> None:
         if not self.recipe.exists():

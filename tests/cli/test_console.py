@@ -105,3 +105,7 @@ def test_what_the_library_says_is_shown_once(capsys: pytest.CaptureFixture[str])
     logging.getLogger("detachnet").warning("a [word]")
     logging.getLogger("detachnet").info("another")
     assert capsys.readouterr().err.splitlines() == ["Warning: a [word]", "Note: another"]
+
+
+def test_a_number_that_is_not_known_leaves_its_column_on_the_right() -> None:
+    assert Table(("model", "peak MB"), (("base", "10.5"), ("sub0", "–"))).lines()[-1] == "sub0         –"

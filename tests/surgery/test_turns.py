@@ -144,3 +144,28 @@ def test_steps_in_passes_of_their_own_are_joint_steps(kind: Callable[[], nn.Modu
             step(torch.randn(4, 3, 8, 8, dtype=torch.double), labels)
     for (name, one), other in zip(together.state_dict().items(), apart.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12, msg=name)
+
+
+class Whole(nn.Module):
+    """A network that moves a running mean itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.training:
+            self.mean.copy_(0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3)))
+        x = self.b(x - self.mean.view(1, -1, 1, 1)).relu()
+        return self.head(self.c(x).mean((2, 3)))
+
+
+def test_what_a_network_moves_itself_moves_once() -> None:
+    model, images = Whole().double().train(), torch.randn(4, 3, 8, 8, dtype=torch.double)
+    net = detachnet.make_detachable(model, {"late": detachnet.SubModel(drop=["b:c"])}, (3, 8, 8)).train()
+    net(images, which="all")
+    model(images)
+    torch.testing.assert_close(net.base.get_buffer("mean"), model.mean)
