@@ -59,7 +59,7 @@ class RunFolder:
         else:
             if not self.path.is_dir():
                 raise CheckpointError(
-                    f"{path} can be no folder of a run", what="it is something else", hint=_ITS_FOLDER
+                    f"{path} can be no folder of a run", what="it is no folder", hint=_ITS_FOLDER
                 )
         self.recipe = self.path / "recipe.toml"
         self.info = self.path / "run.json"
