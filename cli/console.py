@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import re
 import sys
 import time
@@ -18,6 +17,7 @@ import typer
 from rich.cells import cell_len
 
 from detachnet.errors import DetachNetError, TrainingError, one_line
+from detachnet.ranks import is_first
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -306,7 +306,7 @@ class Said(logging.Handler):
 
 def show_what_is_said() -> None:
     """Show what the library logs, in the first of the processes that torchrun starts."""
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return
     logger = logging.getLogger("detachnet")
     if not any(isinstance(handler, Said) for handler in logger.handlers):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from detachnet.ranks import is_first
 from detachnet.training.shipped import find_recipe
 
 from .console import TrainingDisplay, friendly, note, show
@@ -59,8 +59,7 @@ def train(
     class Display(TrainingDisplay, Listener):
         """The terminal as a listener."""
 
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
-    display = Display() if first else None
+    display = Display() if is_first() else None
     try:
         result = trainer.train(
             checked,
@@ -74,7 +73,7 @@ def train(
     finally:
         if display:
             display.close()
-    if not first:
+    if not is_first():
         return
     _show_result(result, checked)
     if result.status == "finished":

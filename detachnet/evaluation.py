@@ -50,7 +50,7 @@ def evaluate(
     with on_device(net, images.device if isinstance(images, BatchSource) else asked) as there:
         match images:
             case Split():
-                _check_fits(net, images)
+                check_fits(net, images)
                 batches = Batches(images, net.facts.known_data, EVAL_BATCH, there)
             case BatchSource():
                 batches = images
@@ -106,12 +106,17 @@ def scores(totals: Tensor, models: Sequence[str]) -> dict[str, dict[str, float]]
     }
 
 
-def _check_fits(net: DetachableNet, images: Split) -> None:
+def check_fits(net: DetachableNet, images: Split) -> None:
     """Refuse what is no split, images of other channels than a family takes, and classes in another order.
 
     Raises:
         DataError: They are such.
     """
+    if not isinstance(images, Split):
+        raise DataError(
+            f"images are a Split here, as load_data gives two of them, not a {type(images).__name__}",
+            hint="detachnet.data.datasets.Split(images, labels, classes), images of uint8, (N, C, H, W)",
+        )
     images.check()
     known = net.facts.data.classes if net.facts.data else images.classes
     if known != images.classes and sorted(known) == sorted(images.classes):

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ def read_file(path: str | Path) -> bytes:
 
 LOCK = ".lock"
 """What is locked in a folder while a run writes it; gone afterwards."""
+WAIT_S = 0.1
+"""Between two looks at a lock that another process has."""
 
 
 @dataclass(frozen=True)
@@ -137,15 +140,20 @@ def locate_checkpoint(path: str | Path) -> Path:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Keep a folder for this process as long as it runs; what a process that died has left is no obstacle.
 
+    Args:
+        folder: Where the lock is.
+        wait: Until another process, or another thread of this one, is done with it.
+
     Raises:
-        CheckpointError: Another process, or another thread of this one, has it; or there is no such folder.
+        CheckpointError: Another one has it, and is not waited for; or there is no such folder.
     """
     path = folder / LOCK
     try:
-        descriptor = _lock(path)
+        while (descriptor := _lock(path)) is None and wait:
+            time.sleep(WAIT_S)
     except OSError as error:
         raise CheckpointError(f"cannot write in {folder}", what=str(error)) from error
     if descriptor is None:

@@ -17,6 +17,7 @@ GROUND = {
     "hub",
     "storage",
     "machine",
+    "ranks",
     "memory",
     "progress",
     "zoo",

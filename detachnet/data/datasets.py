@@ -18,7 +18,7 @@ from torch import Tensor
 
 from detachnet.errors import DataError, first_line, nearest
 from detachnet.facts import DataInfo
-from detachnet.storage import read_file
+from detachnet.storage import LOCK, locked, read_file
 
 COLUMNS = 100
 """Tiles per row of the embedded pictures."""
@@ -197,32 +197,41 @@ def _mnist(places: list[Path], download: bool) -> tuple[Split, Split]:
 
 def _find(name: str, places: list[Path], folders: list[str], download: bool) -> Path:
     """The first of some folders that is in one of the places, downloaded if need be."""
-    looked = []
-    for place in places:
-        for folder in folders:
-            path = place if place.name == folder else place / folder
-            looked.append(str(path))
-            if path.is_dir():
-                return path
+    paths = [place if place.name == folder else place / folder for place in places for folder in folders]
+    for path in paths:
+        if path.is_dir():
+            if download and (_root(path) / LOCK).exists():
+                with locked(_root(path), wait=True):  # until the process that downloads it has unpacked it
+                    pass
+            return path
     if not download:
         raise DataError(
             f"{name} is not on this machine",
-            what="looked for " + ", ".join(looked),
+            what="looked for " + ", ".join(map(str, paths)),
             hint="root=DIR, --data-root DIR or DETACHNET_DATA=DIR says where it is; "
             "download=True, --download fetches it",
         )
-    _download(name, places[0])
-    return places[0] / folders[0]
+    _download(name, paths[0])
+    return paths[0]
 
 
-def _download(name: str, place: Path) -> None:
-    """Run torchvision's download."""
+def _root(path: Path) -> Path:
+    """What torchvision calls the root of a data set's folder."""
+    return path.parent.parent if path.name == "raw" else path.parent
+
+
+def _download(name: str, path: Path) -> None:
+    """Run torchvision's download, in one process of those that want it."""
     fetch = {"cifar10": torchvision.datasets.CIFAR10, "mnist": torchvision.datasets.MNIST}[name]
+    root = _root(path)
     try:
-        fetch(str(place), download=True)
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root, wait=True):
+            if not path.is_dir():
+                fetch(str(root), download=True)
     except Exception as error:
         raise DataError(
-            f"{name} could not be downloaded to {place}",
+            f"{name} could not be downloaded to {root}",
             what=first_line(error),
         ) from error
 

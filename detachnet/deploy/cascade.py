@@ -18,9 +18,9 @@ from torch import Tensor
 from detachnet.data.batches import Batches
 from detachnet.data.datasets import Split
 from detachnet.deploy.budget import check
-from detachnet.deploy.family import Family
+from detachnet.deploy.family import Family, Picture, Resumable
 from detachnet.errors import BudgetError, CutError, DataError
-from detachnet.evaluation import check_labels
+from detachnet.evaluation import check_fits, check_labels
 from detachnet.fields import Fields
 from detachnet.losses import logits
 from detachnet.progress import counted
@@ -195,7 +195,7 @@ class CascadeAnswer(NamedTuple):
 
     Attributes:
         models: Which model answered each image.
-        output: `(B, num_classes)`.
+        output: `(num_classes,)` for one image, `(B, num_classes)` for a batch.
         macs: Multiply-accumulates spent on all images.
     """
 
@@ -222,15 +222,30 @@ class Cascade:
             raise CutError(f"a cascade is made of {', '.join(family.names)}, not of {list(models)}")
         self.family, self.models, self.threshold = family, tuple(models), threshold
 
-    def run(self, images: Tensor) -> CascadeAnswer:
+    def run(self, images: Picture) -> CascadeAnswer:
         """Run the first model on all images, the next ones on those of which the one before was not confident.
 
         Args:
-            images: Normalized, `(B, C, H, W)`.
+            images: One image or a batch of them, as `Family.run` takes them.
+
+        Raises:
+            DataError: An image is broken, not finite or has another size.
         """
-        left = torch.arange(len(images))
-        answered, outputs, macs = [""] * len(images), torch.empty(0), 0
         work = self.family.resumable(images)
+        return self._run_one(work) if work.is_single else self._run_batch(work)
+
+    def _run_one(self, work: Resumable) -> CascadeAnswer:
+        """Model after model, until one is confident."""
+        for name in self.models:
+            output = work.run(name).output
+            if output.softmax(0).amax() >= self.threshold:
+                break
+        return CascadeAnswer((name,), output, work.macs)
+
+    def _run_batch(self, work: Resumable) -> CascadeAnswer:
+        """Model after model, on fewer and fewer images."""
+        left = torch.arange(len(work))
+        answered, outputs, macs = [""] * len(left), torch.empty(0), 0
         for name in self.models:
             output = work.run(name).output
             macs += work.macs
@@ -269,7 +284,8 @@ def calibrate(
     Raises:
         BudgetError: No cascade reaches the target; or both are given.
         CheckpointError: The family does not know how its images are normalized.
-        DataError: Fewer than two images, or a label is of no class that a model knows.
+        DataError: This is no split, of other images than the family's, or of fewer than two; or a label is of no
+            class that a model knows.
     """
     if target_accuracy is not None and target_macs is not None:
         raise BudgetError("a cascade has one target: an accuracy or mean MACs, not both")
@@ -294,6 +310,7 @@ def calibrate(
 
 def score(net: DetachableNet, split: Split, device: torch.device | str | None = None) -> Scores:
     """Confidence and rightness of every trained model on every image."""
+    check_fits(net, split)
     models, data = net.facts.models(net.names), net.facts.known_data
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in models}
     with on_device(net, device) as there, evaluating(net), torch.no_grad():

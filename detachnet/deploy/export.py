@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -43,6 +44,7 @@ from detachnet.deploy.pte import PteWriter
 from detachnet.deploy.quantize import Int8Writer
 from detachnet.deploy.verify import CHECKED_BATCHES
 from detachnet.errors import ExportError, nearest
+from detachnet.evaluation import check_fits
 from detachnet.losses import logits
 from detachnet.progress import counted
 from detachnet.storage import MANIFEST, new_folder, write_new
@@ -163,6 +165,8 @@ def _check(net: DetachableNet, format: Format, precision: Precision, int8: _Spli
                 hint="export(net, folder, int8=detachnet.load_data('cifar10'))",
             )
         _ = net.facts.known_data  # of which the calibration images are
+        for split in int8:
+            check_fits(net, split)
 
 
 def _writer(
@@ -232,23 +236,27 @@ class _Export:
 
     def legs(self, names: Sequence[str]) -> tuple[ExportedLeg, ...]:
         """Write the legs of some models that go on from another one's feature, or give one; in running order."""
-        made: dict[str, Tensor] = {"": self.images}
-        found = dict.fromkeys(leg for name in names for leg in self.net.legs[name] if leg.start or leg.end)
-        each = counted(enumerate(found), len(found), "legs written and compared")
-        return tuple(self._leg(number, leg, made, names) for number, leg in each)
+        in_front = {leg: front for name in names for front, leg in pairwise([None, *self.net.legs[name]])}
+        found = [leg for leg in in_front if leg is not None and (leg.start or leg.end)]
+        made: dict[Leg | None, Tensor] = {None: self.images}
+        written = []
+        for number, leg in counted(enumerate(found), len(found), "legs written and compared"):
+            row, output = self._leg(number, leg, made[in_front[leg]], names)
+            made |= {leg: output} if leg.end else {}
+            written.append(row)
+        return tuple(written)
 
-    def _leg(self, number: int, leg: Leg, made: dict[str, Tensor], names: Sequence[str]) -> ExportedLeg:
-        """Write one, and keep the feature it makes of the images for those that take it in."""
+    def _leg(self, number: int, leg: Leg, example: Tensor, names: Sequence[str]) -> tuple[ExportedLeg, Tensor]:
+        """Write one; what the manifest says of it, and what it makes of an example."""
         module = self.net.detach_leg(leg).cpu()
         path = self.folder / f"leg.{number}.{self.format}"  # no model can be called so
         module = module if leg.end else MainOutput(module).eval()
-        example = made[leg.start]
         with torch.no_grad():
-            made |= {leg.end: module(example)} if leg.end else {}
+            output = module(example)
         ends = (FEATURE_IN if leg.start else INPUT, FEATURE_OUT if leg.end else OUTPUT)
         self._write(Piece(str(leg), module, example, ends, {"leg": str(leg)}), path)
         file = exported_file(path)
-        return ExportedLeg(
+        row = ExportedLeg(
             models=tuple(name for name in leg.models if name in names),
             start=leg.start,
             end=leg.end,
@@ -256,6 +264,7 @@ class _Export:
             file=file.file,
             sha256=file.sha256,
         )
+        return row, output
 
     def _write(self, piece: Piece, path: Path) -> Written:
         """Write a graph.

@@ -299,6 +299,7 @@ class Resumable:
     """A batch of images on its way through models of a family; what models share is computed once.
 
     Attributes:
+        is_single: Whether this is one image without an axis for the batch.
         macs: Multiply-accumulates spent so far, on all images.
     """
 
@@ -311,8 +312,12 @@ class Resumable:
         is_single: bool = False,
     ) -> None:
         self._backend, self._images, self._features = backend, images, dict(features or {})
-        self._is_single = is_single
+        self.is_single = is_single
         self.macs = 0
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return len(self._images)
 
     def run(self, model: str) -> Answer:
         """The output of a model, from the last feature that another one has computed.
@@ -332,7 +337,7 @@ class Resumable:
             self.macs += len(self._images) * leg.macs
             if leg.end:
                 self._features[leg] = value
-        return Answer(model, value[0] if self._is_single else value)
+        return Answer(model, value[0] if self.is_single else value)
 
     def select(self, which: Tensor) -> Resumable:
         """Some of the images, with what is known of them.
@@ -343,7 +348,7 @@ class Resumable:
         Raises:
             DataError: It is a single image, without a batch.
         """
-        if self._is_single:
+        if self.is_single:
             raise DataError("a single image has no others to select it from", hint="resumable(image[None])")
         which = which.to(self._images.device)
         features = {leg: value[which] for leg, value in self._features.items()}

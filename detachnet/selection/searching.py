@@ -19,7 +19,7 @@ from detachnet.data.datasets import Split
 from detachnet.deploy.measurement import Runtime
 from detachnet.deploy.stopwatch import Stopwatch
 from detachnet.errors import BudgetError, CheckpointError, DataError, MeasurementError
-from detachnet.evaluation import check_labels
+from detachnet.evaluation import check_fits, check_labels
 from detachnet.progress import tell
 from detachnet.selection.candidate import Candidate
 from detachnet.selection.costs import checked, counted
@@ -88,7 +88,8 @@ def search(
     Raises:
         BudgetError: A budget makes no sense, or nothing that can be left out meets it; with what comes nearest.
         ExportError: ONNX Runtime is not installed.
-        DataError: There are no images, or a label is of no class that the family knows.
+        DataError: This is no split, of other images than the family's, or of none; or a label is of no class that
+            the family knows.
         MeasurementError: The base-model, or all that is left when anything is left out, answers at chance; or a
             part of the network cannot be measured.
         CutError: Nothing can be left out.
@@ -104,9 +105,11 @@ def search(
     if isinstance(budgets, Real):
         raise BudgetError(f"budgets={budgets!r}: give a list of budgets", hint=f"search(net, data, [{budgets!r}])")
     stopwatch = _stopwatch(by, runtime, threads, net)
+    calibration = data if calibration is None else calibration
+    for images in (data, calibration):
+        check_fits(net, images)
     if not len(data):
         raise DataError("there are no held-out images to search with", hint="keep some from the training images")
-    calibration = data if calibration is None else calibration
     check_labels(data.labels, len(net.facts.known_data.classes), BASE)
     space = Space(net)
     with _kept(folder) as path:

@@ -196,7 +196,9 @@ class CutAnalysis:
         raise CutError(
             f"cannot cut {model} at {name!r}: {self.objection(node)}",
             where=self._where(node),
-            hint=f"detachnet.find_cuts(model) lists the {len(self.valid)} valid cuts",
+            hint=f"detachnet.find_cuts(model) lists the {len(self.valid)} valid cuts"
+            if self.valid
+            else "it has no valid cuts; sub-models without inner layers or with fewer filters need none",
             nearest=self._neighbours(node),
             node=name,
         )
@@ -211,7 +213,10 @@ class CutAnalysis:
         if crossing:
             names = [self.traced.describe(n) for n in crossing]
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            return f"{names[0]}{more} also crosses it (a skip connection or a parallel branch)"
+            readers = [user for user in crossing[0].users if self.position.get(user, -1) > self.position[node]]
+            is_output = all(user.op == "output" for user in readers)
+            why = "one of the model's outputs" if is_output else "a skip connection or a parallel branch"
+            return f"{names[0]}{more} also crosses it ({why})"
         if self.last_read[node] == len(self.traced.live) - 1:
             return "that is the output, nothing would be left of the model"
         return "its value is not a single tensor with the batch as its first axis"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from detachnet.surgery.coupling import ONCE, Coupling, Verdict
-from detachnet.surgery.graph import TracedGraph, writes_in_place
+from detachnet.surgery.graph import TracedGraph, has_torch_names, writes_in_place
 from detachnet.surgery.halves import (
     HALF,
     Layout,
@@ -245,7 +245,7 @@ class _Finder:
             return ONCE, layouts
         if writes_in_place(node):
             raise MeetError("changes a value in place across the images of a batch")
-        if type(full).__module__ == "torch.return_types" and any(user.target is getattr for user in node.users):
+        if has_torch_names(full) and any(user.target is getattr for user in node.users):
             raise MeetError("joins the images of a batch in values with names")
         stacked = self._stacked_layouts(node)
         return Verdict("per model", "joins the images of a batch"), stacked

@@ -34,6 +34,16 @@ def has_tensor(value: Any) -> bool:
     return any(isinstance(leaf, Spec) for leaf in leaves_of(value))
 
 
+def has_torch_names(value: Any) -> bool:
+    """Whether a value is what torch's functions return several values with names in, as `topk` does."""
+    return type(value).__module__ == "torch.return_types"
+
+
+def _to_specs(value: Any) -> Any:
+    specs = map_aggregate(value, _to_spec)
+    return type(value)(specs) if has_torch_names(value) else specs
+
+
 def _to_spec(leaf: Any) -> Any:
     return Spec(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
 
@@ -89,7 +99,7 @@ class _Propagator(fx.Interpreter):
             out = self._run_on_zeros(n)
         # torch counts a multiply-add as two operations, and PROBE_BATCH images went through.
         self.macs[n] = (self.counter.get_total_flops() - before) // (2 * PROBE_BATCH)
-        self.values[n] = map_aggregate(out, _to_spec)
+        self.values[n] = _to_specs(out)
         return out
 
     def _run_on_zeros(self, n: fx.Node) -> Any:

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.errors import CutError, DetachNetError
 from detachnet.surgery.coupling import has_batch
-from detachnet.surgery.graph import has_tensor, writes_in_place
+from detachnet.surgery.graph import has_tensor, has_torch_names, writes_in_place
 from detachnet.surgery.legs import Leg
 from detachnet.surgery.norms import norm_parts
 from detachnet.surgery.ownership import ViewSource
@@ -367,21 +367,38 @@ class _ViewBuilder:
         """The view's output: each tensor split into one part per model."""
         if len(self.models) == 1:
             return self._map_output(traced_output, lambda leaf: self.made[leaf][0] if self._has(leaf) else None)
-        pieces: dict[fx.Node, Sequence[fx.Node]] = {}
+        pieces: dict[fx.Node, Sequence[Any]] = {}
 
         def part(leaf: fx.Node, name: str) -> Any:
             i = self._part_of(name, self.made[leaf][1]) if leaf in self.made else -1
             if i < 0:
                 return None
-            if not has_batch(self.traced.values[leaf]):
-                raise JointError(f"the output {self.traced.describe(leaf)} has no batch as its first axis")
             if leaf not in pieces:
-                pieces[leaf] = self._pieces(self.made[leaf][0], len(self.made[leaf][1]))
+                value, parts = self.made[leaf]
+                pieces[leaf] = self._output_parts(leaf, value, self.traced.values[leaf], len(parts))
             return pieces[leaf][i]
 
         outputs = {name: self._map_output(traced_output, partial(part, name=name)) for name in self.models}
         # A call, because the code generator writes a literal dict of named tuples wrongly.
         return self.graph.call_function(dict, (), outputs)
+
+    def _output_parts(self, leaf: fx.Node, value: fx.Node, spec: Any, count: int) -> Sequence[Any]:
+        """A stacked output part by part; if it holds several tensors, as that of `topk` does, each of them."""
+        if isinstance(spec, tuple | list):
+            items = [self.graph.call_function(getitem, (value, i)) for i in range(len(spec))]
+            each = [self._output_parts(leaf, item, inner, count) for item, inner in zip(items, spec, strict=True)]
+            return [self._like(spec, [parts[i] for parts in each]) for i in range(count)]
+        if not has_batch(spec):
+            raise JointError(f"the output {self.traced.describe(leaf)} has no batch as its first axis")
+        return self._pieces(value, count)
+
+    def _like(self, output: tuple[Any, ...] | list[Any], items: Sequence[Any]) -> Any:
+        """Items in what an output holds them in."""
+        if has_torch_names(output):
+            return self.graph.call_function(type(output), (tuple(items),))
+        # A call, because torch 2.11's code generator forgets what a named tuple's class is called by.
+        named = isinstance(output, tuple) and hasattr(output, "_fields")
+        return self.graph.call_function(type(output), tuple(items)) if named else type(output)(items)
 
     def _has(self, leaf: fx.Node) -> bool:
         """Whether a traced value is made in the view."""
@@ -398,8 +415,7 @@ class _ViewBuilder:
 
         named = isinstance(output, tuple) and hasattr(output, "_fields")
         made = map_aggregate(tuple(output) if named else output, leaf_value)
-        # A call, because torch 2.11's code generator forgets what a named tuple's class is called by.
-        return self.graph.call_function(type(output), made) if named else made
+        return self._like(output, made) if named else made
 
     def _drop_unused(self) -> None:
         """Remove what nothing reads, from the back."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
@@ -18,6 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from detachnet.errors import RecipeError, nearest
+from detachnet.ranks import are_several
 from detachnet.training.recipe import Recipe
 from detachnet.training.runs import RunFolder
 
@@ -38,7 +38,7 @@ def open_processes(recipe: Recipe, folder: RunFolder) -> Iterator[Accelerator]:
     theirs = torch.distributed.is_initialized()
     before = dict(AcceleratorState._shared_state)
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    several = _are_several()
+    several = are_several()
     if several and not theirs and (number := next(_groups)):
         _open_group(number)
     accelerator = Accelerator(
@@ -70,13 +70,8 @@ def no_group_left() -> Iterator[None]:
     try:
         yield
     finally:
-        if _are_several():
+        if are_several():
             gc.collect()
-
-
-def _are_several() -> bool:
-    """Whether this is one of several processes, by the environment that `torchrun` and its like make."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 _groups = count()

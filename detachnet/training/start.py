@@ -17,7 +17,7 @@ from detachnet.losses import logits
 from detachnet.models import FromImages
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.making import make_detachable
-from detachnet.surgery.modules import evaluating
+from detachnet.surgery.modules import evaluating, in_type_of, weight_of
 from detachnet.surgery.ownership import HEADS, NORMS
 from detachnet.surgery.plan import BASE, DetachPlan, ModelPlan
 from detachnet.surgery.routes import SubModel, folder
@@ -232,7 +232,7 @@ def check_classes(net: DetachableNet, takes_number: bool = True) -> None:
     if (data := net.facts.data) is None:
         return
     with evaluating(net), torch.no_grad():
-        out = logits(net(torch.zeros(1, *net.plan.input_size)))
+        out = logits(net(in_type_of(weight_of(net), torch.zeros(1, *net.plan.input_size))))
     if out.dim() == 2 and (outputs := out.shape[1]) != (count := len(data.classes)):
         raise RecipeError(
             f"the model has {number_of(outputs, 'output')}, but {data.name} has {count} classes",

@@ -13,7 +13,7 @@ from torch import Tensor
 from detachnet.errors import RecipeError
 from detachnet.losses import MultiModelLoss, logits
 from detachnet.surgery.detachable import DetachableNet
-from detachnet.surgery.modules import random_states_kept
+from detachnet.surgery.modules import in_type_of, random_states_kept, weight_of
 from detachnet.surgery.turns import Turns
 
 Strategy = Literal["joint", "separate"]
@@ -59,6 +59,7 @@ class TrainingStep:
         self.joint, self.forward, self.backward = strategy == "joint", forward or net, backward
         self.wants_features = bool(loss.hint) and len(self.models) > 1
         _check_teachers(net, self.models, loss)
+        self._weight = weight_of(net)
         self._run: Callable[..., Any] = self._total if self.joint else self._losses
         if compiled:
             self._run = self._compiled(self._run)
@@ -83,6 +84,7 @@ class TrainingStep:
     def add_gradients(self, images: Tensor, labels: Tensor, models: Sequence[str] | None = None) -> Tensor:
         """The step without the update: the gradients are added to those there are."""
         chosen = self.models if models is None else tuple(models)
+        images = in_type_of(self._weight, images)
         return self._joint(images, labels, chosen) if self.joint else self._separate(images, labels, chosen)
 
     def _joint(self, images: Tensor, labels: Tensor, models: tuple[str, ...]) -> Tensor:
@@ -168,7 +170,8 @@ def without_gradient(net: DetachableNet, models: Sequence[str], loss: MultiModel
 
 
 def sample_models(models: Sequence[str], macs: Mapping[str, int], count: int, seed: int) -> tuple[str, ...]:
-    """The models that one step trains: the largest, the smallest and so many others, in their order.
+    """The models that one step trains, in their order: the first, from which others may learn, the largest, the
+    smallest and so many others.
 
     Args:
         models: All that are trained.
@@ -179,6 +182,7 @@ def sample_models(models: Sequence[str], macs: Mapping[str, int], count: int, se
     Source: the sandwich rule of arXiv 1903.05134.
     """
     largest, smallest = max(models, key=macs.__getitem__), min(models, key=macs.__getitem__)
-    others = [name for name in models if name not in (largest, smallest)]
-    chosen = {largest, smallest, *random.Random(seed).sample(others, min(count, len(others)))}
+    always = {models[0], largest, smallest}
+    others = [name for name in models if name not in always]
+    chosen = {*always, *random.Random(seed).sample(others, min(count, len(others)))}
     return tuple(name for name in models if name in chosen)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from detachnet.data.batches import BatchSource
 from detachnet.data.datasets import load_data, select
 from detachnet.errors import RecipeError
 from detachnet.memory import keep_freed
+from detachnet.ranks import is_first
 from detachnet.storage import replace_file
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.layout import image_layout
@@ -98,7 +98,7 @@ def train(
     keep_freed()
     folder = RunFolder(out or default_folder(recipe), data_root)
     with no_group_left(), ExitStack() as held:
-        if resume and os.environ.get("RANK", "0") == "0":  # of several processes the one that writes
+        if resume and is_first():
             held.enter_context(folder.reopened())
         return _train(recipe, folder, held, resume, data_root, download, max_minutes, listener or Listener())
 

@@ -1,5 +1,9 @@
 import hashlib
 import os
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
@@ -109,6 +113,30 @@ def test_download_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(detachnet.DataError, match="could not be downloaded"):
         load_data("cifar10", tmp_path, download=True)
     assert asked == [str(tmp_path)]
+
+
+def test_several_processes_download_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that come while it is unpacked wait for all of it."""
+    write_python(tmp_path / "there" / "cifar-10-batches-py", monkeypatch)
+    began, downloads = threading.Event(), []
+
+    class Slow(torchvision.datasets.CIFAR10):
+        def download(self) -> None:
+            downloads.append(self.root)
+            (Path(self.root) / self.base_folder).mkdir()
+            began.set()
+            time.sleep(0.5)
+            shutil.copytree(tmp_path / "there", self.root, dirs_exist_ok=True)
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Slow)
+    root = tmp_path / "new" / "data"
+    with ThreadPoolExecutor(3) as threads:
+        early = [threads.submit(load_data, "cifar10", root, download=True) for _ in range(2)]
+        began.wait(10)
+        late = threads.submit(load_data, "cifar10", root, download=True)
+        assert [len(job.result()[0]) for job in (*early, late)] == [50, 50, 50]
+    assert downloads == [str(root)]
+    assert [file.name for file in root.iterdir()] == ["cifar-10-batches-py"]
 
 
 def test_unknown_data_set() -> None:

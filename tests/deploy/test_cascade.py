@@ -8,6 +8,7 @@ import pytest
 import torch
 from detachnet_cli.app import app
 from hypothesis import given, settings, strategies as st
+from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
 import detachnet
@@ -181,6 +182,16 @@ def test_running_a_cascade_is_what_was_calculated(net: detachnet.DetachableNet) 
         assert float((answer.output.argmax(1) == split.labels).double().mean()) == pytest.approx(point.accuracy)
         for i, name in enumerate(answer.models):
             torch.testing.assert_close(answer.output[i], family.run(images[i], name).output, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.1])
+def test_one_image_has_the_answer_that_it_has_in_a_batch(net: detachnet.DetachableNet, threshold: float) -> None:
+    image = torch.randn(net.plan.input_size)
+    cascade = Cascade(Family(TorchBackend(net), "f", None), ("sub1", "base"), threshold)
+    one, batch = cascade.run(image), cascade.run(image[None])
+    assert (one.models, one.macs) == (batch.models, batch.macs)
+    assert one.models == ("base" if threshold else "sub1",)
+    torch.testing.assert_close(one.output, batch.output[0])
 
 
 def test_no_images_have_no_answers(net: detachnet.DetachableNet) -> None:
@@ -365,6 +376,13 @@ def test_refusals(net: detachnet.DetachableNet) -> None:
         calibrate(net, split, 80)
     with pytest.raises(detachnet.DataError, match="1 images cannot be divided"):
         calibrate(net, split)
+    split = split_of(net, 4)
+    with pytest.raises(detachnet.DataError, match=r"images are a Split here, .* not a DataLoader"):
+        calibrate(net, DataLoader(TensorDataset(split.images, split.labels)))  # type: ignore[arg-type]
+    with pytest.raises(detachnet.DataError, match=r"images of a Split are .* uint8, not .*float32"):
+        calibrate(net, Split(split.images / 255, split.labels, split.classes))
+    with pytest.raises(detachnet.DataError, match="the classes of the images are in another order"):
+        calibrate(net, Split(split.images, split.labels, split.classes[::-1]))
     bare = make()
     bare.facts = bare.facts.updated(data=None)
     with pytest.raises(detachnet.CheckpointError, match="does not say what it was trained on"):

@@ -149,6 +149,26 @@ def test_legs_join_to_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_legs_of_two_widths_that_part_at_the_same_place(tmp_path: Path) -> None:
+    """Features of both widths have the cut's name, and other numbers of channels."""
+    drop = ["features.16:features.22"]
+    subs = {
+        "half": detachnet.SubModel(width=0.5),
+        "late": detachnet.SubModel(drop=drop),
+        "both": detachnet.SubModel(drop=drop, width=0.5),
+    }
+    model = detachnet.create_model("detachnet:vgg16_cifar", width=0.25)
+    net = detachnet.make_detachable(model, subs, (3, 32, 32), check="none").eval()
+    manifest = detachnet.export(net, tmp_path / "onnx", legs=True)
+    assert [leg.models for leg in manifest.legs if leg.end] == [("base", "late"), ("half", "both")]
+    images = torch.randn(2, 3, 32, 32)
+    work = detachnet.Family.load(tmp_path / "onnx").resumable(images)
+    for name in net.names:
+        with torch.no_grad():
+            close(work.run(name).output, net(images, which=name))
+
+
+@pytest.mark.slow
 def test_a_changed_leg_is_noticed(tmp_path: Path) -> None:
     model = detachnet.create_model("detachnet:vgg16_cifar", width=0.05)
     net = detachnet.make_detachable(

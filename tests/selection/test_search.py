@@ -177,9 +177,13 @@ def test_an_unknown_kind_of_budget() -> None:
         search(by="watts")
 
 
-def test_no_images() -> None:
+def test_no_images_and_others() -> None:
     with pytest.raises(DataError, match="there are no held-out images to search with"):
         detachnet.search(trained(), HELD_OUT.part(0, 0), [0.5])
+    others = Split(HELD_OUT.images, HELD_OUT.labels, HELD_OUT.classes[::-1])
+    for data, calibration in ((others, None), (HELD_OUT, others)):
+        with pytest.raises(DataError, match="the classes of the images are in another order"):
+            detachnet.search(trained(), data, [0.5], calibration=calibration)
     unknown = Split(HELD_OUT.images, torch.full_like(HELD_OUT.labels, -100), HELD_OUT.classes)
     with pytest.raises(DataError, match="an image is of class -100, counted from 0"):
         detachnet.search(trained(), unknown, [0.5])

@@ -77,6 +77,16 @@ def test_crossed_cut_names_the_crossing_node() -> None:
     assert "in the model (Skip)" in str(error.value)
 
 
+def test_an_output_from_in_front_of_a_cut_is_no_skip_connection() -> None:
+    class WithFeature(models.Around):
+        def forward(self, x: torch.Tensor) -> Any:
+            feature = self.a(x)
+            return self.fc(self.b(self.mid(feature)).relu().mean((2, 3))), feature
+
+    with pytest.raises(detachnet.CutError, match=r"at 'b': 'a' also crosses it \(one of the model's outputs\)"):
+        cut(WithFeature(torch.nn.Conv2d(8, 8, 1)), "b", size=(3, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("cuts", "message"),
     [

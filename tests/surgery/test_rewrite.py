@@ -1,10 +1,12 @@
 """The joint graph is separate passes: outputs, gradients and batch-norm state, in float64."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import detachnet
 from detachnet.surgery.plan import Norm
@@ -151,6 +153,38 @@ def test_dict_outputs() -> None:
         "base": (2, 5, 8, 8),
         "sub0": (2, 5, 8, 8),
     }
+
+
+class Several(models.Around):
+    """Gives out what a function of several values makes of the logits."""
+
+    def __init__(self, of: Callable[[Tensor], Any]) -> None:
+        super().__init__(nn.Identity())
+        self.of = of
+
+    def forward(self, x: Tensor) -> Any:
+        return self.of(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda y: y.topk(2),
+        lambda y: {"all": y, "best": torch.max(y, dim=1)},
+        lambda y: (y, y.sort(1), [torch.split(y, [2, 3], 1)]),
+        lambda y: y.unbind(1),
+        lambda y: y.unsqueeze(1).chunk(2, 2),
+    ],
+    ids=["topk", "max", "nested", "unbind", "chunk"],
+)
+def test_outputs_that_one_function_gives_several_of(of: Callable[[Tensor], Any]) -> None:
+    model, images = Several(of).double().eval(), torch.randn(3, 3, 8, 8, dtype=torch.double)
+    net = detachnet.make_detachable(model, {"sub0": "a", "half": detachnet.SubModel(width=0.5)}, (3, 8, 8)).eval()
+    joint = net(images, which="all")
+    pairs = {name: (joint[name], net.detach(name)(images)) for name in net.names}
+    for found, expected in [*pairs.values(), (net(images), model(images))]:
+        assert type(found) is type(expected)  # one of torch's with names, too
+        torch.testing.assert_close(found, expected)
 
 
 def test_separate_passes_where_the_joint_graph_cannot_be_made(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from detachnet.training.start import build_family, with_routes
 from detachnet.training.trainer import train
 from tests import models
 from tests.helpers import nightly_but
-from tests.runs import KillAfter, Killed, assert_same_run, recipe
+from tests.runs import KillAfter, Killed, assert_same_run, recipe, tenth
 
 SIZE = (3, 32, 32)
 LITTLE = ("family.cuts=[]", "train.epochs=2")
@@ -108,6 +108,10 @@ def net(**kwargs):
     return Net(**kwargs)
 
 
+def double(**kwargs):
+    return Net(**kwargs).double()
+
+
 def number():
     return 3
 """
@@ -143,6 +147,18 @@ def test_a_recipe_may_name_code_and_a_file_does_not_run_it(own: Path) -> None:
         detachnet.load(result.folder.last)
     model = build_family(of_ones_own(own), SIZE).base
     assert detachnet.load(result.folder.last, model=model).names == ("base", "sub0")
+
+
+@pytest.mark.slow
+def test_a_model_in_float64_is_trained_in_it(own: Path) -> None:
+    """Images, which are prepared in float32, are what its weights are."""
+    result = train(of_ones_own(own, 'model.name="mine.py:double"'), own / "run")
+    model = build_family(of_ones_own(own), SIZE).base
+    net = detachnet.load(result.folder.last, model=model)
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.float64}
+    _, test = tenth()
+    found = {name: row["accuracy"] for name, row in detachnet.evaluate(net, test).items()}
+    assert found == {row["model"]: row["last_accuracy"] for row in result.table}
 
 
 @pytest.mark.parametrize(

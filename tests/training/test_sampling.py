@@ -58,6 +58,13 @@ def test_the_largest_and_the_smallest_and_some_others() -> None:
     assert sample_models(["a"], macs, 1, 0) == ("a",)
 
 
+def test_the_first_model_is_there_for_others_to_learn_from() -> None:
+    """A front of many filters may make a sub-model cost more than the base-model."""
+    macs = {"base": 100, "front": 130, "a": 60, "b": 10}
+    for seed in range(9):
+        assert sample_models(list(macs), macs, 0, seed) == ("base", "front", "b")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["joint", "separate"])
 def test_each_step_trains_a_few_and_leaves_the_others(tmp_path: Path, strategy: str) -> None:
