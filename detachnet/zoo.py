@@ -243,9 +243,11 @@ def build_model(name: str, folder: Path | None = None, **kwargs: Any) -> nn.Modu
 def _own_function(name: str, folder: Path | None) -> Iterator[Callable[..., Any]]:
     """A function of a user's own file, which may import what is beside it."""
     text, _, function = name.rpartition(":")
-    found = [path for path in (Path(text), *([folder / text] if folder else [])) if path.is_file()]
+    places = dict.fromkeys([Path(text), *([folder / text] if folder else [])])
+    found = [path for path in places if path.is_file()]
     if not found:
-        raise ModelError(f"there is no file {text}", hint="path/to/file.py:FUNCTION")
+        looked = " and ".join(str(path.absolute()) for path in places)
+        raise ModelError(f"there is no file {text}", what=f"looked for {looked}", hint="path/to/file.py:FUNCTION")
     with _importing_beside(found[0]):
         make = getattr(_module(found[0]), function, None)
         if not callable(make):

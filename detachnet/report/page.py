@@ -169,9 +169,8 @@ def _figures(run: RunRecord, table: Sequence[Mapping[str, Any]]) -> list[tuple[s
         )
     ]
     if run.profile is not None:
-        figures.append(
-            ("Accuracy against latency", f"Measured: {run.profile.title}.", _latency(run.profile), False)
-        )
+        drawn = _latency(run.profile, table)
+        figures.append(("Accuracy against latency", f"Measured: {run.profile.title}.", drawn, False))
     epochs = [row["epoch"] for row in run.metrics]
     for heading, field, axis in (
         (
@@ -222,13 +221,12 @@ def _trade_off(axis: Axis, points: Sequence[tuple[Point, ...]], names: Sequence[
     return on_page(Chart(f"Accuracy against {axis.label}", words, axis, Axis("", percent), series))
 
 
-def _latency(profile: Profile) -> Markup:
-    """Accuracy against the measured median; models whose accuracy is not known are left out."""
-    known = [row for row in profile.rows if row.accuracy is not None]
-    points = [
-        (_point(row.model, 1e3 * row.p50_s, row.accuracy or 0.0, f"{1e3 * row.p50_s:.3f} ms"),) for row in known
-    ]
-    return _trade_off(_MS, points, [row.model for row in known])
+def _latency(profile: Profile, table: Sequence[Mapping[str, Any]]) -> Markup:
+    """Accuracy after the last epoch, which may be later than the profile, against the measured median."""
+    ms = {row.model: 1e3 * row.p50_s for row in profile.rows}
+    known = [(row["model"], row["last_accuracy"]) for row in table if row["model"] in ms]
+    points = [(_point(name, ms[name], accuracy, f"{ms[name]:.3f} ms"),) for name, accuracy in known]
+    return _trade_off(_MS, points, [name for name, _ in known])
 
 
 def _together(runs: Sequence[RunRecord]) -> Markup:

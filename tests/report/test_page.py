@@ -76,6 +76,19 @@ def test_the_numbers_are_those_of_the_run(trained: Path, page: Page) -> None:
         assert f"{row['model']}: {100 * row['last_accuracy']:.2f} %, " in page.html  # in the figure
 
 
+@pytest.mark.parametrize("when_measured", [0.999, None])
+def test_accuracies_beside_latencies_are_those_of_the_run(run: Path, when_measured: float | None) -> None:
+    """A run may have been measured before it went on."""
+    path = run / "last.profile.json"
+    measured = json.loads(path.read_text())
+    measured["rows"] = [row | {"accuracy": when_measured} for row in measured["rows"]]
+    path.write_text(json.dumps(measured))
+    drawn = make_page([run]).html
+    for row in json.loads((run / "results.json").read_text()):
+        assert re.search(rf"{row['model']}: {100 * row['last_accuracy']:.2f} %, [\d.]+ ms", drawn)
+    assert "99.90 %" not in drawn
+
+
 def test_every_part_is_there(trained: Path, page: Page) -> None:
     assert page.missing == ()
     headings = re.findall(r"<h2>(.*?)</h2>", page.html)
