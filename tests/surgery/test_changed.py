@@ -1,6 +1,7 @@
 """What is done to `net.base` after the family was made: layers replaced, fused, frozen."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import pytest
@@ -168,12 +169,27 @@ def test_a_narrow_layer_follows_what_comes_later() -> None:
 class OfBytes(models.Around):
     """Takes bytes as well as numbers."""
 
+    def __init__(self, are_numbers: Callable[[Tensor], bool]) -> None:
+        super().__init__(nn.Identity())
+        self.are_numbers = are_numbers
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float() / 255 if x.dtype == torch.uint8 else x)
+        return super().forward(x if self.are_numbers(x) else x.float() / 255)
 
 
-def test_images_of_another_kind_are_the_models_own_or_refused() -> None:
-    net = detachnet.make_detachable(OfBytes(nn.Identity()), ["a"], SIZE).eval()
+@pytest.mark.parametrize(
+    "are_numbers",
+    [
+        lambda x: x.dtype != torch.uint8,
+        lambda x: x.dtype.is_floating_point,
+        lambda x: x.is_floating_point(),
+        torch.is_floating_point,
+        lambda x: x.element_size() > 1,
+    ],
+    ids=["dtype", "of the dtype", "method", "function", "size"],
+)
+def test_images_of_another_kind_are_the_models_own_or_refused(are_numbers: Callable[[Tensor], bool]) -> None:
+    net = detachnet.make_detachable(OfBytes(are_numbers), ["a"], SIZE).eval()
     images = torch.randint(0, 256, (4, *SIZE), dtype=torch.uint8)
     torch.testing.assert_close(net(images), net.base(images))
     with pytest.raises(
@@ -181,7 +197,7 @@ def test_images_of_another_kind_are_the_models_own_or_refused() -> None:
         match=r"asks for a dtype: the family is made for torch.float32, not torch.uint8[\s\S]*example_input",
     ):
         net(images, which="all")
-    net = detachnet.make_detachable(OfBytes(nn.Identity()), ["a"], example_input=images).eval()
+    net = detachnet.make_detachable(OfBytes(are_numbers), ["a"], example_input=images).eval()
     torch.testing.assert_close(net(images, which="all")["base"], net.base(images))
 
 
