@@ -63,7 +63,7 @@ def export(
         splits = _splits(net, known_root(checkpoint, data_root), download, images) if int8 else None
         precision: Literal["float32", "float16"] = "float16" if fp16 else "float32"
         manifest = write(
-            net, out, format, model, precision=precision, int8=splits, latency=_latency(path), legs=legs
+            net, out, format, model, precision=precision, int8=splits, latency=_latency(net, path), legs=legs
         )
     _show(manifest, out)
 
@@ -82,11 +82,11 @@ def _splits(net: DetachableNet, data_root: Path | None, download: bool, images: 
     return training, test.part(0, images)
 
 
-def _latency(path: Path) -> dict[str, Latency]:
+def _latency(net: DetachableNet, path: Path) -> dict[str, Latency]:
     """What detachnet profile measured of the family, if it did."""
-    from detachnet.deploy.profile import read_profile
+    from detachnet.deploy.profile import profile_of
 
-    profile = read_profile(path)
+    profile = profile_of(net, path)
     return {row.model: row for row in profile.rows} if profile else {}
 
 

@@ -28,7 +28,7 @@ def report(
     from detachnet.storage import replace_file
 
     with progress():
-        page = make_page(runs, data_root, own_model(runs[0], model_file))
+        page = make_page(runs, data_root, [own_model(run, model_file) for run in runs])
     content = page.html.encode()
     replace_file(out, content)
     for sentence in page.missing:

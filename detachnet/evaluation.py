@@ -16,7 +16,7 @@ from detachnet.losses import logits
 from detachnet.machine import find_device
 from detachnet.progress import counted
 from detachnet.surgery.detachable import DetachableNet, family_in
-from detachnet.surgery.modules import evaluating, in_type_of, on_device, weight_of
+from detachnet.surgery.modules import copy_for, evaluating, on_device, weight_of
 from detachnet.text import number_of
 
 EVAL_BATCH = 500
@@ -62,22 +62,23 @@ def evaluate(
     return found
 
 
-def score_batches(model: nn.Module, batches: BatchSource, models: Sequence[str]) -> Tensor:
+def score_batches(net: DetachableNet, batches: BatchSource, models: Sequence[str]) -> Tensor:
     """Number of right answers, sum of losses and number of images, per model: `(len(models), 3)`, float64.
 
     Labels are looked at when all batches have run: a device is not waited for meanwhile.
 
     Raises:
-        DataError: A model has no output for a label.
+        DataError: Images have other channels than the family takes, or a model has no output for a label.
     """
     device = batches.device
     rows = torch.zeros(len(models), 3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     criterion = nn.CrossEntropyLoss(reduction="sum")
-    weight, num_outputs = weight_of(model), dict[str, int]()
+    weight, num_outputs = weight_of(net), dict[str, int]()
     extremes: list[Tensor] = []
-    with evaluating(model), torch.no_grad():
+    with evaluating(net), torch.no_grad():
         for images, labels in counted(batches.epoch(), len(batches), "batches of images"):
-            outputs = model(in_type_of(weight, images), which=tuple(models))
+            _check_channels(net, images)
+            outputs = net(copy_for(weight, images), which=tuple(models))
             rows[:, 2] += len(labels)
             extremes += torch.aminmax(labels) if len(labels) else ()
             for i, name in enumerate(models):
@@ -126,7 +127,16 @@ def check_fits(net: DetachableNet, images: Split) -> None:
             f"{known.index(first)} there, counted from 0",
             hint="labels are places in net.facts.data.classes",
         )
-    given, taken = images.images.shape[1], net.plan.input_size[0]
+    _check_channels(net, images.images)
+
+
+def _check_channels(net: DetachableNet, images: Tensor) -> None:
+    """Refuse images of other channels than a family takes; `(B, C, H, W)`.
+
+    Raises:
+        DataError: They are such.
+    """
+    given, taken = images.shape[1] if images.ndim > 1 else 0, net.plan.input_size[0]
     if given != taken:
         raise DataError(
             f"the images have {number_of(given, 'channel')}, the family takes {taken}",
@@ -188,9 +198,8 @@ def predict(net: DetachableNet, images: Tensor, model: str, top: int = 5) -> lis
         CheckpointError: The family does not know its classes, or the model gives no finite numbers.
     """
     classes = net.facts.known_data.classes
-    like = next(p for p in net.parameters() if p.is_floating_point())
     with torch.inference_mode():
-        shares = logits(net(images.to(like.device, like.dtype), which=model)).float().softmax(1)
+        shares = logits(net(copy_for(weight_of(net), images), which=model)).float().softmax(1)
     if shares.shape[1] != len(classes):
         raise CheckpointError(f"{model} has {shares.shape[1]} outputs, but {len(classes)} classes are named")
     _check_finite(model, float(shares.sum()))

@@ -169,6 +169,10 @@ def _check_target(target: Tensor, prediction: Tensor) -> None:
     """
     if len(target) != len(prediction):
         raise DataError(f"the target is of {number_of(len(target), 'image')}, the outputs of {len(prediction)}")
+    batch, num_classes, *others = prediction.shape
+    if list(target.shape) not in ([batch, *others], [batch, num_classes, *others]):
+        right = f"{(batch, *others)}, or {(batch, num_classes, *others)} of probabilities"
+        raise DataError(f"the target has the shape {tuple(target.shape)}, not {right}")
     if target.ndim == 1 and target.dtype not in (torch.int64, torch.uint8):
         kind = str(target.dtype).removeprefix("torch.")
         raise DataError(f"class indices are whole numbers of int64, not {kind}", hint="target.long()")

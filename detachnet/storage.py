@@ -86,7 +86,9 @@ class Place:
     @property
     def profile(self) -> Path:
         """Where its profile is: `last.profile.json` beside `last.safetensors`, `profile.json` in an export."""
-        return self.path / "profile.json" if self.is_export else self.path.with_suffix(".profile.json")
+        if self.is_export:
+            return self.path / "profile.json"
+        return self.path.with_name(self.path.name.removesuffix(".safetensors") + ".profile.json")
 
 
 def locate(path: str | Path) -> Place:

@@ -407,3 +407,10 @@ class Around(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.fc(self.b(self.mid(self.a(x))).relu().mean((2, 3)))
         return logits
+
+
+class ChangesImages(Around):
+    """Changes the images that it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(3).add_(1))

@@ -10,8 +10,10 @@ import detachnet
 from detachnet.data.batches import Batches
 from detachnet.data.datasets import Split, describe_data, load_data
 from detachnet.deploy.cascade import calibrate
-from detachnet.evaluation import evaluate, score_batches
+from detachnet.evaluation import evaluate, predict, score_batches
+from detachnet.facts import DataInfo
 from detachnet.training.start import check_classes
+from tests import models
 
 
 @pytest.fixture
@@ -170,6 +172,27 @@ def test_a_data_loader_is_evaluated_on(net: detachnet.DetachableNet, images: Spl
         found = evaluate(net, given)
         for name, score in expected.items():
             assert found[name] == pytest.approx(score)
+
+
+def test_images_are_left_alone_by_models_that_change_theirs() -> None:
+    middle = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1), torch.nn.ReLU())
+    net = detachnet.make_detachable(models.ChangesImages(middle), ["a"], (3, 8, 8)).eval()
+    data = DataInfo(name="five", classes=tuple("abcde"), mean=(0.5,) * 3, std=(0.2,) * 3)
+    net.facts = detachnet.Facts(data=data, trained=("base",))
+    batch = (torch.randn(4, 3, 8, 8), torch.arange(4))
+    before = batch[0].clone()
+    assert evaluate(net, [batch]) == evaluate(net, [batch])
+    assert predict(net, batch[0], "sub0") == predict(net, batch[0], "sub0")
+    detachnet.span_importance(net.base, *batch)
+    assert torch.equal(batch[0], before)
+
+
+def test_batches_of_other_channels_are_refused_where_the_base_model_alone_was_trained(
+    net: detachnet.DetachableNet,
+) -> None:
+    net.facts = net.facts.updated(trained=("base",))
+    with pytest.raises(detachnet.DataError, match="the images have 1 channel, the family takes 3"):
+        evaluate(net, [(torch.randn(4, 1, 32, 32), torch.arange(4))])
 
 
 def test_nothing_to_evaluate_on(net: detachnet.DetachableNet, images: Split) -> None:

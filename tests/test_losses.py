@@ -120,6 +120,7 @@ def test_what_is_out_of_its_range(options: Any, said: str) -> None:
         (torch.zeros(3).long(), "the target is of 3 images, the outputs of 2"),
         (torch.zeros(2), r"whole numbers of int64, not float32\n  try +target.long"),
         (torch.zeros(2).int(), "whole numbers of int64, not int32"),
+        (torch.zeros(2, 1).long(), r"the target has the shape \(2, 1\), not \(2,\), or \(2, 3\) of probabilities"),
     ],
 )
 def test_a_target_of_something_else(target: torch.Tensor, said: str) -> None:

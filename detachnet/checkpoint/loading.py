@@ -85,14 +85,21 @@ def _check_given(path: object, model: object) -> None:
         )
 
 
-def load_family(path: str | Path, model: nn.Module | None = None) -> DetachableNet:
+def load_family(
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    stepdown: StepDownBuilder | None = None,
+    leaf_modules: Sequence[type[nn.Module] | str] = (),
+    leaf_functions: Sequence[Callable[..., Any]] = (),
+) -> DetachableNet:
     """`load`, where one model alone is not enough.
 
     Raises:
         CheckpointError: The file holds one model alone, or as `load`.
     """
     _check_given(path, model)
-    return build(*read(path), path, model)
+    return build(*read(path), path, model, stepdown, Leaves.given(leaf_modules, leaf_functions))
 
 
 def build(
@@ -200,7 +207,10 @@ def _base(
     """
     base = copy_model(model) if model is not None else _create(header, path, tensors)
     if stepdown is None and header.plan.entry == "custom":
-        raise CheckpointError(f"{path} was made with a user's own step-down", hint="load(path, stepdown=it)")
+        raise CheckpointError(
+            f"{path} was made with a user's own step-down",
+            hint="detachnet.load(path, stepdown=it); commands cannot make it",
+        )
     if header.fingerprint not in ("", fingerprint(base)):
         logger.warning(
             "%s was made from a %s whose layers had other classes, attributes, shapes or hooks",

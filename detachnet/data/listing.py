@@ -27,14 +27,26 @@ def entries(folder: Path) -> list[Path]:
 
 
 def images_below(folder: Path) -> Iterator[str]:
-    """Paths of the images in a folder and in those in it, linked ones too; none that begins with a dot."""
+    """Paths of the images in a folder and in those in it, linked ones too; none that begins with a dot.
+
+    A link to a folder that it is in, which would go on forever, is passed over.
+    """
 
     def refuse(error: OSError) -> None:
         raise _unreadable(error) from error
 
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(place, name)]
         yield from (os.path.join(place, name) for name in files if is_image(name))
+
+
+def _leads_back(place: str, name: str) -> bool:
+    """Whether a folder is a link to one on the way to it."""
+    path = Path(os.path.abspath(place), name)
+    if not path.is_symlink():
+        return False
+    target = os.path.realpath(path)
+    return any(Path(os.path.realpath(above)).is_relative_to(target) for above in path.parents)
 
 
 def _unreadable(error: OSError) -> DataError:

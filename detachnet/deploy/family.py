@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 from torch import Tensor, nn
 
 from detachnet.checkpoint.loading import load_family
 from detachnet.data.images import read_image, to_tensor
-from detachnet.deploy.backends import Backend, Costs, OnnxBackend, TorchBackend
+from detachnet.deploy.backends import Backend, OnnxBackend, TorchBackend
 from detachnet.deploy.budget import ModelCosts, check, choose
 from detachnet.deploy.measurement import Measurement
-from detachnet.deploy.profile import Profile, read_profile
+from detachnet.deploy.profile import Profile, check_profile, read_profile
 from detachnet.errors import BudgetError, CutError, DataError, MeasurementError, nearest
 from detachnet.machine import find_device, hardware
 from detachnet.storage import locate
 from detachnet.surgery.legs import Leg
+from detachnet.surgery.stepdown import StepDownBuilder
 from detachnet.text import by
 
 logger = logging.getLogger("detachnet")
@@ -68,7 +69,7 @@ class Family:
         self.macs = {cost.model: cost.macs for cost in costs}
         self.accuracy = {cost.model: cost.accuracy for cost in costs if cost.accuracy is not None}
         if measured is not None:
-            _check_profile(measured, costs, path)
+            check_profile(measured, {cost.model: cost.macs for cost in costs}, path)
             _compare_machines(measured, backend, path)
 
     def __repr__(self) -> str:
@@ -82,6 +83,9 @@ class Family:
         device: str = "cpu",
         *,
         shared_memory: bool = False,
+        stepdown: StepDownBuilder | None = None,
+        leaf_modules: Sequence[type[nn.Module] | str] = (),
+        leaf_functions: Sequence[Callable[..., Any]] = (),
     ) -> Family:
         """Read a checkpoint or an export folder, and the profile that belongs to it.
 
@@ -93,6 +97,9 @@ class Family:
                 (in torch that is always so). The first call optimizes its graphs for this processor, compares them
                 and keeps them in the user's cache folder, `$XDG_CACHE_HOME/detachnet` or `~/.cache/detachnet`;
                 later ones map the weights from there.
+            stepdown: Of a family's file, as `detachnet.load` takes it; so the next two.
+            leaf_modules: As given to `make_detachable`.
+            leaf_functions: As given to `make_detachable`.
 
         Raises:
             CheckpointError: The file is missing or damaged.
@@ -103,7 +110,12 @@ class Family:
         measured = read_profile(place.path)
         threads = measured.rows[0].threads if measured else None
         if not place.is_export:
-            net = load_family(place.path, model).to(find_device(device))
+            own: dict[str, Any] = {
+                "stepdown": stepdown,
+                "leaf_modules": leaf_modules,
+                "leaf_functions": leaf_functions,
+            }
+            net = load_family(place.path, model, **own).to(find_device(device))
             return cls(TorchBackend(net, threads), place.path, measured)
         if device != "cpu":
             raise MeasurementError(f"the ONNX graphs of {path} run on the CPU here, not on {device}")
@@ -353,18 +365,6 @@ class Resumable:
         which = which.to(self._images.device)
         features = {leg: value[which] for leg, value in self._features.items()}
         return Resumable(self._backend, self._images[which], features)
-
-
-def _check_profile(measured: Profile, costs: list[Costs], path: str | Path) -> None:
-    """A profile belongs to a family if it has its models with their MACs."""
-    here = {cost.model: cost.macs for cost in costs}
-    there = {row.model: row.macs for row in measured.rows}
-    if here != there:
-        raise MeasurementError(
-            f"{locate(path).profile} was measured on another family than {path}",
-            what=f"models {', '.join(there)}; this family has {', '.join(here)}",
-            hint=f"detachnet profile {path}",
-        )
 
 
 def _compare_machines(measured: Profile, backend: Backend, path: str | Path) -> None:

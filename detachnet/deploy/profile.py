@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from detachnet.checkpoint.saving import save
 from detachnet.deploy.backends import Backend, Costs, OnnxBackend, TorchBackend
 from detachnet.deploy.measurement import Measurement, Runtime
 from detachnet.deploy.peak import resident_peaks
-from detachnet.errors import MeasurementError, nearest
+from detachnet.errors import CheckpointError, MeasurementError, nearest
 from detachnet.fields import Fields, read_error
 from detachnet.machine import OtherWork, find_device, find_threads, hardware, versions
 from detachnet.progress import counted
@@ -27,6 +28,7 @@ from detachnet.surgery.detachable import DetachableNet, family_in
 from detachnet.surgery.modules import evaluating
 from detachnet.text import Table, parse_json, si
 
+logger = logging.getLogger("detachnet")
 NOT_ASKED = "not asked for"
 
 
@@ -276,7 +278,10 @@ def _net_peaks(backend: TorchBackend, settings: _Settings) -> tuple[dict[str, in
         return {}, "not measured: a process of its own cannot build a model or step-down of the user's own"
     with TemporaryDirectory() as folder:
         path = Path(folder) / "family.safetensors"
-        save(net, path)
+        try:
+            save(net, path)
+        except CheckpointError as error:  # a model of the zoo's was changed, for one
+            return {}, f"not measured: {error.summary}"
         return resident_peaks("torch", path, net.names, settings.batch, settings.threads)
 
 
@@ -321,3 +326,39 @@ def read_profile(path: str | Path) -> Profile | None:
             what=read_error(error, fields),
             hint=f"detachnet profile {path}",
         ) from error
+
+
+def profile_of(net: DetachableNet, path: str | Path) -> Profile | None:
+    """`read_profile` of the file of a family; without one, and said so, if it was measured on another family.
+
+    Raises:
+        MeasurementError: The file is damaged or of another version.
+    """
+    measured = read_profile(path)
+    if measured is not None:
+        try:
+            check_profile(measured, {model.name: model.macs for model in net.plan.models}, path)
+        except MeasurementError as error:
+            logger.warning("%s: its latencies are left out", error.summary)
+            return None
+    return measured
+
+
+def check_profile(measured: Profile, macs: Mapping[str, int], path: str | Path) -> None:
+    """Refuse a profile of another family: it has other models, or they have other costs.
+
+    Args:
+        measured: What was measured.
+        macs: Model → multiply-accumulates of the family in question.
+        path: Where that is.
+
+    Raises:
+        MeasurementError: It is one.
+    """
+    there = {row.model: row.macs for row in measured.rows}
+    if macs != there:
+        raise MeasurementError(
+            f"{locate(path).profile} was measured on another family than {path}",
+            what=f"models {', '.join(there)}; this family has {', '.join(macs)}",
+            hint=f"detachnet profile {path}",
+        )

@@ -49,20 +49,23 @@ class Page:
 
 
 def make_page(
-    paths: Sequence[str | Path], data_root: str | Path | None = None, model: nn.Module | None = None
+    paths: Sequence[str | Path],
+    data_root: str | Path | None = None,
+    model: nn.Module | Sequence[nn.Module | None] | None = None,
 ) -> Page:
     """Put one or more runs on a page.
 
     Args:
         paths: Folders of runs; with several, a figure with all of them comes first.
         data_root: Where the images for predictions are looked for first; then where the run found them.
-        model: A user's own architecture, where the base-models are not of the zoo.
+        model: A user's own architecture, where the base-models are not of the zoo; or of each run its own.
 
     Raises:
         DetachNetError: A folder holds no run, or a damaged one.
     """
-    named = zip(paths, _names(paths), strict=True)
-    runs = [read_run(path, name, model) for path, name in counted(named, len(paths), "runs read")]
+    models = model if isinstance(model, Sequence) else [model] * len(paths)
+    each = counted(zip(paths, _names(paths), models, strict=True), len(paths), "runs read")
+    runs = [read_run(path, name, own) for path, name, own in each]
     missing: list[str] = []
     sections = [_section(run, data_root, missing) for run in counted(runs, len(runs), "runs drawn")]
     together = _together(runs) if len(runs) > 1 else None

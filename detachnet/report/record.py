@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from detachnet.checkpoint.loading import load_family
-from detachnet.deploy.profile import Profile, read_profile
+from detachnet.deploy.profile import Profile, profile_of
 from detachnet.storage import locate_checkpoint
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.training.recipe import Recipe, load_recipe
@@ -56,12 +56,13 @@ def read_run(path: str | Path, name: str | None = None, model: nn.Module | None 
     folder = RunFolder(path)
     folder.check()
     recipe = load_recipe(folder.recipe)
+    net = load_family(locate_checkpoint(folder.path), model)
     return RunRecord(
         name=name or folder.path.resolve().name,
         recipe=recipe,
         toml=folder.recipe.read_text(encoding="utf-8"),
         info=read_info(folder.info),
         metrics=read_metrics(folder.metrics, recipe.models),
-        net=load_family(locate_checkpoint(folder.path), model),
-        profile=read_profile(folder.path),
+        net=net,
+        profile=profile_of(net, folder.path),
     )

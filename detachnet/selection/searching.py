@@ -278,7 +278,7 @@ def _front(
     base = cost(Candidate()) or 0.0
     chosen = _chosen(tried, cost, limits, by)
     subs = {candidate: space.sub_model(candidate) for candidate in chosen}
-    names = {candidate: _already(space.net, sub) for candidate, sub in subs.items()}
+    names = {candidate: _already(space, candidate) for candidate in chosen}
     new: dict[str, SubModel] = {}
     for candidate, kept in chosen.items():
         if not names[candidate]:
@@ -345,10 +345,12 @@ def _point(space: Space, cost: Cost, candidate: Candidate, worth: Worth) -> Fron
     return FrontPoint(sub, costs, plan.macs, plan.num_params, worth.accuracy)
 
 
-def _already(net: DetachableNet, sub: SubModel) -> str:
-    """The sub-model of a family that leaves out the same; empty if there is none."""
-    same = (m.name for m in net.plan.models[1:] if (m.asked.drop, m.kept) == (sub.drop, sub.kept))
-    return next(same, "")
+def _already(space: Space, candidate: Candidate) -> str:
+    """The sub-model of the family that leaves out the same, in whatever words; empty if there is none."""
+    plan, kept = space.plan(candidate), space.sub_model(candidate).kept
+    assert plan is not None
+    route, models = space.net.route_of(plan), space.net.plan.models[1:]
+    return next((m.name for m in models if (space.net.route_of(m), m.kept) == (route, kept)), "")
 
 
 def _free(name: str, taken: set[str]) -> str:

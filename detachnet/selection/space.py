@@ -9,7 +9,7 @@ from detachnet.errors import CutError, StepDownError, WidthError
 from detachnet.selection.candidate import PARTS, Candidate
 from detachnet.surgery.analysis import CutAnalysis
 from detachnet.surgery.detachable import DetachableNet
-from detachnet.surgery.enlarging import enlarged, plan_enlarged
+from detachnet.surgery.enlarging import check_enlargeable, enlarged, plan_enlarged
 from detachnet.surgery.plan import BASE, ModelPlan
 from detachnet.surgery.routes import SubModel, split_span
 from detachnet.surgery.spans import span_places, span_points
@@ -59,6 +59,7 @@ class Space:
     """
 
     def __init__(self, net: DetachableNet) -> None:
+        check_enlargeable(net)
         self.net = net
         self.narrowing = Narrowing(net.retraced(), net.base)
         analysis = CutAnalysis(self.narrowing.traced.eval)

@@ -30,7 +30,7 @@ from detachnet.surgery.modules import (
 )
 from detachnet.surgery.own_layers import copied_parts, put_own_layers
 from detachnet.surgery.ownership import SLICES, view_sources
-from detachnet.surgery.plan import BASE, DetachPlan
+from detachnet.surgery.plan import BASE, DetachPlan, ModelPlan
 from detachnet.surgery.proof import Check
 from detachnet.surgery.rewrite import build_leg, build_view, changes_input
 from detachnet.surgery.routes import folder
@@ -326,6 +326,11 @@ class DetachableNet(nn.Module):
             if node.op == "call_module" and isinstance(layer, SlicedLayer):
                 found |= {f"{path}.{tensor}": part for tensor, part in layer.parts.items()}
         return found
+
+    def route_of(self, model: ModelPlan) -> tuple[tuple[object, ...], ...]:
+        """What a sub-model of this network leaves out, the same whatever its places are called."""
+        names = self._derived.sources[BASE][False].traced.names
+        return tuple((names.get(s.start, s.start), names.get(s.end, s.end), s.prepared) for s in model.spans)
 
     @property
     def legs(self) -> dict[str, tuple[Leg, ...]]:

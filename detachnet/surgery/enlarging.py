@@ -58,6 +58,19 @@ def enlarged(
     return made.train(net.training)
 
 
+def check_enlargeable(net: DetachableNet) -> None:
+    """Refuse a family that nothing can be added to.
+
+    Raises:
+        CutError: Its step-downs are made by a function of the user's, which the family does not keep.
+    """
+    if net.plan.entry == "custom":
+        raise CutError(
+            "a family with a step-down of your own cannot be enlarged",
+            hint="make_detachable(net.base, {}) is a family of the base-model alone",
+        )
+
+
 def plan_enlarged(
     net: DetachableNet, models: Mapping[str, SubModel], kept: Sequence[str], narrowing: Narrowing
 ) -> tuple[DetachPlan, dict[str, nn.Module]]:
@@ -68,11 +81,9 @@ def plan_enlarged(
         WidthError: Likewise.
     """
     asked = {name: net.plan[name].asked for name in kept} | dict(models)
-    entry = net.plan.entry
-    if entry == "custom":
-        raise CutError("a family with a step-down of your own cannot be enlarged")
+    check_enlargeable(net)
     with torch.random.fork_rng(devices=[]):
-        plan, bridges = make_plan(narrowing.traced, asked, net.plan.norm, entry, net.plan.head, narrowing)
+        plan, bridges = make_plan(narrowing.traced, asked, net.plan.norm, net.plan.entry, net.plan.head, narrowing)
     for name in models:
         for span in plan[name].spans:
             if span.bridge is not None:

@@ -9,7 +9,7 @@ from detachnet.errors import CutError
 from detachnet.losses import logits
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.making import make_detachable
-from detachnet.surgery.modules import evaluating
+from detachnet.surgery.modules import copy_for, evaluating, weight_of
 from detachnet.surgery.routes import SubModel
 from detachnet.surgery.spans import find_spans
 
@@ -55,9 +55,8 @@ def span_importance(model: nn.Module, images: Tensor, target: Tensor, *, batch: 
 
 def _cross_entropy(net: DetachableNet, name: str, images: Tensor, target: Tensor, batch: int) -> float:
     """Mean over all images."""
-    like = next(net.parameters())
-    total = 0.0
+    weight, total = weight_of(net), 0.0
     for some, classes in zip(torch.split(images, batch), torch.split(target, batch), strict=True):
-        out = logits(net(some.to(like.device, like.dtype), which=name)).float()
-        total += float(nn.functional.cross_entropy(out, classes.to(like.device), reduction="sum"))
+        out = logits(net(copy_for(weight, some), which=name)).float()
+        total += float(nn.functional.cross_entropy(out, classes.to(weight.device), reduction="sum"))
     return total / len(images)

@@ -67,6 +67,12 @@ def in_type_of(weight: Tensor, images: Tensor) -> Tensor:
     return images.to(weight.dtype) if both else images
 
 
+def copy_for(weight: Tensor, images: Tensor) -> Tensor:
+    """A copy of images, since some models change theirs: where a weight is, in its floating-point type."""
+    made = in_type_of(weight, images).to(weight.device)
+    return made.clone() if made is images else made
+
+
 def place_of_weight(model: nn.Module) -> tuple[dict[str, Any], str]:
     """Where that weight is, to ask for its type in little time; an empty place where there is none."""
     like = weight_of(model)

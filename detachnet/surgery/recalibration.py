@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from detachnet.errors import DataError
 from detachnet.surgery.detachable import DetachableNet, family_in
-from detachnet.surgery.modules import in_type_of, weight_of
+from detachnet.surgery.modules import copy_for, weight_of
 from detachnet.surgery.routes import folder
 from detachnet.text import by
 
@@ -76,7 +76,7 @@ def measure_statistics(
         for images in _images_of(batches, net.plan.input_size):
             num_batches += 1
             for part in parts:
-                part(in_type_of(weight, images))
+                part(copy_for(weight, images))
     if not num_batches:
         raise DataError("there are no images to measure statistics on")
 

@@ -307,8 +307,8 @@ def _as_they_were(net: DetachableNet, start: Start, path: str | Path) -> dict[st
     """What the sub-models that a file has, too, have for themselves there."""
     if start.plan is None:
         return {}
-    there = {model.name: _leaves_out(model) for model in start.plan.models}
-    same = [m.name for m in net.plan.models[1:] if there.get(m.name) == _leaves_out(m)]
+    there = {model.name: _leaves_out(net, model) for model in start.plan.models}
+    same = [m.name for m in net.plan.models[1:] if there.get(m.name) == _leaves_out(net, m)]
     places = {folder(name) for name in same}
     state = net.state_dict()
     own = [name for name in state if name.startswith(OWN) and name.split(".")[1] in places]
@@ -320,9 +320,9 @@ def _as_they_were(net: DetachableNet, start: Start, path: str | Path) -> dict[st
     return found
 
 
-def _leaves_out(model: ModelPlan) -> tuple[object, ...]:
-    """What makes a sub-model the same one in two families."""
-    return tuple((str(span), span.bridge) for span in model.spans), model.kept
+def _leaves_out(net: DetachableNet, model: ModelPlan) -> tuple[object, ...]:
+    """What makes a sub-model the same one in two families of a network."""
+    return net.route_of(model), tuple(span.bridge for span in model.spans), model.kept
 
 
 def _start_model(model: nn.Module, path: str | Path) -> DetachPlan | None:

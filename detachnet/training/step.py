@@ -106,7 +106,7 @@ class TrainingStep:
         turns = Turns(self.net, models)
         for name in models:
             with turns.of(name):
-                found, made = self._run(images, labels, (name,), teacher)
+                found, made = self._run(images.clone(), labels, (name,), teacher)  # some models change theirs
             if found[name].requires_grad:  # a frozen base-model's does not
                 self.backward(self.loss.weights.get(name, 1.0) * found[name])
             losses.append(found[name].detach())

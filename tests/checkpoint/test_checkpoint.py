@@ -119,6 +119,9 @@ def test_a_users_own_model(tmp_path: Path) -> None:
     with pytest.raises(detachnet.CheckpointError, match=r"a user's own step-down[\s\S]*stepdown=it"):
         detachnet.load(path, models.Plain())
     assert_same(detachnet.load(path, models.Plain(), stepdown=shift), net, torch.randn(2, 3, 8, 8))
+    images = torch.randn(2, 3, 8, 8)
+    found = detachnet.Family.load(path, models.Plain(), stepdown=shift).run(images, "sub0").output
+    torch.testing.assert_close(found, net(images, which="sub0"))
     with pytest.raises(detachnet.CheckpointError, match=r"model is a network, not <class.*\n  try      model=Net"):
         detachnet.load(path, models.Plain)  # type: ignore[arg-type]
     with pytest.raises(detachnet.CheckpointError, match="load takes the path of a file, not None"):

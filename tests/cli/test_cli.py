@@ -10,9 +10,11 @@ import pytest
 import torch
 import typer
 from detachnet_cli.app import app
+from torch import nn
 from typer.testing import CliRunner
 
 import detachnet
+from detachnet.report.page import Page
 from detachnet.training import trainer
 from tests.runs import SMALL, tenth
 
@@ -415,6 +417,24 @@ def test_a_model_of_ones_own_through_every_command(tmp_path: Path) -> None:
     code, out = run("evaluate", "run", "--model-file", "mine.py")
     assert code == 2
     assert "try      the function in it that makes the model" in out
+
+
+def test_report_makes_each_runs_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = "from torch import nn\n\n\ndef net(num_classes):\n    return nn.Linear(2, num_classes)\n"
+    (tmp_path / "mine.py").write_text(own)
+    for name, count in (("one", 2), ("two", 3)):
+        (tmp_path / name).mkdir()
+        table = f'[model]\nname = "mine.py:net"\nkwargs = {{ num_classes = {count} }}\n'
+        (tmp_path / name / "recipe.toml").write_text(table)
+    given: list[int] = []
+
+    def make_page(_runs: object, _root: object, models: list[nn.Linear]) -> Page:
+        given.extend(model.out_features for model in models)
+        return Page("", ())
+
+    monkeypatch.setattr("detachnet.report.page.make_page", make_page)
+    code, out = run("report", "one", "two", "--model-file", "mine.py:net")
+    assert (code, given) == (0, [2, 3]), out
 
 
 @pytest.mark.slow

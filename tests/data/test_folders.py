@@ -128,6 +128,17 @@ def test_labels_and_order_are_those_of_timms_reader(folder: Path, tmp_path: Path
     assert ours.reader.samples == theirs.samples
 
 
+def test_links_that_lead_back_are_passed_over(folder: Path) -> None:
+    train = folder / "train"
+    expected = open_files("folder", folder, "train").num_images
+    (train / "cat" / "all").symlink_to("..", target_is_directory=True)
+    (train / "cat" / "more").mkdir()
+    (train / "cat" / "more" / "dogs").symlink_to(train / "dog", target_is_directory=True)
+    (train / "dog" / "cats").symlink_to(train / "cat" / "more", target_is_directory=True)
+    dogs = len(list((train / "dog").glob("*.*")))
+    assert open_files("folder", folder, "train").num_images == expected + dogs
+
+
 def test_a_folder_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scan = os.scandir
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 from collections import Counter
@@ -182,6 +183,14 @@ def test_running_a_cascade_is_what_was_calculated(net: detachnet.DetachableNet) 
         assert float((answer.output.argmax(1) == split.labels).double().mean()) == pytest.approx(point.accuracy)
         for i, name in enumerate(answer.models):
             torch.testing.assert_close(answer.output[i], family.run(images[i], name).output, rtol=1e-3, atol=1e-3)
+
+
+def test_confidence_is_that_of_the_calibration_in_other_precisions_too(net: detachnet.DetachableNet) -> None:
+    half, split = copy.deepcopy(net).bfloat16(), split_of(net)
+    confidence = score(half, split).confidence["sub1"].sort().values
+    cascade = Cascade(Family(TorchBackend(half), "f", None), ("sub1", "base"), float(confidence[30]))
+    images = ((split.images / 255 - 0.5) / 0.2).bfloat16()
+    assert cascade.run(images).models.count("sub1") == int((confidence >= cascade.threshold).sum())
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.1])

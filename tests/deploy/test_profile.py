@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import detachnet
 from detachnet.deploy import peak, profile as measure
-from detachnet.deploy.profile import Profile, alternate, profile, read_profile, write_profile
+from detachnet.deploy.profile import Profile, alternate, profile, profile_of, read_profile, write_profile
 from detachnet.storage import locate, locate_checkpoint
 
 
@@ -112,6 +112,32 @@ def test_settings_are_checked(net: detachnet.DetachableNet, kwargs: dict[str, in
         profile(net, **kwargs)
 
 
+def test_a_changed_network_of_the_zoo_is_measured_without_its_memory() -> None:
+    model = detachnet.create_model("detachnet:vgg16_cifar", width=0.05)
+    model.features[1].eps = 1e-3  # type: ignore[union-attr]
+    net = detachnet.make_detachable(model, ["features.6"], check="none")
+    measured = profile(net, n=1, warmup=0)
+    assert all(row.p50_s > 0 for row in measured.rows)
+    assert re.search("not measured: .*was changed afterwards", measured.memory)
+
+
+def test_the_profile_of_another_family_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "same.safetensors"
+    nets = [
+        detachnet.make_detachable(
+            detachnet.create_model("detachnet:vgg16_cifar", width=width), ["features.6"], check="none"
+        )
+        for width in (0.05, 0.1)
+    ]
+    for net in nets:
+        detachnet.save(net, path)
+        if net is nets[0]:
+            write_profile(profile(net, n=1, warmup=0, peak_memory=False), path)
+            assert profile_of(net, path) is not None
+    assert profile_of(nets[1], path) is None
+    assert "same.profile.json was measured on another family than" in caplog.text
+
+
 def test_a_model_that_was_not_measured(net: detachnet.DetachableNet) -> None:
     measured = profile(net, n=1, warmup=0, peak_memory=False)
     assert measured["base"].model == "base"
@@ -175,6 +201,7 @@ def test_a_process_that_fails_is_no_measurement(tmp_path: Path) -> None:
 
 def test_where_a_profile_lives(tmp_path: Path) -> None:
     assert locate(tmp_path / "best.safetensors").profile == tmp_path / "best.profile.json"
+    assert locate(tmp_path / "net.v2").profile == tmp_path / "net.v2.profile.json"
     with pytest.raises(detachnet.CheckpointError, match=r"it has no last\.safetensors and no manifest\.json"):
         locate(tmp_path)
     (tmp_path / "manifest.json").touch()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from detachnet_cli.app import app
+from torch import nn
 from typer.testing import CliRunner
 
 import detachnet
@@ -76,7 +77,8 @@ def test_sub_models_within_budgets(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_a_sub_model_already_is_chosen_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spelled", ["one:two", "one:two.relu_1"])
+def test_what_is_a_sub_model_already_is_chosen_as_it_is(monkeypatch: pytest.MonkeyPatch, spelled: str) -> None:
     judge: Callable[..., Any] = Judge.__call__
 
     def preferring(self: Judge, candidate: Any) -> Any:
@@ -84,8 +86,11 @@ def test_what_is_a_sub_model_already_is_chosen_as_it_is(monkeypatch: pytest.Monk
         return judge(self, candidate)._replace(accuracy=0.5 + 0.4 * (candidate.is_base or short))
 
     monkeypatch.setattr(Judge, "__call__", preferring)
-    front = search((0.55,))
-    net = trained()
+    net = detachnet.make_detachable(
+        trained().base, {"short": detachnet.SubModel(drop=[spelled])}, SIZE, check="none"
+    ).eval()
+    net.facts = trained().facts
+    front = detachnet.search(net, HELD_OUT, [0.55], calibration=CALIBRATION)
     assert front.net.names == net.names
     assert front.models.keys() == {"short"}
     assert all(torch.equal(value, front.net.state_dict()[name]) for name, value in net.state_dict().items())
@@ -170,6 +175,16 @@ def test_candidates_of_another_precision(dtype: torch.dtype) -> None:
     expected = judged(trained(), "short", HELD_OUT, CALIBRATION)
     found = judged(trained().to(dtype), "short", HELD_OUT, CALIBRATION)
     assert found.loss == pytest.approx(expected.loss, rel=0.02)
+
+
+def test_a_family_with_a_step_down_of_ones_own() -> None:
+    def entry(image: tuple[int, ...], feature: tuple[int, ...]) -> nn.Module:
+        return nn.Conv2d(image[0], feature[0], 1)
+
+    net = detachnet.make_detachable(trained().base, ["one"], SIZE, stepdown=entry, check="none").eval()
+    net.facts = trained().facts
+    with pytest.raises(detachnet.CutError, match="with a step-down of your own cannot be enlarged"):
+        detachnet.search(net, HELD_OUT, [0.6])
 
 
 def test_an_unknown_kind_of_budget() -> None:

@@ -53,6 +53,21 @@ def test_statistics_over_one_batch_are_those_of_training_mode(net: detachnet.Det
         torch.testing.assert_close(fresh(IMAGES[0], which=name), trained, rtol=0.1, atol=0.1)
 
 
+def test_models_that_change_their_images_are_measured_on_the_same_ones() -> None:
+    subs = {"short": detachnet.SubModel(drop=["a:mid"]), "narrow": detachnet.SubModel(width=0.5)}
+    middle = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8))
+    net = detachnet.make_detachable(models.ChangesImages(middle), subs, (3, 16, 16)).eval()
+    batches = [torch.randn(8, 3, 16, 16) + i for i in range(2)]
+    before = [images.clone() for images in batches]
+    together = recalibrate(net, batches)
+    torch.testing.assert_close(batches, before)
+    for name in net.names:
+        alone = net.with_private_norms().eval()
+        measure_statistics(alone, before, (name,), own=False)
+        images = torch.randn(2, 3, 16, 16)
+        torch.testing.assert_close(together(images.clone(), which=name), alone(images.clone(), which=name))
+
+
 def test_each_image_counts_alike_whatever_its_batch_and_how_many_models_run_a_norm() -> None:
     middle = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU())
     route = {"without": detachnet.SubModel(drop=["a:mid"])}

@@ -109,6 +109,22 @@ def test_separate_passes_give_the_same_gradients(norm: Norm, teacher: str) -> No
     assert_close(gradients(loss, norm), gradients(loss, norm, "separate"))
 
 
+def test_separate_passes_of_a_model_that_changes_its_images() -> None:
+    subs = {"short": detachnet.SubModel(drop=["a:mid"]), "narrow": detachnet.SubModel(width=0.5)}
+    net = detachnet.make_detachable(models.ChangesImages(torch.nn.Conv2d(8, 8, 1)), subs, (3, 8, 8), check="none")
+    nets = [net.double().train(), copy.deepcopy(net)]
+    images, labels = torch.randn(6, 3, 8, 8).double(), torch.arange(6) % 5
+    strategies: list[Strategy] = ["joint", "separate"]
+    steps = [
+        TrainingStep(one, one.names, MultiModelLoss(distillation=1.0), sgd(one), strategy=strategy)
+        for one, strategy in zip(nets, strategies, strict=True)
+    ]
+    losses = [step.add_gradients(images.clone(), labels) for step in steps]
+    torch.testing.assert_close(*losses)
+    grads = [{name: p.grad for name, p in one.named_parameters()} for one in nets]
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("teacher", ["base", "larger"])
 @pytest.mark.parametrize("strategy", ["joint", "separate"])
 def test_a_step_of_a_small_family_is_the_loss_of_its_outputs(strategy: Strategy, teacher: Teacher) -> None:
