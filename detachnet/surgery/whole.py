@@ -42,7 +42,7 @@ _OURS = (
     "<",
 )
 _QUESTIONS = {"device", "dtype", "get_device", "is_contiguous", "stride"}
-_OF_DTYPE = {"is_floating_point", "is_complex", "is_signed", "element_size", "itemsize", "type"}
+_OF_DTYPE = {"is_floating_point", "is_complex", "is_signed", "element_size", "itemsize"}
 _QUESTIONS_AT_ONCE = {"requires_grad", "grad_fn", "grad", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_mps"}
 """What is asked of a tensor that its twin on the meta device answers in another way."""
 _HOOKS_OF_TENSORS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
@@ -321,8 +321,8 @@ class Watch:
             seen.add(current)
             name = current.args[1] if current.target is getattr else current.target
             name = name if isinstance(name, str) else getattr(name, "__name__", "")
-            if name in _OF_DTYPE and len(current.args) + len(current.kwargs) == 1 + (current.target is getattr):
-                name = "dtype"  # with a dtype beside it, `type` is none
+            if name in _OF_DTYPE or (current.target == "type" and len(current.args) + len(current.kwargs) == 1):
+                name = "dtype"  # `type` is no question with a dtype beside it, and as an attribute a device's
             if name in _QUESTIONS:
                 self.note(f"a decision by .{name}", decides=name in ("device", "get_device"))
                 return
