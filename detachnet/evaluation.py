@@ -16,7 +16,7 @@ from detachnet.losses import logits
 from detachnet.machine import find_device
 from detachnet.progress import counted
 from detachnet.surgery.detachable import DetachableNet, family_in
-from detachnet.surgery.modules import copy_for, evaluating, on_device, weight_of
+from detachnet.surgery.modules import copy_for, evaluating, in_type_of, on_device, weight_of
 from detachnet.text import number_of
 
 EVAL_BATCH = 500
@@ -78,7 +78,7 @@ def score_batches(net: DetachableNet, batches: BatchSource, models: Sequence[str
     with evaluating(net), torch.no_grad():
         for images, labels in counted(batches.epoch(), len(batches), "batches of images"):
             _check_channels(net, images)
-            outputs = net(copy_for(weight, images), which=tuple(models))
+            outputs = net(in_type_of(weight, images), which=tuple(models))
             rows[:, 2] += len(labels)
             extremes += torch.aminmax(labels) if len(labels) else ()
             for i, name in enumerate(models):

@@ -162,13 +162,15 @@ def _check(weights: Mapping[str, float] | None, others: Mapping[str, float]) -> 
 
 
 def _check_target(target: Tensor, prediction: Tensor) -> None:
-    """Refuse what stands for other images, or for no classes.
+    """Refuse what stands for other images or for no classes, and outputs that do not.
 
     Raises:
         DataError: It does.
     """
     if len(target) != len(prediction):
         raise DataError(f"the target is of {number_of(len(target), 'image')}, the outputs of {len(prediction)}")
+    if prediction.ndim < 2:
+        raise DataError(f"the outputs have the shape {tuple(prediction.shape)}, not (B, num_classes)")
     batch, num_classes, *others = prediction.shape
     if list(target.shape) not in ([batch, *others], [batch, num_classes, *others]):
         right = f"{(batch, *others)}, or {(batch, num_classes, *others)} of probabilities"

@@ -128,6 +128,11 @@ def test_a_target_of_something_else(target: torch.Tensor, said: str) -> None:
         detachnet.MultiModelLoss()({"base": torch.randn(2, 3)}, target)
 
 
+def test_outputs_without_an_axis_for_classes() -> None:
+    with pytest.raises(detachnet.DataError, match=r"the outputs have the shape \(2,\), not \(B, num_classes\)"):
+        detachnet.MultiModelLoss()({"base": torch.randn(2)}, torch.zeros(2).long())
+
+
 def test_weights_of_other_kinds_of_numbers() -> None:
     outputs, target = {"base": torch.randn(2, 3), "sub0": torch.randn(2, 3)}, torch.tensor([0, 1])
     half: Any = {"base": np.float32(0.5), "sub0": torch.tensor(0.5)}

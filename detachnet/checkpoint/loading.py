@@ -88,10 +88,8 @@ def _check_given(path: object, model: object) -> None:
 def load_family(
     path: str | Path,
     model: nn.Module | None = None,
-    *,
     stepdown: StepDownBuilder | None = None,
-    leaf_modules: Sequence[type[nn.Module] | str] = (),
-    leaf_functions: Sequence[Callable[..., Any]] = (),
+    leaves: Leaves = NO_LEAVES,
 ) -> DetachableNet:
     """`load`, where one model alone is not enough.
 
@@ -99,7 +97,7 @@ def load_family(
         CheckpointError: The file holds one model alone, or as `load`.
     """
     _check_given(path, model)
-    return build(*read(path), path, model, stepdown, Leaves.given(leaf_modules, leaf_functions))
+    return build(*read(path), path, model, stepdown, leaves)
 
 
 def build(

@@ -143,7 +143,7 @@ class GivenBatches:
         return length_hint(self._batches)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: ARG002
-        """Yield the batches in their order, in every epoch the same."""
+        """Yield the batches in their order, in every epoch the same; copies, since some models change theirs."""
         for batch in islice(self._batches, start, None):
             match batch:
                 case [Tensor() as images, Tensor() as labels] if images.shape[:1] == labels.shape[:1]:
@@ -152,7 +152,7 @@ class GivenBatches:
                         raise DataError(
                             f"labels are the number of each image's class, (B,), not {said}", hint=_BATCHES
                         )
-                    yield images.to(self.device), labels.to(self.device).long()
+                    yield images.to(self.device, copy=True), labels.to(self.device).long()
                 case _:
                     raise DataError(f"a batch is no pair of images and labels: {batch!r:.60}", hint=_BATCHES)
 

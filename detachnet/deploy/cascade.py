@@ -26,7 +26,7 @@ from detachnet.losses import logits
 from detachnet.progress import counted
 from detachnet.surgery.detachable import DetachableNet
 from detachnet.surgery.legs import shared_macs
-from detachnet.surgery.modules import copy_for, evaluating, on_device, weight_of
+from detachnet.surgery.modules import evaluating, in_type_of, on_device, weight_of
 from detachnet.surgery.plan import BASE
 from detachnet.text import Table, si
 
@@ -316,7 +316,7 @@ def score(net: DetachableNet, split: Split, device: torch.device | str | None = 
     with on_device(net, device) as there, evaluating(net), torch.no_grad():
         batches = Batches(split, data, BATCH, there)
         for images, labels in counted(batches.epoch(), len(batches), "batches of images"):
-            outputs = net(copy_for(weight_of(net), images), which=models)
+            outputs = net(in_type_of(weight_of(net), images), which=models)
             for name in models:
                 shares = logits(outputs[name]).float().softmax(1)
                 check_labels(split.labels, shares.shape[1], name)

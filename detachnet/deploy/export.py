@@ -241,8 +241,7 @@ class _Export:
         made: dict[Leg | None, Tensor] = {None: self.images}
         written = []
         for number, leg in counted(enumerate(found), len(found), "legs written and compared"):
-            row, output = self._leg(number, leg, made[in_front[leg]], names)
-            made |= {leg: output} if leg.end else {}
+            row, made[leg] = self._leg(number, leg, made[in_front[leg]], names)
             written.append(row)
         return tuple(written)
 

@@ -22,6 +22,7 @@ from detachnet.machine import find_device, hardware
 from detachnet.storage import locate
 from detachnet.surgery.legs import Leg
 from detachnet.surgery.stepdown import StepDownBuilder
+from detachnet.surgery.tracer import Leaves
 from detachnet.text import by
 
 logger = logging.getLogger("detachnet")
@@ -110,12 +111,8 @@ class Family:
         measured = read_profile(place.path)
         threads = measured.rows[0].threads if measured else None
         if not place.is_export:
-            own: dict[str, Any] = {
-                "stepdown": stepdown,
-                "leaf_modules": leaf_modules,
-                "leaf_functions": leaf_functions,
-            }
-            net = load_family(place.path, model, **own).to(find_device(device))
+            net = load_family(place.path, model, stepdown, Leaves.given(leaf_modules, leaf_functions))
+            net = net.to(find_device(device))
             return cls(TorchBackend(net, threads), place.path, measured)
         if device != "cpu":
             raise MeasurementError(f"the ONNX graphs of {path} run on the CPU here, not on {device}")

@@ -172,6 +172,9 @@ def test_leaf_modules_are_given_again(tmp_path: Path) -> None:
         detachnet.load(tmp_path / "own.safetensors", models.ControlFlow())
     again = detachnet.load(tmp_path / "own.safetensors", models.ControlFlow(), **leaves)
     assert_same(again, net, torch.randn(2, 3, 8, 8))
+    images = torch.randn(2, 3, 8, 8)
+    family = detachnet.Family.load(tmp_path / "own.safetensors", models.ControlFlow(), **leaves)
+    torch.testing.assert_close(family.run(images, "sub0").output, net(images, which="sub0"))
 
 
 @pytest.mark.slow

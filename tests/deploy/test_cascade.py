@@ -187,10 +187,16 @@ def test_running_a_cascade_is_what_was_calculated(net: detachnet.DetachableNet) 
 
 def test_confidence_is_that_of_the_calibration_in_other_precisions_too(net: detachnet.DetachableNet) -> None:
     half, split = copy.deepcopy(net).bfloat16(), split_of(net)
-    confidence = score(half, split).confidence["sub1"].sort().values
-    cascade = Cascade(Family(TorchBackend(half), "f", None), ("sub1", "base"), float(confidence[30]))
-    images = ((split.images / 255 - 0.5) / 0.2).bfloat16()
-    assert cascade.run(images).models.count("sub1") == int((confidence >= cascade.threshold).sum())
+    confidence = score(half, split).confidence["sub1"]
+    images, family = ((split.images / 255 - 0.5) / 0.2).bfloat16(), Family(TorchBackend(half), "f", None)
+    for threshold in confidence.tolist():
+        cascade = Cascade(family, ("sub1", "base"), threshold)
+        assert cascade.run(images).models.count("sub1") == int((confidence >= threshold).sum())
+    for image in images[:10]:
+        shares = family.run(image, "sub1").output.float().softmax(0)
+        assert Cascade(family, ("sub1", "base"), float(shares.amax())).run(image).models == ("sub1",)
+        above = float(torch.nextafter(shares.amax(), torch.tensor(2.0)))
+        assert Cascade(family, ("sub1", "base"), above).run(image).models == ("base",)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.1])

@@ -439,6 +439,12 @@ def test_what_cannot_be_asked_for(toy: detachnet.DetachableNet, tmp_path: Path) 
             call()
     with pytest.raises(detachnet.CheckpointError, match="does not say what it was trained on"):
         export(toy, out, int8=splits)
+    known = toy.copied()
+    known.facts = known.facts.updated(data=describe_data("cifar10-mini", splits))
+    turned = Split(splits[1].images, splits[1].labels, splits[1].classes[::-1])
+    for pair in ((splits[0], turned), (turned, splits[1])):
+        with pytest.raises(detachnet.DataError, match="the classes of the images are in another order"):
+            export(known, out, int8=pair)
     with pytest.raises(detachnet.CutError, match="no model is called 'sub9'"):
         export(toy, out, models=["sub9"])
     half = detachnet.make_detachable(models.Plain().double(), ["pool"], (3, 8, 8))

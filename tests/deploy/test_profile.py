@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import detachnet
 from detachnet.deploy import peak, profile as measure
+from detachnet.deploy.manifest import read_manifest
 from detachnet.deploy.profile import Profile, alternate, profile, profile_of, read_profile, write_profile
 from detachnet.storage import locate, locate_checkpoint
 
@@ -136,6 +137,9 @@ def test_the_profile_of_another_family_is_left_out(tmp_path: Path, caplog: pytes
             assert profile_of(net, path) is not None
     assert profile_of(nets[1], path) is None
     assert "same.profile.json was measured on another family than" in caplog.text
+    result = CliRunner().invoke(app, ["export", str(path), "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert read_manifest(tmp_path / "out")["base"].latency is None
 
 
 def test_a_model_that_was_not_measured(net: detachnet.DetachableNet) -> None:

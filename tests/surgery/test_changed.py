@@ -201,6 +201,12 @@ def test_images_of_another_kind_are_the_models_own_or_refused(are_numbers: Calla
     torch.testing.assert_close(net(images, which="all")["base"], net.base(images))
 
 
+def test_the_name_of_a_type_is_a_question_too() -> None:
+    images = torch.randint(0, 256, (4, *SIZE), dtype=torch.uint8)
+    net = detachnet.make_detachable(OfBytes(lambda x: "Float" in x.type()), ["a"], example_input=images).eval()
+    torch.testing.assert_close(net(images / 255), net.base(images / 255))
+
+
 class AsItsWeights(models.Around):
     """Its answer has the dtype of its weights, as transformers have it."""
 

@@ -77,6 +77,16 @@ def test_crossed_cut_names_the_crossing_node() -> None:
     assert "in the model (Skip)" in str(error.value)
 
 
+def test_where_there_is_no_cut_other_sub_models_are_named() -> None:
+    class Crossed(models.Around):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = super().forward(x)
+            return logits + x.mean((1, 2, 3))[:, None]
+
+    with pytest.raises(detachnet.CutError, match="it has no valid cuts; sub-models without inner layers"):
+        cut(Crossed(torch.nn.Conv2d(8, 8, 1)), "b", size=(3, 8, 8))
+
+
 def test_an_output_from_in_front_of_a_cut_is_no_skip_connection() -> None:
     class WithFeature(models.Around):
         def forward(self, x: torch.Tensor) -> Any:

@@ -166,7 +166,7 @@ def test_a_model_in_float64_is_trained_in_it(own: Path) -> None:
     [
         ("mine.py:nothing", "has no function 'nothing'"),
         ("mine.py:number", r"number of mine.py cannot be called with \{'chs': 6\}"),
-        ("other.py:net", "there is no file other.py"),
+        ("other.py:net", r"there is no file other.py\n  what     looked for .*other.py and .*code.other.py"),
         ("bad.py:net", r"bad.py cannot be run\n  what     NameError"),
     ],
 )

@@ -667,20 +667,23 @@ def test_all_models_go_on_from_where_they_are(adopted: Path, caplog: pytest.LogC
 
 
 @pytest.mark.slow
-def test_a_sub_model_goes_on_whatever_its_places_are_called(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("one", "other"), [("layer1.0:layer1.1", "layer1.0:layer1"), ("layer1.1:layer2.0", "layer1:layer2.0")]
+)
+def test_a_sub_model_goes_on_whatever_its_places_are_called(tmp_path: Path, one: str, other: str) -> None:
     """The end of a stage is the end of its last block."""
 
-    def family(end: str) -> detachnet.DetachableNet:
+    def family(span: str) -> detachnet.DetachableNet:
         model = detachnet.create_model("detachnet:resnet_cifar", depth=14)
-        subs = {"short": detachnet.SubModel(drop=[f"layer1.0:{end}"])}
+        subs = {"short": detachnet.SubModel(drop=[span])}
         return detachnet.make_detachable(model, subs, (3, 32, 32), head="private", check="none")
 
-    there = family("layer1.1")
+    there = family(one)
     for value in there.state_dict().values():
         if value.is_floating_point():
             value.uniform_(1, 2)
     detachnet.save(there, tmp_path / "there.safetensors")
-    net = family("layer1")
+    net = family(other)
     start_from(net, tmp_path / "there.safetensors")
     assert net.route_of(there.plan["short"]) == net.route_of(net.plan["short"])
     for name, value in there.state_dict().items():
