@@ -1,11 +1,12 @@
 """Train everything docs/study.md compares, one run after another, and print the table.
 
-    python scripts/study.py [--data-root DIR] [--out runs/study] [--seeds 3] [--set TABLE.KEY=VALUE]
-                            [--json FILE] [NAME ...]
+    python scripts/study.py [--data-root DIR] [--out runs/study] [--seeds 3] [--recipe FILE]
+                            [--set TABLE.KEY=VALUE] [--json FILE] [NAME ...]
 
 Runs that are finished are skipped and interrupted ones resumed, so it can be stopped at any time. About two hours
 on two CPU cores with three seeds. The JSON file has each seed's accuracy on the test images and on the training
-images that no run was trained on: settings are chosen on the latter.
+images that no run was trained on: settings are chosen on the latter. For families with shared batch norms it has
+test accuracies with statistics of each model's own, too.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from pathlib import Path
 import torch
 
 import detachnet
+from detachnet.data.batches import Batches
 from detachnet.data.datasets import Split, load_data
-from detachnet.evaluation import evaluate
+from detachnet.evaluation import EVAL_BATCH, evaluate
 from detachnet.memory import keep_freed
 from detachnet.report import comparison
 from detachnet.training.loop import Listener
@@ -109,10 +111,10 @@ RUNS: dict[str, tuple[str, ...]] = {
 """Name -> what is overridden in the recipe, which has all levers that help together."""
 
 
-def run(name: str, seed: int, out: Path, data_root: str | None, changes: list[str]) -> None:
+def run(name: str, seed: int, out: Path, data_root: str | None, file: str, changes: list[str]) -> None:
     """Train one network or family, unless that is done."""
     overrides = [override.replace("{out}", str(out)).replace("{seed}", str(seed)) for override in RUNS[name]]
-    recipe: Recipe = load_recipe(RECIPE, [*overrides, *changes, f"train.seed={seed}"])
+    recipe: Recipe = load_recipe(file, [*overrides, *changes, f"train.seed={seed}"])
     folder = RunFolder(out / f"{name}-{seed}")
     if folder.results.exists():
         if load_recipe(folder.recipe) != recipe:
@@ -124,32 +126,54 @@ def run(name: str, seed: int, out: Path, data_root: str | None, changes: list[st
         sys.exit(f"stopped ({done.status}); the same command goes on")
 
 
-def held_out(folder: RunFolder, data_root: str | None) -> dict[str, float]:
-    """Each model's accuracy, in [0, 1], on the training images that the run was not trained on."""
-    recipe, known = load_recipe(folder.recipe), folder.path / "held_out.json"
+def scores(folder: RunFolder, data_root: str | None) -> dict[str, dict[str, float]]:
+    """Each model's accuracies, in [0, 1], that its run did not measure.
+
+    Of images that it was not trained on, where there are any; of test images with statistics of each model's own,
+    where batch norms are shared.
+    """
+    recipe, known = load_recipe(folder.recipe), folder.path / "scores.json"
     if not known.exists():
-        train_split, _ = load_data(recipe.data.name, data_root)
-        first = recipe.data.num_train
-        rest = Split(train_split.images[first:], train_split.labels[first:], train_split.classes)
-        scores = evaluate(detachnet.load(folder.last), rest, "cuda" if torch.cuda.is_available() else "cpu")
-        known.write_text(json.dumps({name: row["accuracy"] for name, row in scores.items()}))
+        train_split, test_split = load_data(recipe.data.name, data_root)
+        net, num_train, found = detachnet.load(folder.last), recipe.data.num_train, {}
+        if num_train:
+            rest = Split(train_split.images[num_train:], train_split.labels[num_train:], train_split.classes)
+            found["held_out"] = accuracies(net, rest)
+        if net.plan.norm == "shared":
+            batches = Batches(train_split.part(0, 5000), net.facts.known_data, EVAL_BATCH).epoch()
+            found["recalibrated"] = accuracies(detachnet.recalibrate(net, batches), test_split)
+        known.write_text(json.dumps(found))
     return dict(json.loads(known.read_text()))
 
 
-def write_rows(entries: list[comparison.Entry], out: Path, seeds: int, data_root: str | None, file: Path) -> None:
+def accuracies(net: detachnet.DetachableNet, images: Split) -> dict[str, float]:
+    """Each model's share of images that it has right."""
+    found = evaluate(net, images, "cuda" if torch.cuda.is_available() else "cpu")
+    return {name: score["accuracy"] for name, score in found.items()}
+
+
+def write_rows(entries: list[comparison.Entry], options: argparse.Namespace) -> None:
     """The entries as JSON, with what all runs share of their recipes and the machines that each ran on."""
     rows = []
     for entry in entries:
-        folders = [RunFolder(out / f"{entry.run}-{seed}") for seed in range(seeds)]
+        folders = [RunFolder(options.out / f"{entry.run}-{seed}") for seed in range(options.seeds)]
         folders = [folder for folder in folders if folder.results.exists()]
         recipe = load_recipe(folders[0].recipe)
-        shares = [held_out(folder, data_root)[entry.model] for folder in folders]
+        found = [scores(folder, options.data_root) for folder in folders]
+        more = {key: [seed[key][entry.model] for seed in found] for key in found[0]}
         infos = [read_info(folder.info) for folder in folders]
         on = sorted({f"{info['device']}, torch {info['torch']}" for info in infos})
-        rows.append(asdict(entry) | {"held_out": shares, "effort": effort(recipe), "on": on})
-    train = {"num_train": recipe.data.num_train, "epochs": recipe.train.epochs, "batch": recipe.train.batch_size}
-    result = {"date": f"{date.today()}", "train": train, "rows": rows}
-    file.write_text(json.dumps(result, indent=1) + "\n")
+        rows.append(asdict(entry) | more | {"effort": effort(recipe), "on": on})
+    num_train = recipe.data.num_train or len(load_data(recipe.data.name, options.data_root)[0])
+    shared = {"num_train": num_train, "epochs": recipe.train.epochs, "batch": recipe.train.batch_size}
+    result = {
+        "date": f"{date.today()}",
+        "recipe": Path(options.recipe).stem,
+        "changes": options.changes,
+        "train": shared,
+        "rows": rows,
+    }
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 @cache
@@ -171,20 +195,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every seed's accuracies there")
+    parser.add_argument("--recipe", default=str(RECIPE), help="a recipe file or one that is shipped")
     parser.add_argument("--set", action="append", default=[], dest="changes", help="override the recipe")
     options = parser.parse_args()
     keep_freed()
     names = options.names or list(RUNS)
     for seed in range(options.seeds):
         for name in names:
-            run(name, seed, options.out, options.data_root, options.changes)
+            run(name, seed, options.out, options.data_root, options.recipe, options.changes)
     finished = [options.out / f"{name}-{seed}" for name in RUNS for seed in range(options.seeds)]
     entries = comparison.compare([path for path in finished if RunFolder(path).results.exists()])
     table = comparison.table(entries).markdown()
     (options.out / "table.md").write_text(table)
     comparison.figure(entries, options.out / "accuracy.svg")
     if options.json:
-        write_rows(entries, options.out, options.seeds, options.data_root, options.json)
+        write_rows(entries, options)
     print(table)
 
 
