@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from detachnet.errors import CheckpointError, one_line
@@ -42,19 +43,26 @@ def upload(repo: str, files: Mapping[str, bytes | Path], message: str, private: 
         repo: `OWNER/NAME`.
         files: Name in the repository → content, or the file that has it.
         message: Of the commit.
-        private: Whether a repository that is made is seen by its owner only.
+        private: Whether it may be seen by its owner only.
 
     Returns:
         The commit's address.
 
     Raises:
-        CheckpointError: The Hub refuses it or cannot be reached.
+        CheckpointError: The Hub refuses it, cannot be reached, or has it in public where it was to be private.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    api = HfApi()
-    with _explained(f"{repo!r} cannot be written on the Hub", "OWNER/NAME"):
+    api, writing = HfApi(), partial(_explained, f"{repo!r} cannot be written on the Hub", "OWNER/NAME")
+    with writing():
         api.create_repo(repo, private=private, exist_ok=True)
+        exposed = private and not api.model_info(repo).private
+    if exposed:
+        raise CheckpointError(
+            f"{repo!r} is on the Hub already and public, not private: nothing was written",
+            hint="another name, or make it private in its settings on the Hub first",
+        )
+    with writing():
         additions = [CommitOperationAdd(name, content) for name, content in files.items()]
         return str(api.create_commit(repo, additions, commit_message=message).commit_url)
 

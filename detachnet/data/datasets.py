@@ -79,7 +79,26 @@ class Split:
 
     def part(self, start: int, stop: int | None = None) -> Split:
         """The images from one on, up to but without another; all that follow if none is given."""
-        return Split(self.images[start:stop], self.labels[start:stop], self.classes)
+        return self._at(slice(start, stop))
+
+    def spread(self, count: int) -> Split:
+        """So many of the images, evenly spaced; all if there are fewer."""
+        return self if count >= len(self) else self._at(self._evenly(count))
+
+    def without(self, count: int) -> tuple[Split, Split]:
+        """The same without so many images, evenly spaced ones, and these."""
+        out = self._evenly(count)
+        return self._at(~out), self._at(out)
+
+    def _evenly(self, count: int) -> Tensor:
+        """Which images so many evenly spaced ones are, `(N,)`."""
+        chosen = torch.zeros(len(self), dtype=torch.bool)
+        chosen[torch.arange(count) * len(self) // count] = True
+        return chosen
+
+    def _at(self, which: slice | Tensor) -> Split:
+        """Some of the images."""
+        return Split(self.images[which], self.labels[which], self.classes)
 
 
 def _said(value: object) -> str:
@@ -125,7 +144,10 @@ def synonyms(split: str) -> tuple[str, ...]:
 
 
 def select(splits: tuple[Split, Split], num_train: int = 0, holdout: int = 0) -> tuple[Split, Split]:
-    """The first `num_train` training images, 0 for all; and the last `holdout` in place of the test images.
+    """The first `num_train` training images, 0 for all, and the test images.
+
+    With `holdout` so many training images, evenly spaced ones, take the place of the test images and are not
+    trained on: a set's last images need not have its classes alike.
 
     Raises:
         DataError: There are not as many.
@@ -139,7 +161,9 @@ def select(splits: tuple[Split, Split], num_train: int = 0, holdout: int = 0) ->
             f"{len(train)} training images are not enough for {wanted} and {holdout} held out (data.holdout)",
             hint=f"data.holdout of {len(train) - 1} at most" if rest <= 0 else f"data.num_train of {rest} at most",
         )
-    return train.part(0, count), train.part(rest) if holdout else test
+    if holdout:
+        train, test = train.without(holdout)
+    return train.part(0, count), test
 
 
 def data_names() -> list[str]:

@@ -95,7 +95,10 @@ def _table(net: DetachableNet) -> Table:
 def _tested(net: DetachableNet) -> str:
     """What accuracies are of."""
     data = net.facts.data
-    return f"Accuracy on n = {data.num_test} test images of {data.name}.\n" if data and net.facts.accuracy else ""
+    if not data or not net.facts.accuracy:
+        return ""
+    counted = f"n = {data.num_test} " if data.num_test else ""
+    return f"Accuracy on {counted}test images of {data.name}.\n"
 
 
 def _own_model(name: str) -> str:

@@ -21,9 +21,9 @@ def run_images(run: str | Path, images: int, data_root: str | Path | None = None
         data_root: Where data sets are.
 
     Returns:
-        The training images behind those that it was trained on, at most so many; and the first of those that it
-        was trained on. Of image files evenly spaced ones of `data.holdout` and of the others, as an evaluation
-        takes them in. Test images are not looked at.
+        At most so many, evenly spaced ones, of `data.holdout`, or without it of the training images behind those
+        that it was trained on; and of those that it was trained on. Image files as an evaluation takes them in.
+        Test images are not looked at.
 
     Raises:
         CheckpointError: There is no run in that folder.
@@ -42,11 +42,12 @@ def run_images(run: str | Path, images: int, data_root: str | Path | None = None
         )
         return held_out, calibration
     splits = load_data(recipe.data.name, data_root)
-    trained, _ = select(splits, recipe.data.num_train, recipe.data.holdout)
-    held_out = splits[0].part(len(trained), len(trained) + images)
+    trained, held_out = select(splits, recipe.data.num_train, recipe.data.holdout)
+    if not recipe.data.holdout:
+        held_out = splits[0].part(len(trained))
     if not len(held_out):
         raise _none_held_out(run, str(len(trained)), str(min(2000, max(1, len(trained) // 5))))
-    return held_out, trained.part(0, images)
+    return held_out.spread(images), trained.spread(images)
 
 
 def _none_held_out(run: str | Path, which: str, some: str) -> DataError:

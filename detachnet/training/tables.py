@@ -159,8 +159,9 @@ class DataTable(RecipeTable):
     num_train: Annotated[int, Field(ge=0)] = 0
     """Train on the first so many images; 0 for all."""
     holdout: Annotated[int, Field(ge=0)] = 0
-    """Evaluate on the last so many training images, which are not trained on, instead of the test images: for
-    choosing settings. Files of such a run quote no accuracy; `test_*` in its metrics is of the held-out images."""
+    """Evaluate on so many training images, evenly spaced ones, which are not trained on, instead of the test
+    images: for choosing settings. Files of such a run quote no accuracy; `test_*` in its metrics is of the
+    held-out images."""
     flip: bool | Literal["alternating"] = False
     """Mirror each image left to right with probability one half; or `"alternating"`, with that probability in the
     first epoch and from then on in every other one (arXiv 2404.00498), which helps short trainings."""

@@ -169,9 +169,19 @@ def test_which_images_are_trained_on_and_which_are_held_out() -> None:
     assert select((train, test))[0].labels.tolist() == list(range(10))
     assert select((train, test))[1] is test
     few, held = select((train, test), num_train=4, holdout=3)
-    assert (few.labels.tolist(), held.labels.tolist()) == ([0, 1, 2, 3], [7, 8, 9])
-    assert select((train, test), holdout=3)[0].labels.tolist() == list(range(7))
-    assert select((train, test), num_train=7, holdout=3)[0].labels.tolist() == list(range(7))
+    assert (few.labels.tolist(), held.labels.tolist()) == ([1, 2, 4, 5], [0, 3, 6])
+    rest = [1, 2, 4, 5, 7, 8, 9]
+    assert select((train, test), holdout=3)[0].labels.tolist() == rest
+    assert select((train, test), num_train=7, holdout=3)[0].labels.tolist() == rest
+    assert select((train, test), holdout=9)[0].labels.tolist() == [9]
+
+
+def test_held_out_images_have_the_classes_alike() -> None:
+    mini = load_data("cifar10-mini")
+    for count in (100, 500, 1000):  # its last images are of the classes that CIFAR-10 came to 400 of last
+        held_out = select(mini, holdout=count)[1]
+        assert len(held_out) == count
+        assert held_out.labels.bincount(minlength=10).float().std() < 0.05 * count
 
 
 @pytest.mark.parametrize("normalize", ["channel", "none"])

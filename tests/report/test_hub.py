@@ -92,6 +92,9 @@ class Hub(BaseHTTPRequestHandler):
         self.answer({})
 
     def do_GET(self) -> None:
+        if self.path.startswith("/api/models/"):
+            name = self.path.removeprefix("/api/models/")
+            return self.answer({"id": name, "private": name in self.private})
         owner, name, *rest = self.path.lstrip("/").split("/")
         content = self.repos.get(f"{owner}/{name}", {}).get(rest[-1] if rest else "")
         if rest[:2] != ["resolve", "main"] or content is None:
@@ -171,6 +174,21 @@ def test_what_is_pushed_loads_again(hub: type[Hub]) -> None:
 
 
 @pytest.mark.slow
+def test_what_is_private_is_not_written_where_all_see_it(hub: type[Hub]) -> None:
+    net = family()
+    detachnet.push_to_hub(net, "me/open", license="mit")
+    hub.repos["me/open"].clear()
+    with pytest.raises(
+        detachnet.CheckpointError, match=r"'me/open' is on the Hub already and public[\s\S]*another name"
+    ):
+        detachnet.push_to_hub(net, "me/open", license="mit", private=True)
+    assert hub.repos["me/open"] == {}
+    detachnet.push_to_hub(net, "me/own", license="mit", private=True)
+    detachnet.push_to_hub(net, "me/own", license="mit", private=True)  # there, and private
+    assert "README.md" in hub.repos["me/own"]
+
+
+@pytest.mark.slow
 def test_what_is_fetched_once_needs_no_network(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     detachnet.push_to_hub(family(), "me/family", license="mit")
     detachnet.load("hf-hub:me/family")
@@ -239,6 +257,9 @@ def test_a_card() -> None:
     assert "87.65 %" in card
     assert "Accuracy on n = 9 test images of cifar10." in card
     assert "The weights: apache-2.0. They started from `timm/x`." in card
+    assert net.facts.data is not None
+    net.facts = net.facts.updated(data=net.facts.data.model_copy(update={"num_test": 0}))
+    assert "Accuracy on test images of cifar10." in make_card(net, "me/family", "mit")
     net.facts = detachnet.Facts()
     bare = make_card(net, "me/family", "mit")
     assert "accuracy" not in bare

@@ -235,12 +235,18 @@ def test_candidates_that_are_all_at_chance(monkeypatch: pytest.MonkeyPatch) -> N
 def test_images_that_a_run_was_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = images(40, 0)
     monkeypatch.setattr("detachnet.selection.images.load_data", lambda *_: (every, images(8, 9)))
-    for change, first, count in (("num_train=30", 30, 10), ("holdout=4", 36, 4)):
+    trained = [index for index in range(40) if index % 10]
+    for change, held, rest in (
+        ("num_train=30", range(30, 40), range(30)),
+        ("num_train=12", [12 + i * 28 // 12 for i in range(12)], range(12)),
+        ("holdout=4", [0, 10, 20, 30], trained),
+    ):
         recipe = load_recipe(QUICKSTART, [f"data.{change}"])
         (tmp_path / "recipe.toml").write_text(recipe.to_toml())
         held_out, calibration = run_images(tmp_path, 12)
-        assert torch.equal(held_out.images, every.images[first : first + count])
-        assert torch.equal(calibration.images, every.images[:12])
+        assert torch.equal(held_out.images, every.images[list(held)])
+        chosen = [rest[i * len(rest) // 12] for i in range(12)]
+        assert torch.equal(calibration.images, every.images[chosen])
     (tmp_path / "recipe.toml").write_text(load_recipe(QUICKSTART).to_toml())
     with pytest.raises(DataError, match="was trained on all 40 training images: none is held out"):
         run_images(tmp_path, 12)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import detachnet
 from detachnet.data.batches import Batches
-from detachnet.data.datasets import Split, describe_data
+from detachnet.data.datasets import Split, describe_data, select
 from detachnet.evaluation import evaluate
 from detachnet.surgery.enlarging import enlarged
 from detachnet.surgery.layout import image_layout
@@ -325,7 +325,7 @@ def test_held_out_training_images_stand_in_for_the_test_images(tmp_path: Path) -
     assert net.facts.data is not None
     assert (net.facts.data.num_test, net.facts.accuracy) == (0, {})
     train_split, _ = tenth()
-    held_out = Split(train_split.images[-100:], train_split.labels[-100:], train_split.classes)
+    held_out = select((train_split, train_split), holdout=100)[1]
     scores = {name: score["accuracy"] for name, score in evaluate(net, held_out).items()}
     assert scores == {row["model"]: row["last_accuracy"] for row in result.table}
 
