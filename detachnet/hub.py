@@ -25,8 +25,10 @@ def fetched(path: str | Path) -> Path:
     Nothing of it is executed. `HF_HUB_OFFLINE=1` takes what the cache has.
 
     Raises:
-        CheckpointError: There is no such repository, it has no family, or it cannot be reached.
+        CheckpointError: This is no path, or there is no such repository, it has no family or cannot be reached.
     """
+    if not isinstance(path, str | Path):
+        raise CheckpointError(f"a family is read from a path, not from {type(path).__name__}")
     if not is_on_hub(path):
         return Path(path)
     from huggingface_hub import HfApi

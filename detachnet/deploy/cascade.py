@@ -214,12 +214,15 @@ class Cascade:
 
     Raises:
         CutError: No model has one of the names, or there is none.
+        BudgetError: The threshold is no number.
     """
 
     def __init__(self, family: Family, models: Sequence[str], threshold: float) -> None:
         unknown = [name for name in models if name not in family.names]
         if unknown or not models:
             raise CutError(f"a cascade is made of {', '.join(family.names)}, not of {list(models)}")
+        if not isinstance(threshold, int | float) or math.isnan(threshold):
+            raise BudgetError(f"threshold is a share such as 0.9, not {threshold!r}")
         self.family, self.models, self.threshold = family, tuple(models), threshold
 
     def run(self, images: Picture) -> CascadeAnswer:

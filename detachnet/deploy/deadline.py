@@ -261,7 +261,8 @@ class DeadlineRunner:
     def submit(self, image: Picture, on_answer: Callable[[Served], None] | None = None) -> Future[Served]:
         """Hand in an image, as `Family.run` takes it; its mistakes come out of the future.
 
-        A tensor or picture is copied: what becomes of it afterwards does not matter.
+        A tensor or picture is copied: what becomes of it afterwards does not matter. Requests are taken to be
+        alike, single images or batches of one size: how long one takes is learnt from those before.
 
         Args:
             image: The image.
@@ -381,9 +382,9 @@ def _check_numbers(target_ms: float, max_waiting: int) -> None:
     Raises:
         MeasurementError: It is such.
     """
-    if not isinstance(target_ms, int | float) or not target_ms > 0:
+    if isinstance(target_ms, bool) or not isinstance(target_ms, int | float) or not target_ms > 0:
         raise MeasurementError(f"target_ms is a number of milliseconds, not {target_ms!r}")
-    if not isinstance(max_waiting, int) or max_waiting < 1:
+    if isinstance(max_waiting, bool) or not isinstance(max_waiting, int) or max_waiting < 1:
         raise MeasurementError(f"max_waiting is a number of requests, not {max_waiting!r}")
 
 

@@ -283,6 +283,12 @@ def test_a_cascade_of_nothing(net: detachnet.DetachableNet, models: tuple[str, .
         Cascade(Family(TorchBackend(net), "f", None), models, 0.5)
 
 
+@pytest.mark.parametrize("threshold", ["0.9", None, float("nan")])
+def test_a_threshold_is_a_number(net: detachnet.DetachableNet, threshold: float) -> None:
+    with pytest.raises(detachnet.BudgetError, match="threshold is a share such as .*, not"):
+        Cascade(Family(TorchBackend(net), "f", None), ["sub0", "base"], threshold)
+
+
 def test_calibration_and_report_are_disjoint(net: detachnet.DetachableNet) -> None:
     split = split_of(net)
     split.labels[1::2] = (split.labels[1::2] + 1) % 10  # the base-model is right on even images only

@@ -723,6 +723,8 @@ def test_the_end_is_behind_whatever_was_accepted(family: Family) -> None:
     [
         ({"target_ms": "20"}, "target_ms is a number of milliseconds, not '20'"),
         ({"target_ms": float("nan")}, "target_ms is a number of milliseconds, not nan"),
+        ({"target_ms": True}, "target_ms is a number of milliseconds, not True"),
+        ({"target_ms": 20, "max_waiting": True}, "max_waiting is a number of requests, not True"),
         ({"target_ms": 20, "max_waiting": None}, "max_waiting is a number of requests, not None"),
         ({"target_ms": 20, "max_waiting": 0}, "max_waiting is a number of requests, not 0"),
     ],

@@ -258,6 +258,11 @@ def test_what_cannot_be_run(family: Family) -> None:
         family.run("nothing.png")
 
 
+def test_a_family_is_no_path(net: detachnet.DetachableNet) -> None:
+    with pytest.raises(detachnet.CheckpointError, match="read from a path, not from DetachableNet"):
+        Family.load(net)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_load(tmp_path: Path, net: detachnet.DetachableNet) -> None:
     path = tmp_path / "last.safetensors"
