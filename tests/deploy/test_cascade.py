@@ -285,7 +285,7 @@ def test_a_cascade_of_nothing(net: detachnet.DetachableNet, models: tuple[str, .
 
 @pytest.mark.parametrize("threshold", ["0.9", None, float("nan")])
 def test_a_threshold_is_a_number(net: detachnet.DetachableNet, threshold: float) -> None:
-    with pytest.raises(detachnet.BudgetError, match="threshold is a share such as .*, not"):
+    with pytest.raises(detachnet.BudgetError, match=r"threshold is a share such as .*, not"):
         Cascade(Family(TorchBackend(net), "f", None), ["sub0", "base"], threshold)
 
 
