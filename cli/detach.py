@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from detachnet.errors import CheckpointError
-
 from .console import friendly, note
-from .opening import open_family
+from .opening import check_new, open_family
 from .options import Checkpoint, ModelFile
 
 
@@ -22,8 +20,7 @@ def detach(
     model_file: ModelFile = None,
 ) -> None:
     """Write one model of a family to a file of its own, with only the weights it needs."""
-    if out.exists():
-        raise CheckpointError(f"{out} exists already", hint="name a new file, or remove this one")
+    check_new(out)
     from detachnet.checkpoint.saving import save
     from detachnet.text import si
 

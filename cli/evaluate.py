@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from detachnet.errors import CheckpointError
-
 from .console import friendly, note, print_json, progress, show
-from .opening import all_test_images, fastest_device, known_root, open_family
+from .opening import all_test_images, check_new, fastest_device, known_root, open_family
 from .options import AsJson, Checkpoint, DataRoot, Download, ModelFile
 
 if TYPE_CHECKING:
@@ -32,8 +30,8 @@ def evaluate(
     """Measure the test accuracy of each trained model of a family."""
     if out is not None and data is not None:
         raise typer.BadParameter("a file says the accuracy on its own data set: not with --data", param_hint="-o")
-    if out is not None and out.exists():
-        raise CheckpointError(f"{out} exists already", hint="name a new file, or remove this one")
+    if out is not None:
+        check_new(out)
     from detachnet.evaluation import evaluate as score
     from detachnet.memory import keep_freed
     from detachnet.text import Table, si

@@ -12,6 +12,7 @@ import typer
 from detachnet.errors import RecipeError
 
 from .console import friendly, note, show
+from .opening import check_new
 from .options import DataRoot, Download
 
 BUDGET = "0.7,0.4"
@@ -41,8 +42,7 @@ def init(
     download: Download = False,
 ) -> None:
     """Write a recipe for your model and your images, with comments; what is not given is asked in a terminal."""
-    if out.exists():
-        raise RecipeError(f"{out} exists already", hint="name a new file, or remove this one")
+    check_new(out)
     if out.suffix != ".toml":
         raise RecipeError(f"{out} is no name of a recipe", hint="detachnet init mine.toml")
     model = model or _ask("--model", "Model (timm:NAME, torchvision:NAME, FILE.py:FUNCTION)")

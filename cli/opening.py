@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from detachnet.errors import CheckpointError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -20,6 +22,18 @@ MOST = 2000
 """Test images of a data set of image files that are held in memory, where nobody says how many."""
 WORKERS = 4
 """Processes that read image files, where there are as many cores."""
+
+
+def check_new(file: Path) -> None:
+    """Refuse to write over a file, or into a folder that is not there, before anything takes time.
+
+    Raises:
+        CheckpointError: It is such.
+    """
+    if file.exists():
+        raise CheckpointError(f"{file} exists already", hint="name a new file, or remove this one")
+    if not file.parent.is_dir():
+        raise CheckpointError(f"cannot write {file}: there is no folder {file.parent}")
 
 
 def open_family(checkpoint: Path, model_file: str | None = None) -> tuple[Path, DetachableNet]:

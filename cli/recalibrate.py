@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from detachnet.errors import CheckpointError
-
 from .console import friendly, note, progress, show
-from .opening import all_test_images, in_memory, known_root, open_family, run_recipe
+from .opening import all_test_images, check_new, in_memory, known_root, open_family, run_recipe
 from .options import Checkpoint, DataRoot, ModelFile
 
 
@@ -23,8 +21,7 @@ def recalibrate(
     model_file: ModelFile = None,
 ) -> None:
     """Give each model batch norms of its own, with statistics measured anew."""
-    if out.exists():
-        raise CheckpointError(f"{out} exists already", hint="name a new file, or remove this one")
+    check_new(out)
     from detachnet.checkpoint.saving import save
     from detachnet.data.batches import Batches
     from detachnet.data.datasets import is_files, load_data, select

@@ -11,7 +11,7 @@ import typer
 from detachnet.errors import BudgetError, CheckpointError
 
 from .console import friendly, note, print_json, progress, show
-from .opening import known_root, open_family
+from .opening import check_new, known_root, open_family
 from .options import AsJson, DataRoot, ModelFile
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ def search(
     if adopt is not None and adopt.suffix == ".toml":
         raise CheckpointError(f"{adopt} is for a family", hint=f"--adopt {adopt.with_suffix('.safetensors')}")
     for file in (adopt, adopt.with_suffix(".toml")) if adopt is not None else ():
-        if file.exists():
-            raise CheckpointError(f"{file} exists already", hint="name a new file, or remove this one")
+        check_new(file)
     by, budgets = _asked(macs=macs, bytes=num_bytes, latency_ms=latency_ms)
     from detachnet.checkpoint.saving import save
     from detachnet.memory import keep_freed

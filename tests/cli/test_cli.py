@@ -55,6 +55,7 @@ def test_train_evaluate_resume(tmp_path: Path) -> None:
     assert measured.known_data.num_test == 100
     assert measured.accuracy == detachnet.load("runs/quickstart/best.safetensors").facts.accuracy
     assert "exists already" in run("evaluate", "runs/quickstart", "-o", "measured.safetensors")[1]
+    assert "there is no folder none" in run("evaluate", "runs/quickstart", "-o", "none/measured.safetensors")[1]
 
 
 @pytest.mark.slow

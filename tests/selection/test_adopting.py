@@ -43,3 +43,14 @@ def test_a_recipe_for_what_was_found(tmp_path: Path, models: tuple[str, ...]) ->
     assert started.names == net.names
     for name, value in net.state_dict().items():
         assert torch.equal(value, started.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_who_teaches_what_was_found(caplog: pytest.LogCaptureFixture) -> None:
+    chosen = recipe("loss.distillation=1", 'loss.teacher="larger"')
+    net = build_family(chosen, (3, 32, 32))
+    assert adopting(chosen, SimpleNamespace(models={}, net=net), "f").loss.teacher == "larger"  # type: ignore[arg-type]
+    net = enlarged(net, {"macs60": FOUND["macs60"]})  # larger than sub1, which is before it
+    made = adopting(chosen, SimpleNamespace(models=FOUND, net=net), "f")  # type: ignore[arg-type]
+    assert (made.loss.teacher, made.loss.distillation) == ("base", 1)
+    assert "not in the order of their size" in caplog.text

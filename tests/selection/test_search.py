@@ -274,6 +274,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "search.svg").exists()
     for wrong, said in (
         (["--adopt", "found.safetensors"], "found.safetensors exists already"),
+        (["--adopt", "none/found.safetensors"], "there is no folder none"),
         (["--bytes", "0.5"], "search takes budgets of one kind"),
         (["--threads", "1"], "runtime and threads are for budgets of latency_ms"),
     ):
