@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +28,7 @@ def fetched(path: str | Path) -> Path:
     Raises:
         CheckpointError: This is no path, or there is no such repository, it has no family or cannot be reached.
     """
-    if not isinstance(path, str | Path):
+    if not isinstance(path, str | os.PathLike):
         raise CheckpointError(f"a family is read from a path, not from {type(path).__name__}")
     if not is_on_hub(path):
         return Path(path)
