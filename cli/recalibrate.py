@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,13 +36,15 @@ def recalibrate(
     data = net.facts.known_data
     root = known_root(checkpoint, data_root)
     with progress():
+        augmented: dict[str, Any] = {}
         if is_files(data.name):
             train = in_memory(net, open_train_files(data, root), images, "training")
         else:
             table = run_recipe(checkpoint).get("data", {})  # what it was trained on of all that there is
+            augmented = {key: table[key] for key in ("pad", "flip") if key in table}  # as what was trained on was
             splits = load_data(data.name, root)
             train = select(splits, table.get("num_train", 0), table.get("holdout", 0))[0].part(0, images)
-        fresh = measure(net, (batch for batch, _ in Batches(train, data, EVAL_BATCH).epoch()))
+        fresh = measure(net, (batch for batch, _ in Batches(train, data, EVAL_BATCH, **augmented).epoch()))
         test, num_test = all_test_images(net, root, download=False)
         before, after = evaluate(net, test), evaluate(fresh, test)
     fresh.facts = fresh.facts.updated(

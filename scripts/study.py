@@ -140,8 +140,9 @@ def scores(folder: RunFolder, data_root: str | None) -> dict[str, dict[str, floa
             rest = Split(train_split.images[num_train:], train_split.labels[num_train:], train_split.classes)
             found["held_out"] = accuracies(net, rest)
         if net.plan.norm == "shared":
-            batches = Batches(train_split.part(0, 5000), net.facts.known_data, EVAL_BATCH).epoch()
-            found["recalibrated"] = accuracies(detachnet.recalibrate(net, batches), test_split)
+            augmented = {"pad": recipe.data.pad, "flip": recipe.data.flip}
+            batches = Batches(train_split.part(0, 5000), net.facts.known_data, EVAL_BATCH, **augmented)
+            found["recalibrated"] = accuracies(detachnet.recalibrate(net, batches.epoch()), test_split)
         known.write_text(json.dumps(found))
     return dict(json.loads(known.read_text()))
 

@@ -243,6 +243,26 @@ def beside() -> Table:
     ]
 
 
+def paper() -> Table:
+    """The paper's Table 1: its two sub-models beside the same networks alone."""
+    rows = {(row["run"], row["model"]): row for row in read("paper.json")["rows"]}
+    own = "with statistics of its own"
+    lines: list[Sequence[str]] = [
+        ("model", "MACs", "parameters", "alone", "family, best epoch", "last epoch", own, "to alone")
+    ]
+    for (run, model), row in rows.items():
+        if run == "all":
+            measured, alone = mean(row["recalibrated"]), rows.get((f"{model}-alone", model))
+            macs = f"{row['macs'] / 1e6:.1f} M" + f" ({whole(row['macs_of_base'])})" * (model != BASE)
+            scores = [f"{100 * accuracy:.2f} %" for accuracy in (mean(row["best"]), mean(row["last"]), measured)]
+            beside = ("not trained", "")
+            if alone is not None:
+                minus = f"{100 * (measured - mean(alone['last'])):+.2f}".replace("-", "−")
+                beside = (f"{100 * mean(alone['last']):.2f} %", minus)
+            lines.append((model, macs, f"{row['num_params'] / 1e6:.2f} M", beside[0], *scores, beside[1]))
+    return "lrrrrrrr", lines
+
+
 ROUTES = (BASE, "late", "middle")
 
 
@@ -326,6 +346,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "in-families": in_families,
     "chosen": chosen,
     "beside": beside,
+    "paper": paper,
     "converged": converged,
     "converged-labels": converged_labels,
     "converged-beside": converged_beside,

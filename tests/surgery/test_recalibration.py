@@ -8,6 +8,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import detachnet
+from detachnet.data.batches import Batches
+from detachnet.data.datasets import load_data
+from detachnet.evaluation import EVAL_BATCH
 from detachnet.surgery.recalibration import measure_statistics, recalibrate
 from detachnet.training.trainer import train
 from tests import models
@@ -112,12 +115,19 @@ def test_a_private_family_keeps_its_weights(net: detachnet.DetachableNet) -> Non
 
 @pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
-    run = train(recipe("family.norm=shared", "train.epochs=1", "data.num_train=200"), tmp_path / "run").folder
+    options = ("family.norm=shared", "train.epochs=1", "data.num_train=200", "data.pad=4", "data.flip=true")
+    run = train(recipe(*options), tmp_path / "run").folder
     out = CliRunner().invoke(app, ["recalibrate", str(run.path), "-o", str(tmp_path / "new.safetensors")])
     assert out.exit_code == 0, out.output
     assert "n = 1000; statistics of 200 training images" in out.output
     fresh = detachnet.load(tmp_path / "new.safetensors")
     assert fresh.plan.norm == "private"
+    net, images = detachnet.load(run.last), load_data("cifar10-mini")[0].part(0, 200)
+    batches = Batches(images, net.facts.known_data, EVAL_BATCH, pad=4, flip=True)  # as in the training
+    for (name, value), expected in zip(
+        fresh.named_buffers(), recalibrate(net, batches.epoch()).buffers(), strict=True
+    ):
+        assert torch.equal(value, expected), name
     assert f"{100 * fresh.facts.accuracy['sub1']:.2f} %" in out.output
     again = CliRunner().invoke(app, ["recalibrate", str(run.path), "-o", str(tmp_path / "new.safetensors")])
     assert again.exit_code == 2
