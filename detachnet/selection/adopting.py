@@ -30,7 +30,7 @@ def adopting(recipe: Recipe, front: Front, file: str | Path) -> Recipe:
     told = front.net.facts.trained or front.net.names
     models = () if not train.models else tuple(n for n in (*family.names, *new) if n in told or n == BASE)
     loss, costs = recipe.loss, [model.macs for model in front.net.plan.models]
-    if loss.teacher == "larger" and costs != sorted(costs, reverse=True):
+    if loss.distillation and loss.teacher == "larger" and costs != sorted(costs, reverse=True):
         logger.warning("loss.teacher is 'base' for what was found: the models are not in the order of their size")
         loss = loss.model_copy(update={"teacher": "base"})
     return recipe.model_copy(

@@ -54,3 +54,5 @@ def test_who_teaches_what_was_found(caplog: pytest.LogCaptureFixture) -> None:
     made = adopting(chosen, SimpleNamespace(models=FOUND, net=net), "f")  # type: ignore[arg-type]
     assert (made.loss.teacher, made.loss.distillation) == ("base", 1)
     assert "not in the order of their size" in caplog.text
+    untaught = recipe("loss.distillation=0", 'loss.teacher="larger"')
+    assert adopting(untaught, SimpleNamespace(models=FOUND, net=net), "f").loss == untaught.loss  # type: ignore[arg-type]
