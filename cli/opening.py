@@ -32,6 +32,15 @@ def check_new(file: Path) -> None:
     """
     if file.exists():
         raise CheckpointError(f"{file} exists already", hint="name a new file, or remove this one")
+    check_folder(file)
+
+
+def check_folder(file: Path) -> None:
+    """Refuse to write into a folder that is not there, before anything takes time.
+
+    Raises:
+        CheckpointError: There is none.
+    """
     if not file.parent.is_dir():
         raise CheckpointError(f"cannot write {file}: there is no folder {file.parent}")
 

@@ -10,7 +10,7 @@ import typer
 from detachnet.errors import CheckpointError
 
 from .console import friendly, note, progress
-from .opening import own_model
+from .opening import check_folder, own_model
 from .options import DataRoot, ModelFile
 
 
@@ -24,6 +24,7 @@ def report(
     """Put runs on one HTML page: results, curves, trade-offs, the family, predictions, hardware and recipe."""
     if out.suffix != ".html":
         raise CheckpointError(f"{out} is no name for a page", hint="-o report.html; an older page is replaced")
+    check_folder(out)
     from detachnet.report.page import make_page
     from detachnet.storage import replace_file
 

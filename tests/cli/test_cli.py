@@ -35,6 +35,15 @@ def run(*args: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["evaluate gone -o", "recalibrate gone -o", "detach gone --model sub1 -o", "search gone --macs 0.5 --adopt"],
+)
+def test_where_a_file_is_to_go_is_looked_at_first(tmp_path: Path, words: str) -> None:
+    code, out = run(*words.split(), str(tmp_path / "none" / "f.safetensors"))  # there is no such run, either
+    assert (code, "there is no folder" in out) == (2, True)
+
+
 @pytest.mark.slow
 def test_train_evaluate_resume(tmp_path: Path) -> None:
     code, out = run("train", "quickstart", *OPTIONS, "--max-minutes", "0")

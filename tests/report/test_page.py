@@ -213,6 +213,8 @@ def test_the_command(trained: Path, page: Page, tmp_path: Path) -> None:
     assert out.read_text(encoding="utf-8") == page.html
     result = CliRunner().invoke(app, ["report", str(trained), "-o", str(tmp_path / "no" / "page.html")])
     assert (result.exit_code, "Error: cannot write" in result.stderr) == (2, True)
+    result = CliRunner().invoke(app, ["report", "gone", "-o", str(tmp_path / "no" / "page.html")])  # said first
+    assert (result.exit_code, "Error: cannot write" in result.stderr) == (2, True)
     result = CliRunner().invoke(app, ["report", str(trained), "-o", str(trained / "last.safetensors")])
     assert result.exit_code == 2
     assert "is no name for a page" in result.output
